@@ -1,0 +1,74 @@
+# `make demo` and `make test` set up all that they need in .venv, a virtual environment of this
+# checkout's own. Everything else is for development: `make help`.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+VLLM   ?= 0.33.0 0.20.2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fmt lint type bench golden docs clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.test ## make a small real MoE adapter, split it for EP 2, verify it, show what is where
+	$(BIN)/python -m tests.demo
+
+test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm ## set up everything and run the tests
+	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q
+
+check: lint type test ## what CI runs, and lint and types
+
+fmt: $(VENV)/.lint ## format, and mend what ruff can
+	$(BIN)/ruff format lorashard tests
+	$(BIN)/ruff check --fix-only --quiet lorashard tests
+
+lint: $(VENV)/.lint ## formatting and lint
+	$(BIN)/ruff format --check lorashard tests
+	$(BIN)/ruff check lorashard tests
+
+type: $(VENV)/.lint ## mypy --strict
+	$(BIN)/mypy
+
+bench: $(VENV)/.test ## the ratios of docs/benchmark.md (17 GB of disk; SCALE=0.3 for a first look)
+	$(BIN)/python -m tests.bench --scale $(or $(SCALE),1.0) --chart docs/bench.svg --json docs/bench.json
+
+golden: $(VENV)/.test ## rewrite the golden files of --json output; review the diff
+	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/cli
+
+docs: $(VENV)/.test ## rewrite the generated pages
+	$(BIN)/python -m tests.generate_docs
+
+clean: ## remove the virtual environment and everything made
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache
+
+# torch goes first: with it in place nothing pulls another build of it.
+$(VENV)/.base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade "pip>=25.1"
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) --group test
+	touch $@
+
+# transformers 4 and its PEFT, for adapters with one tensor per expert: a directory, not an
+# environment, because it shares torch with .venv.
+$(VENV)/.legacy: $(VENV)/.test
+	rm -rf $(VENV)/legacy
+	$(PIP) --target $(VENV)/legacy --no-deps --group legacy
+	touch $@
+
+# The Python sources of vLLM releases, and what their modules import on the CPU.
+$(VENV)/.vllm: $(VENV)/.test tests/vllm_release.py
+	$(PIP) --group vllm
+	$(BIN)/python tests/vllm_release.py $(VLLM)
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.base
+	$(PIP) --group lint --group test
+	touch $@

@@ -1,0 +1,5 @@
+"""`python -m lorashard`."""
+
+from lorashard.cli.app import main
+
+main()

@@ -1,0 +1,179 @@
+"""What an adapter says about itself: its PEFT config and its tensor table. Pure values."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lorashard.errors import AdapterError, UnsupportedAdapterError
+from lorashard.header import TensorEntry
+from lorashard.options import LoraBLayout
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+# Initialisations that move part of the base weights into the adapter: without the same change to
+# the base model the adapter is wrong, and a server does not make that change. PEFT
+# `LoraLayer.update_layer`; vLLM 0.33 rejects them too (peft_helper.py:188).
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CLASSIFIER_HEADS = frozenset(
+    {"classifier", "score"}
+)  # what PEFT saves for sequence classification
+
+_CONVERT = "Train without it, or merge the adapter into the base model with PEFT."
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """The fields of adapter_config.json that decide what the tensors mean."""
+
+    lora_rank: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_parameters: tuple[str, ...]
+    lora_b_layout: LoraBLayout | None
+    saved_by_peft: bool
+    base_model: str | None
+    base_model_class: str | None
+
+    def rank_of(self, module: str) -> int:
+        """The r that PEFT gives the module of this name (no PEFT prefix)."""
+        return _first_match(self.rank_pattern, module, self.lora_rank)
+
+    def scaling_of(self, module: str, lora_rank: int) -> float:
+        """Alpha / r, or alpha / sqrt(r) with rsLoRA, as PEFT `LoraLayer.update_layer`."""
+        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
+    # PEFT `get_pattern_key`: keys are regular expressions for the end of the name; the first that
+    # matches wins, in the order of the file.
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterIndex:
+    """One adapter: its config and which bytes of its one weights file are which tensor.
+
+    `tensors` are in file order and tile [data_begin, file_size).
+    """
+
+    config: LoraConfig
+    tensors: tuple[TensorEntry, ...]
+    data_begin: int
+    file_size: int
+
+
+def parse_config(raw: bytes, where: str) -> LoraConfig:
+    """Read adapter_config.json. Raises AdapterError on damage and on features that do not fit."""
+    try:
+        config = json.loads(raw)
+    except ValueError as err:
+        raise AdapterError(f"{where}: not JSON ({err}).", hint="Save the adapter again.") from err
+    if not isinstance(config, dict):
+        raise AdapterError(f"{where}: not a JSON object.", hint="Save the adapter again.")
+    _refuse_unsupported(config, where)
+    _check_patterns(config, where)
+    auto_mapping = config.get("auto_mapping")
+    base_class = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
+    return LoraConfig(
+        lora_rank=_positive_int(config, "r", where),
+        lora_alpha=_number(config, "lora_alpha", where),
+        use_rslora=bool(config.get("use_rslora", False)),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        target_parameters=tuple(map(str, config.get("target_parameters") or ())),
+        lora_b_layout=_lora_b_layout(config, where),
+        # Other writers of adapter_config.json leave these two fields out, as far as seen.
+        saved_by_peft="peft_version" in config or "loftq_config" in config,
+        base_model=config.get("base_model_name_or_path") or None,
+        base_model_class=base_class,
+    )
+
+
+def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
+    def refuse(feature: str, hint: str = _CONVERT) -> None:
+        raise UnsupportedAdapterError(feature, where, hint=hint)
+
+    peft_type = config.get("peft_type", "LORA")
+    if str(peft_type).upper() != "LORA":
+        refuse(f"peft_type {peft_type!r}", "lorashard splits LoRA adapters.")
+    if config.get("use_dora"):
+        refuse("DoRA (use_dora)")
+    if config.get("bias", "none") != "none":
+        refuse(f"trained bias (bias={config['bias']!r})", 'Train with bias="none".')
+    if config.get("lora_bias"):
+        refuse("lora_bias", "Train with lora_bias=False.")
+    if config.get("trainable_token_indices"):
+        refuse("trainable tokens (trainable_token_indices)")
+    if config.get("layer_replication"):
+        refuse("layer_replication", "The base model that vLLM serves has no replicated layers.")
+    for variant in ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+                    "kasa_config", "monteclora_config", "velora_config"):  # fmt: skip
+        if config.get(variant):
+            refuse(f"the LoRA variant {variant}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        refuse(
+            f"init_lora_weights={init!r}, which changes the base weights,",
+            "Save with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
+        )
+    saved = config.get("modules_to_save") or ()
+    beyond = [name for name in saved if str(name).rsplit(".", 1)[-1] not in _CLASSIFIER_HEADS]
+    if beyond:
+        refuse(f"modules_to_save {beyond}", "Only a classifier head can be carried along.")
+
+
+def _check_patterns(config: Mapping[str, Any], where: str) -> None:
+    for field, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise AdapterError(
+                f"{where}: {field} is not an object.", hint="Save the adapter again."
+            )
+        for key, value in patterns.items():
+            try:
+                re.compile(key)
+            except re.error as err:
+                raise AdapterError(f"{where}: {field} {key!r} is no pattern ({err}).") from err
+            if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+                raise AdapterError(f"{where}: {field} {key!r} is {value!r}, not a number > 0.")
+
+
+def _positive_int(config: Mapping[str, Any], field: str, where: str) -> int:
+    value = config.get(field)
+    if type(value) is not int or value < 1:
+        raise AdapterError(
+            f"{where}: {field} is {value!r}, not an integer >= 1.", hint="Save the adapter again."
+        )
+    return value
+
+
+def _number(config: Mapping[str, Any], field: str, where: str) -> float:
+    value = config.get(field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise AdapterError(f"{where}: {field} is {value!r}, not a number.", hint="Save it again.")
+    return value
+
+
+def _lora_b_layout(config: Mapping[str, Any], where: str) -> LoraBLayout | None:
+    layout: LoraBLayout | None = config.get("lora_B_layout")
+    if layout not in (None, "rank_major", "grouped_by_expert"):
+        raise UnsupportedAdapterError(
+            f"lora_B_layout {layout!r}", where, hint="Known: rank_major, grouped_by_expert."
+        )
+    return layout

@@ -1,0 +1,127 @@
+"""Options and arguments that commands share, each declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
+
+import typer
+
+from lorashard.errors import AdapterError, PlacementError
+
+if TYPE_CHECKING:
+    from lorashard.pipeline import SplitRequest
+
+PlacementName = Literal["linear", "round_robin"]
+DtypeName = Literal["float32", "float16", "bfloat16"]
+LoraBLayoutName = Literal["rank_major", "grouped_by_expert"]
+OrientationName = Literal["standard", "transposed"]
+
+Adapter = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="Directory of a PEFT adapter.", show_default=False)
+]
+Shards = Annotated[
+    Path, typer.Argument(metavar="SHARDS", help="A shard directory.", show_default=False)
+]
+EpSize = Annotated[
+    int,
+    typer.Option("--ep-size", min=1, help="Number of expert-parallel ranks.", show_default=False),
+]
+Placement = Annotated[
+    PlacementName, typer.Option("--placement", help="vLLM's --expert-placement-strategy.")
+]
+ExpertMap = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--expert-map",
+        metavar="FILE",
+        help="JSON: per rank the global expert ids in slot order, or vLLM's expert_map. "
+        "See docs/format.md.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Base model directory, or its config.json, to check against.",
+        show_default=False,
+    ),
+]
+NumExperts = Annotated[
+    Optional[int],
+    typer.Option(
+        "--num-experts",
+        min=1,
+        help="Expert count, for an adapter that trains only some and without --model.",
+        show_default=False,
+    ),
+]
+LoraBLayout = Annotated[
+    Optional[LoraBLayoutName],
+    typer.Option(
+        "--lora-b-layout",
+        help="Column order of a fused lora_B whose adapter does not say.",
+        show_default=False,
+    ),
+]
+Orientation = Annotated[
+    Optional[OrientationName],
+    typer.Option(
+        "--orientation",
+        help="Which way round a fused adapter lies, where shapes leave it open.",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    Optional[DtypeName],
+    typer.Option(
+        "--dtype", help="Cast all float tensors; merge is then refused.", show_default=False
+    ),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Read adapter_model.bin with torch.load(weights_only=True)."
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace a finished target directory, atomically.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
+
+
+def split_request(
+    ep_size: int,
+    placement: PlacementName,
+    expert_map: Path | None,
+    model: Path | None,
+    num_experts: int | None,
+    lora_b_layout: LoraBLayoutName | None,
+    orientation: OrientationName | None,
+    dtype: DtypeName | None,
+    allow_pickle: bool,
+) -> SplitRequest:
+    """The request that the options make. Raises for combinations that contradict each other."""
+    from lorashard.options import LayoutOptions  # noqa: PLC0415 - keeps `--help` fast
+    from lorashard.pipeline import SplitRequest  # noqa: PLC0415
+
+    if expert_map is not None and placement != "linear":
+        raise PlacementError(
+            "--expert-map and --placement both say where experts go.", hint="Leave one of them out."
+        )
+    if num_experts is not None and model is not None:
+        raise AdapterError("--model and --num-experts both count experts.", hint="Leave one out.")
+    return SplitRequest(
+        ep_size=ep_size,
+        strategy=placement,
+        expert_map=expert_map,
+        model=model,
+        dtype=dtype,
+        options=LayoutOptions(
+            num_experts=num_experts, lora_b_layout=lora_b_layout, orientation=orientation
+        ),
+        allow_pickle=allow_pickle,
+    )

@@ -1,0 +1,95 @@
+"""`split` and `merge`: one core call each, with progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorashard.adapter import WEIGHTS_NAME
+from lorashard.cli import render
+from lorashard.errors import ShardError
+from lorashard.merge import merge_shards, source_was_pickled
+from lorashard.output import check_target
+from lorashard.pipeline import (
+    SplitRequest,
+    is_shard_directory,
+    prepared_split,
+    read_manifest,
+    write_shards,
+)
+
+
+def targets(adapters: list[Path], out: Path | None, ep_size: int) -> list[tuple[Path, Path]]:
+    """Each adapter with its target: OUT, OUT/NAME-epN for several, or ADAPTER-epN beside it.
+
+    Raises ShardError if two adapters would have the same target.
+    """
+    if out is not None and len(adapters) == 1:
+        return [(adapters[0], out)]
+    jobs = []
+    for adapter in adapters:
+        name = f"{adapter.resolve().name}-ep{ep_size}"
+        jobs.append((adapter, (out or adapter.resolve().parent) / name))
+    taken: dict[Path, Path] = {}
+    for adapter, target in jobs:
+        if target in taken:
+            raise ShardError(
+                f"{taken[target]} and {adapter} would both be written to {target}.",
+                hint="Run them one by one, each with its own -o.",
+            )
+        taken[target] = adapter
+    return jobs
+
+
+def run_split(
+    adapter: Path, out: Path, request: SplitRequest, *, force: bool, dry_run: bool, quiet: bool
+) -> dict[str, Any]:
+    """Split one adapter, or say what would happen; returns what `--json` prints."""
+    check_target(out, force=force, replaceable=is_shard_directory)
+    with prepared_split(adapter, request) as prepared:
+        for note in prepared.notes:
+            render.say(f"note: {note}", quiet=quiet)
+        placement, plan = prepared.placement, prepared.plan
+        total = prepared.source.index.file_size
+        if not dry_run:
+            with render.progress_bar(f"split {adapter.name}", total, quiet=quiet) as progress:
+                write_shards(prepared, out, request, force=force, progress=progress)
+        sizes = [file.size_bytes for file in plan.files]
+        render.say(
+            f"{adapter}: {prepared.layout.num_experts} experts in "
+            f"{len(prepared.layout.modules)} modules on {placement.ep_size} ranks, "
+            f"{render.size(sizes[0])} replicated + {render.size(max(sizes[1:]))} per rank"
+            + (" (dry run, nothing written)" if dry_run else ""),
+            quiet=quiet,
+        )
+        return {
+            "adapter": str(adapter),
+            "out": str(out),
+            "dry_run": dry_run,
+            "num_experts": prepared.layout.num_experts,
+            "num_modules": len(prepared.layout.modules),
+            "placement": placement.strategy,
+            "ep_size": placement.ep_size,
+            "ranks": [list(experts) for experts in placement.ranks],
+            "files": {file.name: file.size_bytes for file in plan.files},
+            "notes": list(prepared.notes),
+        }
+
+
+def run_merge(shards: Path, out: Path, *, force: bool, quiet: bool) -> dict[str, Any]:
+    """Merge shards back; returns what `--json` prints."""
+    manifest = read_manifest(shards)
+    weights = manifest.source.files[WEIGHTS_NAME]
+    with render.progress_bar(f"merge {shards.name}", weights.size_bytes, quiet=quiet) as progress:
+        merge_shards(shards, out, force=force, progress=progress)
+    if source_was_pickled(manifest):
+        render.say(
+            f"note: the source was a pickle; its tensors are given back as {WEIGHTS_NAME}.",
+            quiet=quiet,
+        )
+    return {
+        "shards": str(shards),
+        "out": str(out),
+        "size": weights.size_bytes,
+        "blake3": weights.blake3,
+    }

@@ -1,0 +1,122 @@
+"""Every error that a user can meet, by kind.
+
+`exit_code` is what the command line returns. The first line of a message says what is wrong
+and where; `hint` says what to do next.
+
+    LorashardError                 1  unexpected
+      AdapterError                 3  the adapter cannot be used
+        HeaderError                   a safetensors file is damaged
+        UnsupportedAdapterError       a feature that cannot be served per expert rank
+        LayoutError                   the expert tensors do not fit together
+        NoExpertsError                nothing to split
+      PlacementError               4  experts and ranks do not fit together
+      ShardError                   5  the shard directory cannot be written or believed
+        OutputExistsError             the target is in the way
+        ManifestError                 lorashard.json is missing or damaged
+        VerificationError             the shards are not what the manifest or the source says
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class LorashardError(Exception):
+    """Root of all errors raised on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+
+class AdapterError(LorashardError):
+    """The source adapter cannot be used."""
+
+    exit_code = 3
+
+
+class HeaderError(AdapterError):
+    """A safetensors header is truncated, overlapping, or disagrees with its file."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(
+            f"{os.fspath(path)}: not a valid safetensors file: {reason}.",
+            hint="Copy or download the file again; its size and header must match.",
+        )
+        self.path = os.fspath(path)
+        self.reason = reason
+
+
+class UnsupportedAdapterError(AdapterError):
+    """The adapter uses a feature that has no meaning in a shard directory."""
+
+    def __init__(self, feature: str, where: str, *, hint: str) -> None:
+        super().__init__(f"{where}: {feature} is not supported.", hint=hint)
+        self.feature = feature
+        self.where = where
+
+
+class LayoutError(AdapterError):
+    """Expert tensors are incomplete, contradictory or ambiguous."""
+
+
+class NoExpertsError(AdapterError):
+    """The adapter has no expert weights."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(
+            f"{os.fspath(path)}: no expert weights, so there is nothing to split.",
+            hint="vLLM loads this adapter as it is; expert parallelism does not touch it.",
+        )
+
+
+class PlacementError(LorashardError):
+    """Experts and expert-parallel ranks do not fit together."""
+
+    exit_code = 4
+
+
+class ShardError(LorashardError):
+    """A shard directory cannot be written, read or believed."""
+
+    exit_code = 5
+
+
+class OutputExistsError(ShardError):
+    """The output path holds something already."""
+
+    def __init__(self, path: str | os.PathLike[str], *, reason: str, hint: str) -> None:
+        super().__init__(f"{os.fspath(path)}: {reason}.", hint=hint)
+        self.path = os.fspath(path)
+
+
+class ManifestError(ShardError):
+    """lorashard.json is missing, damaged or from another format version."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], reason: str, *, hint: str | None = None
+    ) -> None:
+        super().__init__(
+            f"{os.fspath(path)}: {reason}.",
+            hint=hint or "Run `lorashard split` again, or copy the whole directory again.",
+        )
+        self.path = os.fspath(path)
+
+
+class VerificationError(ShardError):
+    """The shards are not what they claim to be; `findings` names each place."""
+
+    def __init__(self, path: str | os.PathLike[str], findings: tuple[str, ...]) -> None:
+        count = len(findings)
+        noun = "thing is" if count == 1 else "things are"
+        super().__init__(
+            f"{os.fspath(path)}: {count} {noun} wrong; first: {findings[0]}",
+            hint="Do not serve this directory. Run `lorashard split` again from the source.",
+        )
+        self.findings = findings

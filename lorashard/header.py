@@ -1,0 +1,166 @@
+"""The safetensors header: bytes <-> values. Nothing here opens a file.
+
+Format: 8 bytes little-endian header length, that many bytes of JSON, then the data. A header is
+believed only after every check that the reference implementation makes (safetensors
+`Metadata::validate`), because the offsets in it decide what is read and where it goes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from lorashard.errors import HeaderError
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+
+ELEMENT_SIZE: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of one file. `begin` and `end` are bytes from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A validated header. `tensors` are in file order and tile [data_begin, file_size)."""
+
+    tensors: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    data_begin: int
+    file_size: int
+
+
+def header_length(prefix: bytes, file_size: int, path: str) -> int:
+    """Bytes of JSON that follow the 8-byte `prefix`; checked before they are read."""
+    if len(prefix) < LENGTH_BYTES:
+        raise HeaderError(path, f"{file_size} bytes are too few for a header")
+    (length,) = struct.unpack("<Q", prefix[:LENGTH_BYTES])
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(path, f"header length {length} is over {MAX_HEADER_BYTES}")
+    if LENGTH_BYTES + length > file_size:
+        raise HeaderError(path, f"header length {length} is past the end ({file_size} bytes)")
+    return int(length)
+
+
+def parse_header(raw: bytes, file_size: int, path: str) -> Header:
+    """Parse and validate the JSON part `raw` of a header.
+
+    Raises HeaderError unless the tensors tile the data area without hole or overlap, each size
+    fits its dtype and shape, and the file ends with the last tensor.
+    """
+    parsed = _decode(raw, path)
+    metadata = parsed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise HeaderError(path, "__metadata__ is not a map of strings")
+    _refuse_duplicate_keys(raw, len(parsed), path)
+
+    data_begin = LENGTH_BYTES + len(raw)
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # a few shapes serve 100,000 tensors
+    entries = [_parse_entry(name, info, data_begin, shapes, path) for name, info in parsed.items()]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    _check_tiling(entries, data_begin, file_size, path)
+    return Header(tuple(entries), metadata, data_begin, file_size)
+
+
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, tuple[TensorEntry, ...]]:
+    """Lay out (name, dtype, shape) triples as the reference writer does.
+
+    Returns the bytes from the start of the file to the data, and each tensor's place. Order:
+    wider dtypes first, then by name, so that every tensor is aligned to its element size.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-ELEMENT_SIZE[tensor[1]], tensor[0]))
+    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name, dtype, shape in ordered:
+        end = offset + prod(shape) * ELEMENT_SIZE[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    raw = struct.pack("<Q", len(text)) + text
+    begin = len(raw)
+    entries = []
+    for name, dtype, shape in ordered:
+        end = begin + prod(shape) * ELEMENT_SIZE[dtype]
+        entries.append(TensorEntry(name, dtype, shape, begin, end))
+        begin = end
+    return raw, tuple(entries)
+
+
+def _decode(raw: bytes, path: str) -> dict[str, object]:
+    if not raw.startswith(b"{"):
+        raise HeaderError(path, "the header does not start with '{'")
+    try:
+        parsed = json.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as err:
+        raise HeaderError(path, f"the header is not JSON ({err})") from err
+    if not isinstance(parsed, dict):
+        raise HeaderError(path, "the header is not a JSON object")
+    return parsed
+
+
+def _refuse_duplicate_keys(raw: bytes, num_tensors: int, path: str) -> None:
+    # json.loads keeps the last of two equal keys, another reader may keep the first. Counting is
+    # exact: a quote inside a JSON string is escaped, so these bytes occur as keys only. It costs
+    # a tenth of an object_pairs_hook on a header of 34,560 tensors.
+    for key in (b'"dtype"', b'"shape"', b'"data_offsets"'):
+        if raw.count(key) != num_tensors:
+            raise HeaderError(path, "a tensor or a field stands in the header twice")
+
+
+def _parse_entry(
+    name: str,
+    info: object,
+    data_begin: int,
+    shapes: dict[tuple[int, ...], tuple[int, ...]],
+    path: str,
+) -> TensorEntry:
+    try:
+        dtype, shape_list, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]  # type: ignore[index]
+        shape = tuple(shape_list)
+        integers = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError) as err:
+        raise HeaderError(path, f"{name}: dtype, shape or data_offsets is missing") from err
+    if not integers:
+        raise HeaderError(path, f"{name}: shape and data_offsets must be integers >= 0")
+    element_size = ELEMENT_SIZE.get(dtype) if isinstance(dtype, str) else None
+    if element_size is None:
+        raise HeaderError(path, f"{name}: dtype {dtype!r} is not known")
+    if end - begin != prod(shape) * element_size:
+        raise HeaderError(path, f"{name}: {dtype} {list(shape)} is not {end - begin} bytes")
+    shape = shapes.setdefault(shape, shape)
+    return TensorEntry(name, dtype, shape, data_begin + begin, data_begin + end)
+
+
+def _check_tiling(entries: list[TensorEntry], data_begin: int, file_size: int, path: str) -> None:
+    position = data_begin
+    for entry in entries:
+        if entry.begin != position:
+            kind = "overlaps its neighbour" if entry.begin < position else "leaves a hole"
+            raise HeaderError(path, f"{entry.name} {kind} at byte {position}")
+        position = entry.end
+    if position != file_size:
+        raise HeaderError(path, f"tensors end at byte {position}, the file at {file_size}")

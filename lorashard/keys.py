@@ -1,0 +1,161 @@
+"""Tensor names -> what they name. Pure; the only place that knows how writers spell keys.
+
+The layout numbers (L1 ... L15) are those of docs/adapter-layouts.md.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Projection = Literal["gate_proj", "up_proj", "down_proj", "gate_up_proj"]
+Matrix = Literal["lora_A", "lora_B"]
+
+# How the tensor holds its experts:
+#   expert      one expert's 2-D factor                                 L1, L9, L15
+#   stacked     expert-agnostic name, dim 0 = experts, or shared by all L8 to L12, L14
+#   inner       PEFT fused, the innermost wrapped parameter             L2, L3, L6, L7
+#   outer       PEFT fused, the outermost (or only) wrapped parameter   L2, L3, L4, L6, L7
+#   parameter   PEFT fused, the parameter stands in the name            L5
+#   native      NeMo AutoModel's own orientation, [E, in, r]            L13
+Kind = Literal["expert", "stacked", "inner", "outer", "parameter", "native"]
+
+PEFT_PREFIX = "base_model.model."
+
+_PROJECTIONS: dict[str, Projection] = {
+    "gate_proj": "gate_proj", "w1": "gate_proj",
+    "up_proj": "up_proj", "w3": "up_proj",
+    "down_proj": "down_proj", "w2": "down_proj",
+    "gate_up_proj": "gate_up_proj",
+    # unsloth's per-expert 4-bit gpt-oss (L15)
+    "gate_up_projs": "gate_up_proj", "down_projs": "down_proj",
+    # granitemoe's ParallelExperts modules (L5)
+    "input_linear": "gate_up_proj", "output_linear": "down_proj",
+    # NeMo AutoModel (L13)
+    "gate_and_up": "gate_up_proj", "down": "down_proj",
+}  # fmt: skip
+
+_PREFIX = r"(?:base_model\.model\.)?"
+_CONTAINER = r"(?P<module>(?:[^ ]+\.)?experts)"
+_MATRIX = r"\.(?P<matrix>lora_[AB])(?:\.weight)?"
+
+_EXPERT = re.compile(rf"{_PREFIX}{_CONTAINER}\.(?P<expert>[0-9]+)\.(?P<projection>\w+){_MATRIX}")
+_PROJECTION_LIST = re.compile(
+    rf"{_PREFIX}{_CONTAINER}\.(?P<projection>gate_up_projs|down_projs)\.(?P<expert>[0-9]+){_MATRIX}"
+)
+_STACKED = re.compile(rf"{_PREFIX}{_CONTAINER}\.(?P<projection>\w+){_MATRIX}")
+_INNER = re.compile(rf"{_PREFIX}{_CONTAINER}\.base_layer{_MATRIX}")
+_OUTER = re.compile(rf"{_PREFIX}{_CONTAINER}{_MATRIX}")
+_PARAMETER = re.compile(
+    rf"{_PREFIX}(?P<module>(?:[^ ]+\.)?block_sparse_moe)"
+    rf"\.(?P<projection>input_linear|output_linear){_MATRIX}"
+)
+_NATIVE = re.compile(
+    rf"{_PREFIX}{_CONTAINER}\.lora_(?P<projection>gate_and_up|down)_(?P<matrix>[AB])"
+)
+_DENSE_NAME = re.compile(
+    rf"{_PREFIX}(?P<module>[^ ]+)\.(?P<projection>gate_proj|up_proj|down_proj){_MATRIX}"
+)
+_LORA = re.compile(
+    rf"{_PREFIX}(?P<module>[^ ]+?)\.(?P<matrix>lora_[AB]|lora_embedding_[AB])(?:\.weight)?"
+)
+# Full weights that PEFT saves beside the factors: a classifier head (modules_to_save), and the
+# embeddings when they are trained or resized.
+_FULL_WEIGHT = re.compile(
+    rf"{_PREFIX}(?:[^ ]+\.)?(?:(?:score|classifier)(?:\.[^ ]+)?\.(?:weight|bias)"
+    r"|(?:embed_tokens|lm_head)(?:\.base_layer)?\.weight)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertKey:
+    """A tensor that belongs to routed experts.
+
+    module: the experts container without PEFT's prefix, e.g. `model.layers.3.mlp.experts`.
+    projection: None where the name does not say (kinds inner and outer).
+    expert: None where the tensor holds several experts.
+    """
+
+    kind: Kind
+    module: str
+    projection: Projection | None
+    matrix: Matrix
+    expert: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraKey:
+    """A LoRA factor of a module that every rank needs. `embedding` factors lie transposed."""
+
+    module: str
+    matrix: Matrix
+    embedding: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FullWeightKey:
+    """A whole weight that is carried along: a classifier head or embeddings."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownKey:
+    """A name that no known writer uses; `reason` says what is odd about it."""
+
+    reason: str
+
+
+ParsedKey = ExpertKey | LoraKey | FullWeightKey | UnknownKey
+
+
+def parse_key(name: str, num_dims: int) -> ParsedKey:
+    """Say what a tensor name means. Expert ids are integers, never strings to sort by."""
+    # The first pattern matches nearly every key of a per-expert adapter, so it comes first.
+    if match := _EXPERT.fullmatch(name) or _PROJECTION_LIST.fullmatch(name):
+        return _expert_key("expert", match, expert=int(match["expert"]))
+    if match := _INNER.fullmatch(name):
+        return ExpertKey("inner", match["module"], None, _matrix(match), None)
+    if match := _OUTER.fullmatch(name):
+        return ExpertKey("outer", match["module"], None, _matrix(match), None)
+    if match := _PARAMETER.fullmatch(name):
+        return _expert_key("parameter", match, module=f"{match['module']}.experts")
+    if match := _NATIVE.fullmatch(name):
+        return _expert_key("native", match)
+    if match := _STACKED.fullmatch(name):
+        return _expert_key("stacked", match)
+    if num_dims == 3 and (match := _DENSE_NAME.fullmatch(name)):
+        return _expert_key("stacked", match, module=f"{match['module']}.experts")
+    return _parse_other(name, num_dims)
+
+
+def _expert_key(
+    kind: Kind, match: re.Match[str], *, module: str | None = None, expert: int | None = None
+) -> ParsedKey:
+    projection = _PROJECTIONS.get(match["projection"])
+    if projection is None:
+        return UnknownKey(f"{match['projection']!r} is no known projection of an expert")
+    return ExpertKey(kind, module or match["module"], projection, _matrix(match), expert)
+
+
+def _matrix(match: re.Match[str]) -> Matrix:
+    return "lora_A" if match["matrix"].endswith("A") else "lora_B"
+
+
+def _parse_other(name: str, num_dims: int) -> ParsedKey:
+    for marker, reason in (
+        ("lora_magnitude_vector", "DoRA"),
+        (".lora_A.bias", "a LoRA bias"),
+        (".lora_B.bias", "a LoRA bias"),
+        ("trainable_tokens", "trainable tokens"),
+    ):
+        if marker in name:
+            return UnknownKey(reason)
+    if "experts" in name.split("."):
+        return UnknownKey("an expert tensor in a layout that is not known")
+    if match := _LORA.fullmatch(name):
+        if num_dims != 2:
+            return UnknownKey(f"a LoRA factor with {num_dims} dimensions outside of experts")
+        return LoraKey(match["module"], _matrix(match), "embedding" in match["matrix"])
+    if _FULL_WEIGHT.fullmatch(name):
+        return FullWeightKey()
+    return UnknownKey("not a LoRA factor")

@@ -1,0 +1,162 @@
+"""Tensor names and shapes -> what they mean: AdapterIndex -> AdapterLayout. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorashard.adapter import AdapterIndex, LoraConfig
+from lorashard.errors import LayoutError, NoExpertsError, UnsupportedAdapterError
+from lorashard.experts import ExpertModule, build_module
+from lorashard.factors import ContainerFactors, ContainerTensors, read_container
+from lorashard.header import TensorEntry
+from lorashard.keys import ExpertKey, LoraKey, UnknownKey, parse_key
+from lorashard.options import LayoutOptions, gate_up_named
+
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """The meaning of every tensor: expert modules in the order of the file, and the rest.
+
+    gate_up_known: False where neither the model nor the adapter says how gate and up rows lie,
+    so that "concatenated" is assumed.
+    """
+
+    num_experts: int
+    modules: tuple[ExpertModule, ...]
+    replicated: tuple[TensorEntry, ...]
+    gate_up_known: bool
+
+
+def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> AdapterLayout:
+    """Give every tensor its meaning. `where` names the adapter in messages.
+
+    Raises NoExpertsError, LayoutError or UnsupportedAdapterError; guesses neither an orientation
+    nor an expert count.
+    """
+    tensors, replicated, lora_keys = _collect(index, where)
+    if not tensors:
+        raise NoExpertsError(where)
+    _check_replicated_ranks(lora_keys, index.config)
+    containers = {
+        name: read_container(name, found, index.config, options, _hidden_size(name, lora_keys))
+        for name, found in tensors.items()
+    }
+    num_experts = _count_experts(containers, options)
+    gate_up = options.gate_up or gate_up_named(
+        index.config.base_model, index.config.base_model_class
+    )
+    modules = tuple(
+        build_module(name, container, num_experts, gate_up, index.config)
+        for name, container in containers.items()
+    )
+    known = gate_up is not None or all(m.gate_up in ("split", "none") for m in modules)
+    return AdapterLayout(num_experts, modules, tuple(replicated), known)
+
+
+def _collect(
+    index: AdapterIndex, where: str
+) -> tuple[dict[str, ContainerTensors], list[TensorEntry], list[tuple[LoraKey, TensorEntry]]]:
+    containers: dict[str, ContainerTensors] = {}
+    replicated: list[TensorEntry] = []
+    lora_keys: list[tuple[LoraKey, TensorEntry]] = []
+    for entry in index.tensors:
+        key = parse_key(entry.name, len(entry.shape))
+        if isinstance(key, ExpertKey):
+            if entry.dtype not in FLOAT_DTYPES:
+                raise LayoutError(f"{entry.name}: dtype {entry.dtype} is no LoRA factor's.")
+            container = containers.get(key.module)
+            if container is None:
+                container = containers[key.module] = ContainerTensors()
+            container.add(key, entry)
+        elif isinstance(key, UnknownKey):
+            raise UnsupportedAdapterError(
+                key.reason,
+                f"{where}: tensor {entry.name} {list(entry.shape)}",
+                hint="docs/adapter-layouts.md lists the layouts that lorashard reads.",
+            )
+        else:
+            replicated.append(entry)
+            if isinstance(key, LoraKey):
+                lora_keys.append((key, entry))
+    return containers, replicated, lora_keys
+
+
+def _check_replicated_ranks(
+    lora_keys: Sequence[tuple[LoraKey, TensorEntry]], config: LoraConfig
+) -> None:
+    """A factor whose r is not the config's may be a stack of experts under an unknown name.
+
+    To replicate such a tensor would serve wrong experts without a word.
+    """
+    for key, entry in lora_keys:
+        lora_rank = entry.shape[0] if key.matrix == "lora_A" else entry.shape[1]
+        expected = config.rank_of(key.module)
+        # A router that is a bare parameter is matched with the parameter's name at the end.
+        if lora_rank not in (expected, config.rank_of(f"{key.module}.weight")):
+            raise LayoutError(
+                f"{entry.name} {list(entry.shape)} has r={lora_rank}, adapter_config.json says "
+                f"{expected}.",
+                hint="If it holds several experts, its layout is not known; if not, the config is "
+                "not the one of this file.",
+            )
+
+
+def _hidden_size(module: str, lora_keys: Sequence[tuple[LoraKey, TensorEntry]]) -> int | None:
+    """The model's hidden size as the attention of the same layers shows it, if it agrees."""
+    stem = module.partition(".layers.")[0]
+    sizes = {
+        entry.shape[1]
+        for key, entry in lora_keys
+        if key.matrix == "lora_A"
+        and key.module.startswith(f"{stem}.layers.")
+        and key.module.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")
+    }
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _count_experts(containers: Mapping[str, ContainerFactors], options: LayoutOptions) -> int:
+    stacked: dict[int, str] = {}  # expert counts that tensors state, each with one that does
+    seen: set[int] = set()
+    last = ""
+    for container in containers.values():
+        for factors in container.factors.values():
+            for factor in factors:
+                if factor.experts is None:
+                    continue
+                last = factor.entry.name
+                seen.update(factor.experts)
+                if len(factor.experts) > 1 or len(factor.entry.shape) == 3:
+                    stacked[len(factor.experts)] = last
+    known = options.num_experts
+    if len(stacked) > 1:
+        (count_a, name_a), (count_b, name_b) = list(stacked.items())[:2]
+        raise LayoutError(
+            f"{name_a} holds {count_a} experts, {name_b} holds {count_b}.",
+            hint="Is adapter_config.json the one of this file (r, rank_pattern)?",
+        )
+    if stacked:
+        ((counted, name),) = stacked.items()
+        if known not in (None, counted):
+            raise LayoutError(
+                f"{name} holds {counted} experts, the model has {known}.",
+                hint="Is --model the base model, and do r and rank_pattern fit the file?",
+            )
+        known = counted
+    if known is None:
+        if not seen or seen != set(range(len(seen))):
+            listed = ", ".join(map(str, sorted(seen)[:8])) or "none by number"
+            raise LayoutError(
+                f"The adapter trains experts {listed} and does not say how many there are.",
+                hint="Give --model MODEL_DIR or --num-experts N.",
+            )
+        known = len(seen)
+    beyond = [expert for expert in sorted(seen) if expert >= known]
+    if beyond:
+        raise LayoutError(
+            f"{last}: the adapter trains expert {beyond[0]}, the model has {known} experts.",
+            hint="Is --model the base model of this adapter?",
+        )
+    return known

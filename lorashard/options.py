@@ -1,0 +1,106 @@
+"""What the user or the base model says that the adapter's own files do not. Pure values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorashard.errors import AdapterError
+
+LoraBLayout = Literal["rank_major", "grouped_by_expert"]
+Orientation = Literal["standard", "transposed"]
+GateUp = Literal["split", "concatenated", "interleaved", "none"]
+
+_EXPERT_COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+# What goes in and out of the experts; nemotron_h and muse_spark can have them narrower.
+_EXPERT_WIDTH_KEYS = ("moe_latent_size", "moe_hidden_size", "hidden_size")
+_NESTED_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config")
+
+# gpt-oss stores gate and up rows alternately (transformers GptOssExperts; vLLM
+# lora/layers/fused_moe.py:553 treats the same architecture apart).
+_INTERLEAVED_MODEL_TYPES = frozenset({"gpt_oss"})
+# Experts without a gate: up, squared ReLU, down.
+_NON_GATED_MODEL_TYPES = frozenset({"nemotron_h"})
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutOptions:
+    """Facts that decide between readings of the same tensors. None = not known.
+
+    gate_up: how the base model stores gate and up rows.
+    num_expert_group: > 1 lets vLLM place experts round-robin.
+    """
+
+    num_experts: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    gate_up: GateUp | None = None
+    lora_b_layout: LoraBLayout | None = None
+    orientation: Orientation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a base model's config.json says about its experts."""
+
+    model_type: str
+    num_experts: int | None
+    hidden_size: int | None
+    intermediate_size: int | None
+    gate_up: GateUp
+    num_expert_group: int | None
+
+
+def parse_model_config(config: Mapping[str, Any], where: str) -> ModelFacts:
+    """Read a Hugging Face config.json; multimodal models keep the text model's part nested.
+
+    Raises AdapterError if it names no experts.
+    """
+    text = _text_config(config)
+    num_experts = next((_count(text[key]) for key in _EXPERT_COUNT_KEYS if text.get(key)), None)
+    if num_experts is None:
+        raise AdapterError(
+            f"{where}: no expert count ({', '.join(_EXPERT_COUNT_KEYS)}).",
+            hint="Is this the base model of the adapter? --num-experts gives the count directly.",
+        )
+    model_type = str(text.get("model_type") or config.get("model_type") or "")
+    return ModelFacts(
+        model_type=model_type,
+        num_experts=num_experts,
+        hidden_size=next((_count(text[key]) for key in _EXPERT_WIDTH_KEYS if text.get(key)), None),
+        intermediate_size=_count(text.get("moe_intermediate_size")),
+        gate_up=gate_up_of(model_type),
+        num_expert_group=_count(text.get("n_group")),
+    )
+
+
+def gate_up_of(model_type: str) -> GateUp:
+    """How a model of this type stores the gate and up rows of its fused experts."""
+    if any(model_type.startswith(known) for known in _INTERLEAVED_MODEL_TYPES):
+        return "interleaved"
+    if any(model_type.startswith(known) for known in _NON_GATED_MODEL_TYPES):
+        return "none"
+    return "concatenated"
+
+
+def gate_up_named(base_model: str | None, base_model_class: str | None) -> GateUp | None:
+    """The same, as far as the adapter's config names its base model."""
+    named = f"{base_model or ''} {base_model_class or ''}".lower().replace("-", "_")
+    if "gpt_oss" in named or "gptoss" in named:
+        return "interleaved"
+    return "concatenated" if named.strip() else None
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in _NESTED_CONFIGS:
+        nested = config.get(key)
+        if isinstance(nested, dict) and not any(config.get(k) for k in _EXPERT_COUNT_KEYS):
+            return _text_config(nested)
+    return config
+
+
+def _count(value: Any) -> int | None:
+    if isinstance(value, list) and value and len(set(map(str, value))) == 1:
+        value = value[0]  # one number per layer or modality, all the same
+    return value if type(value) is int and value > 0 else None

@@ -1,0 +1,259 @@
+"""`split`, stage by stage: read -> layout -> placement -> plan -> execute -> manifest.
+
+The page to read first. Nothing is decided here; every stage is one call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from blake3 import blake3
+
+from lorashard import __version__
+from lorashard.adapter import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
+from lorashard.errors import AdapterError, LorashardError, ManifestError
+from lorashard.execute import Digests, LocalFile, Progress, execute_plan
+from lorashard.experts import ExpertModule
+from lorashard.layout import AdapterLayout, detect_layout
+from lorashard.manifest import (
+    MANIFEST_NAME,
+    FileDigest,
+    Manifest,
+    ModuleInfo,
+    ShardFile,
+    SourceInfo,
+    format_manifest,
+    parse_manifest,
+)
+from lorashard.options import LayoutOptions, ModelFacts
+from lorashard.output import check_target, staged_directory
+from lorashard.pickled import convert_pickle, pickle_digest
+from lorashard.placement import (
+    Placement,
+    bind_layers,
+    explicit_placement,
+    linear_placement,
+    round_robin_placement,
+)
+from lorashard.plan import ShardPlan, build_plan
+from lorashard.read import AdapterSource, find_adapter, read_adapter, read_json, read_model_facts
+
+Strategy = Literal["linear", "round_robin"]
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRequest:
+    """What the user asks for. `options` are the flags that decide between layouts.
+
+    expert_map: a JSON file with an explicit placement; it wins over `strategy`.
+    model: a base model's directory or config.json, to check against.
+    dtype: torch name to cast every float tensor to, or None.
+    """
+
+    ep_size: int
+    strategy: Strategy = "linear"
+    expert_map: Path | None = None
+    model: Path | None = None
+    dtype: str | None = None
+    options: LayoutOptions = LayoutOptions()
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSplit:
+    """Everything decided, nothing written. `notes` are worth telling the user."""
+
+    source: AdapterSource
+    options: LayoutOptions
+    layout: AdapterLayout
+    placement: Placement
+    plan: ShardPlan
+    notes: tuple[str, ...]
+
+
+def split_adapter(
+    adapter: Path,
+    out: Path,
+    request: SplitRequest,
+    *,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> Manifest:
+    """Write the shard directory `out`. It appears whole or not at all.
+
+    progress: called with source bytes done since the last call.
+    Raises AdapterError, PlacementError or ShardError.
+    """
+    check_target(out, force=force, replaceable=is_shard_directory)
+    with prepared_split(adapter, request) as prepared:
+        return write_shards(prepared, out, request, force=force, progress=progress)
+
+
+@contextmanager
+def prepared_split(adapter: Path, request: SplitRequest) -> Iterator[PreparedSplit]:
+    """Read headers and decide everything. The source stays readable inside the block."""
+    with opened_adapter(adapter, allow_pickle=request.allow_pickle) as source:
+        facts = read_model_facts(request.model) if request.model else None
+        options = merge_facts(request.options, facts)
+        layout = detect_layout(source.index, options, str(adapter))
+        placement = _placement(request, layout)
+        dtype = DTYPES[request.dtype] if request.dtype else None
+        plan = build_plan(layout, placement, dtype)
+        options = replace(options, num_experts=layout.num_experts)
+        notes = _notes(request, facts, layout)
+        yield PreparedSplit(source, options, layout, placement, plan, notes)
+
+
+@contextmanager
+def opened_adapter(adapter: Path, *, allow_pickle: bool) -> Iterator[AdapterSource]:
+    """Read an adapter's headers; a pickled one is converted into a temporary file first."""
+    directory = find_adapter(adapter)
+    if (
+        allow_pickle
+        and not (directory / WEIGHTS_NAME).exists()
+        and (directory / PICKLE_NAME).exists()
+    ):
+        with convert_pickle(directory) as converted:
+            yield read_adapter(converted)
+    else:
+        yield read_adapter(directory)
+
+
+def write_shards(
+    prepared: PreparedSplit, out: Path, request: SplitRequest, *, force: bool, progress: Progress
+) -> Manifest:
+    """Carry out a prepared split."""
+    source = prepared.source
+    with staged_directory(
+        out, last=MANIFEST_NAME, force=force, replaceable=is_shard_directory
+    ) as staging:
+        weights = LocalFile(source.weights_path)
+        try:
+            digests = execute_plan(prepared.plan, weights, source.header, staging, progress)
+        finally:
+            weights.close()
+        manifest = _manifest(prepared, request, digests)
+        write_synced(staging / CONFIG_NAME, source.config_bytes)
+        write_synced(staging / MANIFEST_NAME, format_manifest(manifest))
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a shard directory. Raises ManifestError if it has none, or a damaged one."""
+    path = directory / MANIFEST_NAME
+    try:
+        raw = path.read_bytes()
+    except OSError as err:
+        reason = "not a finished shard directory" if directory.is_dir() else "no such directory"
+        raise ManifestError(path, reason) from err
+    return parse_manifest(raw, str(path))
+
+
+def is_shard_directory(path: Path) -> bool:
+    """Whether `path` is a finished shard directory and nothing else."""
+    try:
+        known = {MANIFEST_NAME, CONFIG_NAME, *read_manifest(path).files}
+    except LorashardError:
+        return False
+    return set(os.listdir(path)) <= known
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a small file and sync it to disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def merge_facts(options: LayoutOptions, facts: ModelFacts | None) -> LayoutOptions:
+    """Flags first, then what the model's config.json says."""
+    if facts is None:
+        return options
+    if options.num_experts not in (None, facts.num_experts):
+        raise AdapterError(
+            f"--num-experts is {options.num_experts}, the model has {facts.num_experts} experts.",
+            hint="Leave --num-experts out when --model is given.",
+        )
+    return replace(
+        options,
+        num_experts=facts.num_experts,
+        hidden_size=options.hidden_size or facts.hidden_size,
+        intermediate_size=options.intermediate_size or facts.intermediate_size,
+        gate_up=options.gate_up or facts.gate_up,
+    )
+
+
+def _placement(request: SplitRequest, layout: AdapterLayout) -> Placement:
+    num_experts, ep_size = layout.num_experts, request.ep_size
+    if request.expert_map is not None:
+        spec = read_json(request.expert_map)
+        placement = explicit_placement(spec, num_experts, ep_size)
+        return bind_layers(placement, [module.name for module in layout.modules])
+    if request.strategy == "round_robin":
+        return round_robin_placement(num_experts, ep_size)
+    return linear_placement(num_experts, ep_size)
+
+
+def _notes(
+    request: SplitRequest, facts: ModelFacts | None, layout: AdapterLayout
+) -> tuple[str, ...]:
+    notes = []
+    if not layout.gate_up_known:
+        notes.append(
+            "Neither the adapter nor --model names the base model; gate and up rows are taken as "
+            "concatenated (only gpt-oss interleaves them). --model makes sure."
+        )
+    grouped = facts is not None and (facts.num_expert_group or 1) > 1
+    if request.strategy == "round_robin" and facts is not None and not grouped:
+        notes.append(
+            f"vLLM places the experts of {facts.model_type} linearly even with round_robin asked "
+            "for: the model has no expert groups."
+        )
+    if layout.num_experts < request.ep_size:
+        notes.append(
+            f"{request.ep_size - layout.num_experts} of {request.ep_size} ranks hold no expert."
+        )
+    return tuple(notes)
+
+
+def _manifest(prepared: PreparedSplit, request: SplitRequest, digests: Digests) -> Manifest:
+    source = prepared.source
+    weights = FileDigest(source.index.file_size, digests.source)
+    config = FileDigest(len(source.config_bytes), blake3(source.config_bytes).hexdigest())
+    pickled = pickle_digest(source.config_path.parent)
+    files = {CONFIG_NAME: config, WEIGHTS_NAME: weights} | (
+        {PICKLE_NAME: FileDigest(*pickled)} if pickled else {}
+    )
+    return Manifest(
+        lorashard_version=__version__,
+        source=SourceInfo(repo=None, revision=None, files=files, header=source.header),
+        options=prepared.options,
+        dtype=DTYPES[request.dtype] if request.dtype else None,
+        gate_up_known=prepared.layout.gate_up_known,
+        placement=prepared.placement,
+        modules={module.name: describe_module(module) for module in prepared.layout.modules},
+        files={
+            file.name: ShardFile(FileDigest(file.size_bytes, digest), file.tensors)
+            for file, digest in zip(prepared.plan.files, digests.files)
+        },
+    )
+
+
+def describe_module(module: ExpertModule) -> ModuleInfo:
+    """What the manifest says about one experts container."""
+    return ModuleInfo(
+        layout=module.layout,
+        source_layout=module.source_layout,
+        gate_up=module.gate_up,
+        lora_rank=module.lora_rank,
+        scaling=dict(module.scaling),
+        absent_experts=module.absent_experts,
+        expert_lora_ranks={p: dict(odd) for p, odd in module.expert_lora_ranks.items()},
+    )

@@ -1,0 +1,193 @@
+"""A shard directory -> what is wrong with it. Reads every byte of it once.
+
+Checked: the manifest and each file's structure, that each expert stands exactly where the
+placement wants it, every digest, and that no value is infinite or NaN. `against` proves the
+values themselves, with code of its own (reference.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from lorashard.adapter import CONFIG_NAME
+from lorashard.errors import LorashardError, ShardError
+from lorashard.execute import LocalFile, Progress
+from lorashard.header import ELEMENT_SIZE, TensorEntry
+from lorashard.manifest import MANIFEST_NAME, Manifest, ShardFile
+from lorashard.pipeline import read_manifest
+from lorashard.placement import linear_placement, round_robin_placement
+from lorashard.plan import REPLICATED_NAME
+from lorashard.read import find_adapter, read_config
+from lorashard.rearrange import TORCH_DTYPES
+from lorashard.reference import compare_with_source
+from lorashard.shard import check_file
+
+if TYPE_CHECKING:
+    import torch
+
+_STEP = 2 * 2**20
+_READERS = 2
+
+
+def verify_shards(
+    shards: Path,
+    *,
+    against: Path | None = None,
+    allow_pickle: bool = False,
+    progress: Progress = lambda _: None,
+) -> tuple[str, ...]:
+    """Every fault found, one sentence each; empty if the directory is what it claims to be.
+
+    progress: called with bytes read since the last call.
+    Raises ManifestError if there is no manifest to hold anything against.
+    """
+    manifest = read_manifest(shards)
+    findings = [*_check_placement(manifest), *_check_config(manifest, shards)]
+    sound = []
+    for name, recorded in manifest.files.items():
+        try:
+            check_file(shards / name, recorded)
+            sound.append(name)
+        except ShardError as err:
+            findings.append(err.message)
+        findings.extend(_check_coverage(manifest, name))
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        checks = [pool.submit(_check_bytes, manifest, shards, name, progress) for name in sound]
+        for check in checks:
+            findings.extend(check.result())
+    findings.extend(_unexpected_files(manifest, shards))
+    if against is not None and not findings:
+        raw = json.loads((shards / MANIFEST_NAME).read_bytes())
+        source = find_adapter(against)
+        findings.extend(
+            compare_with_source(shards, source, raw, progress, allow_pickle=allow_pickle)
+        )
+    return tuple(findings)
+
+
+def _check_placement(manifest: Manifest) -> Iterator[str]:
+    placement = manifest.placement
+    rules = {"linear": linear_placement, "round_robin": round_robin_placement}
+    rule = rules.get(placement.strategy)
+    if rule and rule(placement.num_experts, placement.ep_size).ranks != placement.ranks:
+        yield (
+            f"{MANIFEST_NAME}: the ranks listed are not the {placement.strategy} placement of "
+            f"{placement.num_experts} experts on {placement.ep_size} ranks"
+        )
+
+
+def _check_config(manifest: Manifest, shards: Path) -> Iterator[str]:
+    recorded = manifest.source.files.get(CONFIG_NAME)
+    try:
+        content = read_config(shards / CONFIG_NAME)
+    except LorashardError as err:
+        yield err.message
+        return
+    if recorded is None or blake3(content).hexdigest() != recorded.blake3:
+        yield f"{shards / CONFIG_NAME}: BLAKE3 differs from the manifest's"
+
+
+def _check_coverage(manifest: Manifest, name: str) -> Iterator[str]:
+    """Each module's stacks stand in each rank file, one slot for each expert of the placement."""
+    if name == REPLICATED_NAME:
+        return
+    ep_rank = list(manifest.files).index(name) - 1
+    shapes = {entry.name: entry.shape for entry in manifest.files[name].tensors}
+    shared = {entry.name for entry in manifest.files[REPLICATED_NAME].tensors}
+    expected = set()
+    for module, info in manifest.modules.items():
+        experts = manifest.placement.ranks_of(module)[ep_rank]
+        for projection in info.scaling:
+            for matrix in ("lora_A", "lora_B"):
+                tensor = f"{module}.{projection}.{matrix}"
+                if tensor in shared:
+                    continue
+                expected.add(tensor)
+                shape = shapes.get(tensor)
+                if shape is None:
+                    yield f"{name}: {tensor} is missing"
+                elif len(shape) != 3 or shape[0] != len(experts):
+                    yield (
+                        f"{name}: {tensor} is {list(shape)}, the placement puts "
+                        f"{len(experts)} experts on rank {ep_rank}"
+                    )
+    for tensor in sorted(set(shapes) - expected):
+        yield f"{name}: {tensor} belongs to no module of the manifest"
+
+
+def _unexpected_files(manifest: Manifest, shards: Path) -> Iterator[str]:
+    known = {MANIFEST_NAME, CONFIG_NAME, *manifest.files}
+    for name in sorted(set(os.listdir(shards)) - known):
+        yield f"{shards / name}: not part of a shard directory"
+
+
+def _check_bytes(manifest: Manifest, shards: Path, name: str, progress: Progress) -> list[str]:
+    """Digest a file and look at its values, in one pass with one buffer."""
+    recorded = manifest.files[name]
+    file = LocalFile(shards / name)
+    buffer = memoryview(bytearray(_STEP))
+    digest = blake3()
+    findings: list[str] = []
+    try:
+        for entry, begin, end in _pieces(recorded):
+            data = buffer[: end - begin]
+            file.read_into(data, begin)
+            digest.update(data)
+            if entry is not None and entry.dtype in TORCH_DTYPES and not _all_finite(data, entry):
+                findings.append(_name_value(manifest, name, entry, data, begin))
+            progress(end - begin)
+    finally:
+        file.close()
+    if digest.hexdigest() != recorded.digest.blake3:
+        findings.append(f"{shards / name}: BLAKE3 differs from the manifest's")
+    return findings
+
+
+def _pieces(recorded: ShardFile) -> Iterator[tuple[TensorEntry | None, int, int]]:
+    """The file front to back: (None, header), then steps that do not cross a tensor."""
+    data_begin = recorded.tensors[0].begin if recorded.tensors else recorded.digest.size_bytes
+    areas = [(None, 0, data_begin), *((e, e.begin, e.end) for e in recorded.tensors)]
+    for entry, begin, end in areas:
+        for start in range(begin, end, _STEP):
+            yield entry, start, min(start + _STEP, end)
+
+
+def _values(data: memoryview, entry: TensorEntry) -> torch.Tensor:
+    import torch
+
+    values = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
+    return values.to(torch.float32) if entry.dtype.startswith("F8") else values
+
+
+def _all_finite(data: memoryview, entry: TensorEntry) -> bool:
+    import torch
+
+    # The extremes of a tensor are finite exactly if all of it is (NaN propagates), and finding
+    # them is 40 times faster than isfinite on bf16.
+    extremes = torch.stack(torch.aminmax(_values(data, entry)))
+    return bool(torch.isfinite(extremes).all())
+
+
+def _name_value(
+    manifest: Manifest, name: str, entry: TensorEntry, data: memoryview, begin: int
+) -> str:
+    import torch
+
+    values = _values(data, entry)
+    position = int(torch.isfinite(values).logical_not().nonzero()[0])
+    element = (begin - entry.begin) // ELEMENT_SIZE[entry.dtype] + position
+    where = f"{name}: {entry.name}"
+    if name != REPLICATED_NAME:
+        slot = element // prod(entry.shape[1:])
+        ep_rank = list(manifest.files).index(name) - 1
+        module = entry.name.rsplit(".", 2)[0]
+        where += f" expert {manifest.placement.ranks_of(module)[ep_rank][slot]} (slot {slot})"
+    return f"{where}: value {float(values[position])} at element {element}"

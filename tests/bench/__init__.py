@@ -1,0 +1,1 @@
+"""Speed and memory of lorashard against plain tools: `python -m tests.bench`."""

@@ -1,0 +1,89 @@
+"""Measure lorashard against plain tools.
+
+    python -m tests.bench --scale 0.05            seconds, for a first look
+    python -m tests.bench --work /data/bench      minutes and about 20 GB of disk
+
+A missed target is marked and fails nothing: a benchmark is not a test.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.bench.chart import draw_chart
+from tests.bench.machine import describe_machine
+from tests.bench.models import FORMS, MODELS
+from tests.bench.rows import Row
+from tests.bench.suite import Settings, bench_form, bench_help
+from tests.bench.table import print_table
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", choices=sorted(MODELS), default="glm-4.5-air")
+    parser.add_argument("--scale", type=float, default=1.0, help="part of the layers")
+    parser.add_argument("--form", choices=FORMS, help="only this form (default: both)")
+    parser.add_argument("--ep-size", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="directory on the disk to measure; adapters stay there for the next run"
+        " (default: a temporary one)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="write an SVG")
+    return parser.parse_args()
+
+
+def _measure(args: argparse.Namespace, work: Path) -> list[Row]:
+    settings = Settings(args.model, args.scale, args.ep_size, args.repeat, work)
+    rows: list[Row] = []
+    for form in [args.form] if args.form else FORMS:
+        rows += bench_form(settings, form)
+    rows += bench_help()
+    return rows
+
+
+def _to_json(args: argparse.Namespace, rows: Sequence[Row], machine: dict[str, str]) -> str:
+    document = {
+        "model": args.model,
+        "scale": args.scale,
+        "ep_size": args.ep_size,
+        "machine": machine,
+        "rows": [{**asdict(row), "is_target_met": row.is_target_met} for row in rows],
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def main() -> None:
+    args = _parse_arguments()
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
+        rows = _measure(args, args.work)
+    else:
+        with tempfile.TemporaryDirectory(prefix="lorashard-bench-") as work:
+            rows = _measure(args, Path(work))
+
+    machine = describe_machine()
+    print_table(rows, machine)
+    if args.json:
+        args.json.write_text(_to_json(args, rows, machine), encoding="utf-8")
+    if args.chart:
+        sizes = {row.form: row.size_bytes for row in rows if row.what == "cp"}
+        subtitle = f"{args.model}, EP {args.ep_size}: " + ", ".join(
+            f"{form} {(size_bytes or 0) / 1e9:.1f} GB" for form, size_bytes in sizes.items()
+        )
+        subtitle += f". {machine['cpu']}, {machine['cores']} cores."
+        args.chart.write_text(draw_chart(rows, subtitle), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Measure commands, and say which files the page cache holds while they run."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_LAUNCHER = Path(__file__).with_name("launch.py")
+_READ_BYTES = 1 << 20
+
+
+class CommandFailedError(Exception):
+    """A measured command exited with an error, so its time means nothing."""
+
+    def __init__(self, command: Sequence[str], exit_code: int, stderr: str) -> None:
+        super().__init__(f"exit {exit_code}: {' '.join(command)}\n{stderr.strip()}")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run of a command took."""
+
+    seconds: float  # wall clock
+    cpu_seconds: float  # user + system
+    peak_rss_bytes: int  # of the biggest process in the tree
+
+
+def run_command(command: Sequence[str]) -> Run:
+    """Run `command` with stdout closed off and measure it.
+
+    Raises CommandFailedError, with what the command wrote to stderr.
+    """
+    launched = subprocess.run(
+        [sys.executable, "-I", "-S", str(_LAUNCHER), *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if launched.returncode:
+        raise CommandFailedError(command, launched.returncode, launched.stderr)
+    report = json.loads(launched.stdout)
+    if report["exit_code"]:
+        raise CommandFailedError(command, report["exit_code"], launched.stderr)
+    return Run(report["seconds"], report["cpu_seconds"], report["peak_rss_bytes"])
+
+
+def total_bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def drop_from_page_cache(paths: Iterable[Path]) -> None:
+    """Make the next read of these files come from the disk."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            # The kernel drops clean pages only.
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def warm_page_cache(paths: Iterable[Path]) -> None:
+    """Make the next read of these files come from memory, if they fit."""
+    buffer = bytearray(_READ_BYTES)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass

@@ -1,0 +1,41 @@
+"""Run commands against each other, so that a slow moment of the machine hits them all."""
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tests.bench.measure import Run, run_command
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A command, and what to set up right before each of its runs (untimed)."""
+
+    name: str
+    command: tuple[str, ...]
+    prepare: Callable[[], None]
+
+
+def run_rounds(contestants: Sequence[Contestant], num_rounds: int) -> dict[str, tuple[Run, ...]]:
+    """Run each contestant once per round. Returns {name: one run per round}."""
+    runs: dict[str, list[Run]] = {contestant.name: [] for contestant in contestants}
+    for round_number in range(num_rounds):
+        # Every second round goes backwards: what one command leaves behind (free pages,
+        # disk queues) then helps or harms each of its neighbours equally.
+        order = contestants if round_number % 2 == 0 else contestants[::-1]
+        for contestant in order:
+            contestant.prepare()
+            run = run_command(contestant.command)
+            runs[contestant.name].append(run)
+            print(
+                f"  round {round_number + 1}/{num_rounds}  {contestant.name}: {run.seconds:.3f} s",
+                file=sys.stderr,
+            )
+    return {name: tuple(of_one) for name, of_one in runs.items()}
+
+
+def median_ratio(runs: Sequence[Run], rival_runs: Sequence[Run]) -> float:
+    """Return the median of the per-round time ratios, not the ratio of medians."""
+    pairs = zip(runs, rival_runs, strict=True)
+    return statistics.median(run.seconds / rival.seconds for run, rival in pairs)

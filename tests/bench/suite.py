@@ -1,0 +1,189 @@
+"""What is measured: each lorashard command against a plain tool that does the same I/O.
+
+Every command runs on this machine's disk and page cache in the same session as its
+rival. On a fresh VM the first touch of a page of memory is slow (about 0.3 GB/s), so
+each part begins with an untimed run that touches them.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench.generate import write_adapter
+from tests.bench.measure import (
+    drop_from_page_cache,
+    run_command,
+    total_bytes,
+    warm_page_cache,
+)
+from tests.bench.models import MODELS, Form, scale_layers
+from tests.bench.rounds import Contestant, run_rounds
+from tests.bench.rows import Row, Target, make_row
+
+LORASHARD = (sys.executable, "-m", "lorashard")
+
+# `split` reads, hashes, writes and fsyncs: the fair rival is `cp` with a sync, and plain
+# `cp`, which returns while the data is still in memory, is the ambitious one.
+SPLIT_VS_CP = Target(1.5, "x")
+SPLIT_VS_CP_SYNC = Target(1.2, "x")
+SPLIT_VS_NAIVE = Target(0.5, "x")
+# Hashing should hide behind a disk. Nothing hides it when the files are in memory, so
+# the warm row has no target.
+VERIFY_COLD_VS_CAT = Target(1.2, "x")
+INSPECT_SECONDS = Target(0.5, "s")
+HELP_SECONDS = Target(0.15, "s")
+
+_NUM_HELP_RUNS = 7
+
+_HASH_FILES = """
+import sys
+from blake3 import blake3
+for path in sys.argv[1:]:
+    blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How big, how often and where."""
+
+    model: str
+    scale: float  # part of the model's layers
+    ep_size: int
+    num_rounds: int
+    work: Path
+
+
+def _no_preparation() -> None:
+    pass
+
+
+def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -> Iterator[Row]:
+    """Compare `split` with copies of the weights, all read from a warm page cache."""
+    outputs = settings.work / "outputs"
+    copy, shards, naive = outputs / "copy", outputs / "shards", outputs / "naive"
+
+    def delete_outputs() -> None:
+        shutil.rmtree(outputs, ignore_errors=True)
+        outputs.mkdir()
+
+    ep_size = ("--ep-size", str(settings.ep_size))
+    cp = Contestant("cp", ("cp", str(weights), str(copy)), delete_outputs)
+    cp_sync = Contestant(
+        "cp + sync",
+        ("sh", "-c", 'cp "$1" "$2" && sync --data "$2"', "sh", str(weights), str(copy)),
+        delete_outputs,
+    )
+    obvious = Contestant(
+        "naive script",
+        (sys.executable, "-m", "tests.bench.naive", str(adapter), str(naive), *ep_size),
+        delete_outputs,
+    )
+    split = Contestant(
+        "split",
+        (*LORASHARD, "split", str(adapter), *ep_size, "-o", str(shards), "-q"),
+        delete_outputs,
+    )
+
+    for untimed in (cp, split):
+        untimed.prepare()
+        run_command(untimed.command)
+    runs = run_rounds((cp, cp_sync, split, obvious), settings.num_rounds)
+    shutil.rmtree(outputs)
+
+    size_bytes = total_bytes([weights])
+    for rival in (cp, cp_sync, obvious):
+        yield make_row(form, rival.name, runs[rival.name], size_bytes=size_bytes)
+    for rival, target in (
+        (cp, SPLIT_VS_CP),
+        (cp_sync, SPLIT_VS_CP_SYNC),
+        (obvious, SPLIT_VS_NAIVE),
+    ):
+        yield make_row(
+            form,
+            split.name,
+            runs[split.name],
+            size_bytes=size_bytes,
+            rival=(rival.name, runs[rival.name]),
+            target=target,
+        )
+
+
+def _bench_verify(settings: Settings, form: Form, adapter: Path) -> Iterator[Row]:
+    """Compare `verify` with reading the same files, from the disk and from memory."""
+    shards = settings.work / "shards"
+    shutil.rmtree(shards, ignore_errors=True)
+    ep_size = ("--ep-size", str(settings.ep_size))
+    run_command((*LORASHARD, "split", str(adapter), *ep_size, "-o", str(shards), "-q"))
+    files = sorted(path for path in shards.rglob("*") if path.is_file())
+    size_bytes = total_bytes(files)
+    names = tuple(str(path) for path in files)
+
+    def drop_files() -> None:
+        drop_from_page_cache(files)
+
+    def warm_files() -> None:
+        warm_page_cache(files)
+
+    verify_command = (*LORASHARD, "verify", str(shards), "-q")
+    for state, prepare, target in (
+        ("cold", drop_files, VERIFY_COLD_VS_CAT),
+        ("warm", warm_files, None),
+    ):
+        cat = Contestant(f"cat ({state})", ("cat", *names), prepare)
+        verify = Contestant(f"verify ({state})", verify_command, prepare)
+        contestants = [cat, verify]
+        if state == "warm":
+            command = (sys.executable, "-c", _HASH_FILES, *names)
+            contestants.append(Contestant("blake3 (warm)", command, prepare))
+        runs = run_rounds(contestants, settings.num_rounds)
+        for rival in contestants:
+            if rival is not verify:
+                yield make_row(form, rival.name, runs[rival.name], size_bytes=size_bytes)
+        for rival in contestants:
+            if rival is not verify:
+                yield make_row(
+                    form,
+                    verify.name,
+                    runs[verify.name],
+                    size_bytes=size_bytes,
+                    rival=(rival.name, runs[rival.name]),
+                    target=target,
+                )
+    shutil.rmtree(shards)
+
+
+def _bench_inspect(settings: Settings, form: Form, adapter: Path) -> Iterator[Row]:
+    command = (*LORASHARD, "inspect", str(adapter), "--json")
+    inspect = Contestant("inspect --json", command, _no_preparation)
+    runs = run_rounds((inspect,), settings.num_rounds)
+    yield make_row(form, inspect.name, runs[inspect.name], target=INSPECT_SECONDS)
+
+
+def bench_form(settings: Settings, form: Form) -> Iterator[Row]:
+    """Measure every command that reads an adapter, on one adapter of this form."""
+    model = scale_layers(MODELS[settings.model], settings.scale)
+    adapter = settings.work / f"{settings.model}-{model.num_layers}-layers-{form}"
+    print(f"{form}: writing or reusing {adapter}", file=sys.stderr)
+    weights = write_adapter(adapter, model, form)
+    yield from _bench_split(settings, form, adapter, weights)
+    yield from _bench_verify(settings, form, adapter)
+    yield from _bench_inspect(settings, form, adapter)
+
+
+def bench_help() -> Iterator[Row]:
+    """Measure the start-up time: what every command costs before it does anything."""
+    bare = Contestant("python -c pass", (sys.executable, "-c", "pass"), _no_preparation)
+    help_text = Contestant("--help", (*LORASHARD, "--help"), _no_preparation)
+    run_command(help_text.command)  # writes the .pyc files
+    runs = run_rounds((bare, help_text), _NUM_HELP_RUNS)
+    yield make_row("", bare.name, runs[bare.name])
+    yield make_row(
+        "",
+        help_text.name,
+        runs[help_text.name],
+        rival=(bare.name, runs[bare.name]),
+        target=HELP_SECONDS,
+    )

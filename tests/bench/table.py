@@ -1,0 +1,54 @@
+"""Show the results as a table for people."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.rows import Row
+
+
+def _speed(row: Row) -> str:
+    if row.size_bytes is None:
+        return ""
+    return f"{row.size_bytes / 1e9 / row.seconds:.2f}"
+
+
+def _ratio(row: Row) -> str:
+    return "" if row.ratio is None else f"{row.ratio:.2f}x {row.rival}"
+
+
+def _target(row: Row) -> str:
+    if row.target is None:
+        return ""
+    # Words, not colour alone: the table ends up in logs and issues.
+    verdict = "[green]met[/]" if row.is_target_met else "[red bold]MISSED[/]"
+    return f"≤ {row.target.limit:g}{row.target.unit} {verdict}"
+
+
+def print_table(rows: Sequence[Row], machine: Mapping[str, str]) -> None:
+    table = Table(title="lorashard against plain tools (medians)")
+    table.add_column("adapter")
+    table.add_column("what")
+    table.add_column("seconds", justify="right")
+    table.add_column("GB/s", justify="right")
+    table.add_column("ratio to rival")
+    table.add_column("target")
+    table.add_column("peak MB", justify="right")
+    for row, following in zip(rows, (*rows[1:], None), strict=True):
+        table.add_row(
+            row.form,
+            row.what,
+            f"{row.seconds:.3f}",
+            _speed(row),
+            _ratio(row),
+            _target(row),
+            f"{row.peak_rss_bytes / 1e6:.0f}",
+            end_section=following is None or following.form != row.form,
+        )
+    # A pipe has no width: without this rich would fold the table to 80 columns.
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+    console.print(", ".join(f"{key} {value}" for key, value in machine.items()))

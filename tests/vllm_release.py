@@ -1,0 +1,135 @@
+"""vLLM releases as importable Python sources, so that tests run vLLM's own code on the CPU.
+
+`python tests/vllm_release.py 0.33.0 0.20.2` puts the `*.py` files of each release's wheel under
+`.venv/vllm/<release>`; its compiled extensions (300 to 500 MB) are left out, and vLLM logs
+"Failed to import from vllm._C" and goes on. Each release is imported in its own subprocess: two
+releases cannot share one interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+RELEASES_DIR = Path(__file__).resolve().parents[1] / ".venv" / "vllm"
+
+# What `vllm.lora.worker_manager` and `vllm.model_executor.layers.fused_moe` of 0.16.0, 0.20.2 and
+# 0.33.0 import at module level, beyond torch, transformers and safetensors (and what these bring).
+# Torch comes first and on its own (CPU wheel). xgrammar brings triton (1 GB unpacked) on Linux
+# x86_64; vLLM does not need it on the CPU.
+VLLM_LIGHT_PACKAGES = (
+    "aiohttp",
+    "cachetools",
+    "cbor2",
+    "cloudpickle",
+    "diskcache",  # 0.16.0 only
+    "einops",
+    "fastapi",  # 0.33.0 only
+    "gguf",  # up to 0.20.2
+    "llguidance",
+    "mistral-common",  # 0.16.0 only
+    "msgspec",
+    "openai",
+    "openai-harmony",  # 0.33.0 asks for oss-harmony, which was not tried; it imports this name
+    "partial-json-parser",  # 0.33.0 only
+    "pillow",
+    "prometheus-client",
+    "psutil",
+    "py-cpuinfo",
+    "pybase64",
+    "pydantic",
+    "pyzmq",
+    "regex",
+    "requests",
+    "urllib3",
+    "uvloop",
+    "xgrammar",
+)
+
+
+def release_sources(release: str) -> Path | None:
+    """The directory to put on PYTHONPATH for `import vllm` of that release; None = not prepared."""
+    sources = RELEASES_DIR / release
+    return sources if (sources / "vllm" / "__init__.py").is_file() else None
+
+
+def require_release(release: str) -> Path:
+    """The same, or skip the test; with LORASHARD_REQUIRE_VLLM=1, fail it."""
+    import pytest
+
+    sources = release_sources(release)
+    if sources is None:
+        reason = f"vLLM {release} is not prepared: run `python tests/vllm_release.py {release}`"
+        if os.environ.get("LORASHARD_REQUIRE_VLLM", "") not in ("", "0"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return sources
+
+
+def run_in_release(release: str, script: str, *, timeout_s: float = 300) -> Any:
+    """Run `script` with that release's vllm importable; return what it passed to `answer(...)`.
+
+    The value travels as JSON through a file, because vLLM logs to stdout. Skips or fails like
+    `require_release`; a script that fails raises AssertionError with the end of its stderr.
+    """
+    sources = require_release(release)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "answer.json"
+        prologue = (
+            "import json, pathlib\n"
+            f"def answer(value): pathlib.Path({str(result)!r}).write_text(json.dumps(value))\n"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", prologue + script],
+            env=os.environ | {
+                "PYTHONPATH": str(sources),
+                "VLLM_LOGGING_LEVEL": "ERROR",
+                "VLLM_NO_USAGE_STATS": "1",
+                # An empty allow-list: lorashard's plugin must not touch what is tested.
+                "VLLM_PLUGINS": "",
+                # One intra-op thread: the tensors are tiny.
+                "OMP_NUM_THREADS": "1",
+            },
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, f"vLLM {release}: {ended.stderr[-3000:]}"
+        return json.loads(result.read_text())
+
+
+def prepare_release(release: str) -> Path:
+    """Download the wheel of a release without its dependencies and keep its Python sources."""
+    prepared = release_sources(release)
+    if prepared is not None:
+        return prepared
+    RELEASES_DIR.mkdir(parents=True, exist_ok=True)
+    # In the same directory as the target, so that the rename is atomic: a release is there whole
+    # or not at all.
+    with tempfile.TemporaryDirectory(dir=RELEASES_DIR) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run(
+            [*pip, "--only-binary=:all:", "--dest", folder, f"vllm=={release}"], check=True
+        )
+        (wheel,) = Path(folder).glob("vllm-*.whl")
+        extracted = Path(folder) / "sources"
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".py")]
+            archive.extractall(extracted, names)
+        extracted.rename(RELEASES_DIR / release)
+    return RELEASES_DIR / release
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit("usage: python tests/vllm_release.py RELEASE ...")
+    for wanted in sys.argv[1:]:
+        print(prepare_release(wanted))
