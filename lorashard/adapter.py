@@ -21,6 +21,11 @@ PICKLE_NAME = "adapter_model.bin"
 # the base model the adapter is wrong, and a server does not make that change. PEFT
 # `LoraLayer.update_layer`; vLLM 0.33 rejects them too (peft_helper.py:188).
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Layers that compute something else than x + scaling * B A x.
+_LORA_VARIANTS = (
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config", "velora_config",
+)  # fmt: skip
 _CLASSIFIER_HEADS = frozenset(
     {"classifier", "score"}
 )  # what PEFT saves for sequence classification
@@ -106,36 +111,26 @@ def parse_config(raw: bytes, where: str) -> LoraConfig:
 
 
 def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
-    def refuse(feature: str, hint: str = _CONVERT) -> None:
-        raise UnsupportedAdapterError(feature, where, hint=hint)
-
-    peft_type = config.get("peft_type", "LORA")
-    if str(peft_type).upper() != "LORA":
-        refuse(f"peft_type {peft_type!r}", "lorashard splits LoRA adapters.")
-    if config.get("use_dora"):
-        refuse("DoRA (use_dora)")
-    if config.get("bias", "none") != "none":
-        refuse(f"trained bias (bias={config['bias']!r})", 'Train with bias="none".')
-    if config.get("lora_bias"):
-        refuse("lora_bias", "Train with lora_bias=False.")
-    if config.get("trainable_token_indices"):
-        refuse("trainable tokens (trainable_token_indices)")
-    if config.get("layer_replication"):
-        refuse("layer_replication", "The base model that vLLM serves has no replicated layers.")
-    for variant in ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
-                    "kasa_config", "monteclora_config", "velora_config"):  # fmt: skip
-        if config.get(variant):
-            refuse(f"the LoRA variant {variant}")
+    peft_type, bias = config.get("peft_type", "LORA"), config.get("bias", "none")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-        refuse(
-            f"init_lora_weights={init!r}, which changes the base weights,",
-            "Save with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
-        )
+    changes_base = isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS)
     saved = config.get("modules_to_save") or ()
     beyond = [name for name in saved if str(name).rsplit(".", 1)[-1] not in _CLASSIFIER_HEADS]
-    if beyond:
-        refuse(f"modules_to_save {beyond}", "Only a classifier head can be carried along.")
+    refusals: list[tuple[object, str, str]] = [
+        (str(peft_type).upper() != "LORA", f"peft_type {peft_type!r}", "Only LoRA can be split."),
+        (config.get("use_dora"), "DoRA (use_dora)", _CONVERT),
+        (bias != "none", f"trained bias (bias={bias!r})", 'Train with bias="none".'),
+        (config.get("lora_bias"), "lora_bias", "Train with lora_bias=False."),
+        (config.get("trainable_token_indices"), "training tokens", _CONVERT),
+        (config.get("layer_replication"), "layer_replication", _CONVERT),
+        (changes_base, f"init_lora_weights={init!r}, which changes the base weights,",
+         "Save with path_initial_model_for_weight_conversion, which makes a plain LoRA of it."),
+        (beyond, f"modules_to_save {beyond}", "Only a classifier head can be carried along."),
+        *((config.get(name), f"the LoRA variant {name}", _CONVERT) for name in _LORA_VARIANTS),
+    ]  # fmt: skip
+    for present, feature, hint in refusals:
+        if present:
+            raise UnsupportedAdapterError(feature, where, hint=hint)
 
 
 def _check_patterns(config: Mapping[str, Any], where: str) -> None:

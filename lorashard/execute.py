@@ -59,6 +59,7 @@ class LocalFile:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset`; raise HeaderError if the file ends before."""
         done = 0
         while done < len(buffer):
             count = os.preadv(self._fd, [buffer[done:]], offset + done)
@@ -67,6 +68,7 @@ class LocalFile:
             done += count
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._fd)
 
 
@@ -169,16 +171,27 @@ def _copy_blocks(
             data = memoryview(buffer)[: block.end - block.begin]
             source.read_into(data, block.begin)
             future = pool.submit(_write_block, block, data, fds, scratch)
-            future.add_done_callback(lambda f, b=buffer: buffers.give(b))  # type: ignore[misc]
-            future.add_done_callback(
-                lambda f, n=number, end=block.end: None if f.exception() else done.mark(n, end)  # type: ignore[misc]
-            )
             digest.update(data)
+            # Only now may the buffer go back: the digest has read it too.
+            future.add_done_callback(_release(number, block.end, buffer, buffers, done))
             progress(block.end - block.begin)
             futures = _drop_finished([*futures, future])
         for future in futures:
             future.result()
     return digest.hexdigest()
+
+
+def _release(
+    number: int, source_end: int, buffer: mmap.mmap, buffers: _BufferPool, done: _InOrder
+) -> Callable[[Future[None]], None]:
+    """What happens once a block is written: its buffer is free, its source bytes are done."""
+
+    def release(future: Future[None]) -> None:
+        buffers.give(buffer)
+        if future.exception() is None:
+            done.mark(number, source_end)
+
+    return release
 
 
 def _drop_finished(futures: list[Future[None]]) -> list[Future[None]]:
@@ -272,7 +285,7 @@ class _Digester:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="lorashard-digest", daemon=True)
 
-    def __enter__(self) -> _Digester:
+    def __enter__(self) -> _Digester:  # noqa: PYI034 - Self needs Python 3.11
         self._thread.start()
         return self
 

@@ -36,10 +36,12 @@ class FactorStack:
 
     @property
     def name(self) -> str:
+        """The tensor's name in the shard files."""
         return f"{self.module}.{self.projection}.{self.matrix}"
 
     @property
     def shared(self) -> bool:
+        """Whether all experts have the one factor."""
         return self.sources[0].experts is None
 
     @property
@@ -89,7 +91,7 @@ def build_module(
         sources_a = container.factors.get((projection, "lora_A"), ())
         sources_b = container.factors.get((projection, "lora_B"), ())
         trained = _pair_up(f"{name}.{projection}", sources_a, sources_b)
-        if not container.source_layout == "native":
+        if container.source_layout != "native":
             _check_config_ranks(trained, config)
         lora_rank = max(factor.lora_rank for factor in trained.values())
         stacks.append(_stack(name, projection, "lora_A", sources_a, lora_rank))

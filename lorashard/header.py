@@ -38,6 +38,7 @@ class TensorEntry:
 
     @property
     def size_bytes(self) -> int:
+        """Length in bytes."""
         return self.end - self.begin
 
 

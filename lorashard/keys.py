@@ -67,6 +67,15 @@ _FULL_WEIGHT = re.compile(
     r"|(?:embed_tokens|lm_head)(?:\.base_layer)?\.weight)"
 )
 
+_WRAPPERS: tuple[tuple[Kind, re.Pattern[str]], ...] = (("inner", _INNER), ("outer", _OUTER))
+# kind, pattern, what the container's name lacks, for tensors of how many dimensions
+_EXPERT_STACKS: tuple[tuple[Kind, re.Pattern[str], str, range], ...] = (
+    ("parameter", _PARAMETER, ".experts", range(10)),
+    ("native", _NATIVE, "", range(10)),
+    ("stacked", _STACKED, "", range(10)),
+    ("stacked", _DENSE_NAME, ".experts", range(3, 4)),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertKey:
@@ -112,29 +121,21 @@ def parse_key(name: str, num_dims: int) -> ParsedKey:
     """Say what a tensor name means. Expert ids are integers, never strings to sort by."""
     # The first pattern matches nearly every key of a per-expert adapter, so it comes first.
     if match := _EXPERT.fullmatch(name) or _PROJECTION_LIST.fullmatch(name):
-        return _expert_key("expert", match, expert=int(match["expert"]))
-    if match := _INNER.fullmatch(name):
-        return ExpertKey("inner", match["module"], None, _matrix(match), None)
-    if match := _OUTER.fullmatch(name):
-        return ExpertKey("outer", match["module"], None, _matrix(match), None)
-    if match := _PARAMETER.fullmatch(name):
-        return _expert_key("parameter", match, module=f"{match['module']}.experts")
-    if match := _NATIVE.fullmatch(name):
-        return _expert_key("native", match)
-    if match := _STACKED.fullmatch(name):
-        return _expert_key("stacked", match)
-    if num_dims == 3 and (match := _DENSE_NAME.fullmatch(name)):
-        return _expert_key("stacked", match, module=f"{match['module']}.experts")
+        return _expert_key("expert", match, match["module"], int(match["expert"]))
+    for kind, pattern in _WRAPPERS:
+        if match := pattern.fullmatch(name):
+            return ExpertKey(kind, match["module"], None, _matrix(match), None)
+    for kind, pattern, suffix, dims in _EXPERT_STACKS:
+        if num_dims in dims and (match := pattern.fullmatch(name)):
+            return _expert_key(kind, match, match["module"] + suffix, None)
     return _parse_other(name, num_dims)
 
 
-def _expert_key(
-    kind: Kind, match: re.Match[str], *, module: str | None = None, expert: int | None = None
-) -> ParsedKey:
+def _expert_key(kind: Kind, match: re.Match[str], module: str, expert: int | None) -> ParsedKey:
     projection = _PROJECTIONS.get(match["projection"])
     if projection is None:
         return UnknownKey(f"{match['projection']!r} is no known projection of an expert")
-    return ExpertKey(kind, module or match["module"], projection, _matrix(match), expert)
+    return ExpertKey(kind, module, projection, _matrix(match), expert)
 
 
 def _matrix(match: re.Match[str]) -> Matrix:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lorashard.adapter import AdapterIndex, LoraConfig
 from lorashard.errors import LayoutError, NoExpertsError, UnsupportedAdapterError
 from lorashard.experts import ExpertModule, build_module
-from lorashard.factors import ContainerFactors, ContainerTensors, read_container
+from lorashard.factors import ContainerFactors, ContainerTensors, SourceFactor, read_container
 from lorashard.header import TensorEntry
 from lorashard.keys import ExpertKey, LoraKey, UnknownKey, parse_key
 from lorashard.options import LayoutOptions, gate_up_named
@@ -118,45 +118,47 @@ def _hidden_size(module: str, lora_keys: Sequence[tuple[LoraKey, TensorEntry]]) 
 
 
 def _count_experts(containers: Mapping[str, ContainerFactors], options: LayoutOptions) -> int:
-    stacked: dict[int, str] = {}  # expert counts that tensors state, each with one that does
-    seen: set[int] = set()
-    last = ""
-    for container in containers.values():
-        for factors in container.factors.values():
-            for factor in factors:
-                if factor.experts is None:
-                    continue
-                last = factor.entry.name
-                seen.update(factor.experts)
-                if len(factor.experts) > 1 or len(factor.entry.shape) == 3:
-                    stacked[len(factor.experts)] = last
-    known = options.num_experts
-    if len(stacked) > 1:
-        (count_a, name_a), (count_b, name_b) = list(stacked.items())[:2]
-        raise LayoutError(
-            f"{name_a} holds {count_a} experts, {name_b} holds {count_b}.",
-            hint="Is adapter_config.json the one of this file (r, rank_pattern)?",
-        )
-    if stacked:
-        ((counted, name),) = stacked.items()
-        if known not in (None, counted):
-            raise LayoutError(
-                f"{name} holds {counted} experts, the model has {known}.",
-                hint="Is --model the base model, and do r and rank_pattern fit the file?",
-            )
-        known = counted
-    if known is None:
-        if not seen or seen != set(range(len(seen))):
-            listed = ", ".join(map(str, sorted(seen)[:8])) or "none by number"
+    """E, from tensors that hold all experts, the model, or a gapless set of numbered experts."""
+    factors = [
+        factor
+        for container in containers.values()
+        for same in container.factors.values()
+        for factor in same
+        if factor.experts is not None
+    ]
+    stated = _stated_count(factors, options.num_experts)
+    trained = {expert for factor in factors for expert in factor.experts or ()}
+    num_experts = options.num_experts or stated
+    if num_experts is None:
+        num_experts = len(trained)
+        if not trained or trained != set(range(num_experts)):
+            listed = ", ".join(map(str, sorted(trained)[:8])) or "none by number"
             raise LayoutError(
                 f"The adapter trains experts {listed} and does not say how many there are.",
                 hint="Give --model MODEL_DIR or --num-experts N.",
             )
-        known = len(seen)
-    beyond = [expert for expert in sorted(seen) if expert >= known]
-    if beyond:
+    for factor in factors:
+        if factor.experts and factor.experts[-1] >= num_experts:
+            raise LayoutError(
+                f"{factor.entry.name}: expert {factor.experts[-1]}, the model has {num_experts}.",
+                hint="Is --model the base model of this adapter?",
+            )
+    return num_experts
+
+
+def _stated_count(factors: Sequence[SourceFactor], known: int | None) -> int | None:
+    """The one count that all tensors with an expert axis state; None if there are none."""
+    stated = {
+        len(factor.experts): factor.entry.name
+        for factor in factors
+        if factor.experts is not None and (len(factor.experts) > 1 or factor.axes != "erc")
+    }
+    if known is not None:
+        stated.setdefault(known, "the model")
+    if len(stated) > 1:
+        (count_a, name_a), (count_b, name_b) = list(stated.items())[:2]
         raise LayoutError(
-            f"{last}: the adapter trains expert {beyond[0]}, the model has {known} experts.",
-            hint="Is --model the base model of this adapter?",
+            f"{name_a} holds {count_a} experts, {name_b} {count_b}.",
+            hint="Is --model the base model, and do r and rank_pattern fit the file?",
         )
-    return known
+    return next(iter(stated), None)

@@ -119,20 +119,8 @@ def format_manifest(manifest: Manifest) -> bytes:
 def parse_manifest(raw: bytes, path: str) -> Manifest:
     """Read and check a manifest. Raises ManifestError with what is wrong."""
     try:
-        document = json.loads(raw)
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            _fail(path, "not a lorashard manifest")
-        if document.get("format_version") != FORMAT_VERSION:
-            version = document.get("format_version")
-            raise ManifestError(
-                path,
-                f"format version {version}, this lorashard reads {FORMAT_VERSION}",
-                hint="Install the lorashard that wrote it, or split again with this one.",
-            )
-        return _parse(document, path)
-    except ManifestError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        return _parse(json.loads(raw), path)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as err:
         raise ManifestError(path, f"damaged ({type(err).__name__}: {err})") from err
 
 
@@ -141,6 +129,15 @@ def _fail(path: str, reason: str) -> NoReturn:
 
 
 def _parse(document: Mapping[str, Any], path: str) -> Manifest:
+    if document.get("format") != FORMAT:
+        _fail(path, "not a lorashard manifest")
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ManifestError(
+            path,
+            f"format version {version}, this lorashard reads {FORMAT_VERSION}",
+            hint="Install the lorashard that wrote it, or split again with this one.",
+        )
     placement = _parse_placement(document["placement"], path)
     expected = shard_file_names(placement.ep_size)
     if set(document["files"]) != set(expected):

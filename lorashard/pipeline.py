@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,7 +61,7 @@ class SplitRequest:
     expert_map: Path | None = None
     model: Path | None = None
     dtype: str | None = None
-    options: LayoutOptions = LayoutOptions()
+    options: LayoutOptions = field(default_factory=LayoutOptions)
     allow_pickle: bool = False
 
 

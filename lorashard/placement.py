@@ -30,6 +30,7 @@ class Placement:
 
     @property
     def ep_size(self) -> int:
+        """Number of expert-parallel ranks."""
         return len(self.ranks)
 
     def ranks_of(self, module: str) -> Ranks:

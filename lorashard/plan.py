@@ -64,6 +64,7 @@ class Rearrange:
 
     @property
     def slot_bytes(self) -> int:
+        """Bytes of one expert's slot."""
         return self.slot_rows * self.slot_cols * ELEMENT_SIZE[self.dtype]
 
 

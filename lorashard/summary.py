@@ -138,11 +138,8 @@ def _describe_stacks(module: ExpertModule) -> dict[str, Any]:
         "scaling": {p: _plain(scale) for p, scale in module.scaling.items()},
         "lora_ranks": {s.projection: s.rows for s in module.stacks if s.matrix == "lora_A"},
         "features": {
-            s.projection: {"in": s.cols} | {
-                "out": o.rows for o in module.stacks
-                if o.projection == s.projection and o.matrix == "lora_B"
-            }
-            for s in module.stacks if s.matrix == "lora_A"
+            a.projection: {"in": a.cols, "out": b.rows}
+            for a, b in zip(module.stacks[::2], module.stacks[1::2])  # lora_A, lora_B, ...
         },
         "shared_factors": [f"{s.projection}.{s.matrix}" for s in module.stacks if s.shared],
         "absent_experts": list(module.absent_experts),

@@ -19,6 +19,7 @@ from lorashard.errors import LorashardError
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: importing rich would be half of the time of `--help`
     help="Pre-sliced LoRA adapters for Mixture-of-Experts models with expert parallelism.",
     epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 adapter, 4 placement, 5 shard.",
 )
@@ -100,7 +101,7 @@ def verify(
             help="Also prove every value against the source.",
             show_default=False,
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     allow_pickle: opt.AllowPickle = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
