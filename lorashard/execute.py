@@ -7,69 +7,29 @@ digests each output file behind the writers, as far as it is final.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import mmap
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from blake3 import blake3
 
-from lorashard.blocks import (
-    BLOCK_BYTES,
-    Block,
-    CopyBlock,
-    Milestone,
-    RearrangeBlock,
-    find_milestones,
-    split_into_blocks,
-)
-from lorashard.errors import HeaderError
+from lorashard.blocks import BLOCK_BYTES, Block, CopyBlock, RearrangeBlock, split_into_blocks
+from lorashard.buffers import BufferPool, allocate
+from lorashard.digest import TrailingDigests
 from lorashard.plan import ShardPlan
 from lorashard.rearrange import rearrange_block, scratch_bytes
+from lorashard.sources import ByteSource
+from lorashard.writeback import reserve
 
 _WRITERS = 2
 _BUFFERS = _WRITERS + 2  # one being read, one waiting
-_DIGEST_STEP = 2 * 2**20
-
-_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 Progress = Callable[[int], None]
-
-
-class ByteSource(Protocol):
-    """Where source bytes come from: a local file now, a remote one elsewhere."""
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from byte `offset`; raise HeaderError if the source ends before."""
-
-
-class LocalFile:
-    """A ByteSource over an open file descriptor."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from byte `offset`; raise HeaderError if the file ends before."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            if count == 0:
-                raise HeaderError(self._path, f"it ended at byte {offset + done} while being read")
-            done += count
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +55,9 @@ def execute_plan(
     with ExitStack() as stack:
         fds = [stack.enter_context(_created(directory / file.name)) for file in plan.files]
         for fd, file in zip(fds, plan.files):
-            _reserve(fd, file.size_bytes)  # what nothing is written to reads as zeros
+            reserve(fd, file.size_bytes)  # what nothing is written to reads as zeros
             write_all(fd, memoryview(file.header), 0)
-        behind = stack.enter_context(_Digester(fds, plan))
+        behind = stack.enter_context(TrailingDigests(fds, plan))
         source_digest = _copy_blocks(plan, source, source_header, fds, behind, progress)
         files = behind.finish()
         sync_all(fds)
@@ -109,32 +69,6 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(fd, data, offset)
         data, offset = data[count:], offset + count
-
-
-def _reserve(fd: int, size_bytes: int) -> None:
-    """Give a file its size and, where the file system can, its blocks.
-
-    So a full disk is found before a byte is written, and scattered writes are nearly as fast as
-    one long one (ext4: 6 GB in 256 KiB pieces 1.9 s instead of 3.3 s). fallocate(2) is called
-    itself because posix_fallocate writes every block where the file system cannot reserve.
-    """
-    os.truncate(fd, size_bytes)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "fallocate") or size_bytes == 0:
-        return
-    zero = ctypes.c_longlong(0)
-    if libc.fallocate(fd, 0, zero, ctypes.c_longlong(size_bytes)) != 0:
-        code = ctypes.get_errno()
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(code, os.strerror(code))
-
-
-def _start_writeback(fd: int, offset: int, length: int) -> None:
-    """Let the disk begin on bytes that are final, so that fsync finds little left to wait for."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "sync_file_range"):  # Linux; a hint, so its result does not matter
-        begin, size = ctypes.c_longlong(offset), ctypes.c_longlong(length)
-        libc.sync_file_range(fd, begin, size, _SYNC_FILE_RANGE_WRITE)
 
 
 def sync_all(fds: Sequence[int]) -> None:
@@ -157,11 +91,11 @@ def _copy_blocks(
     source: ByteSource,
     source_header: bytes,
     fds: Sequence[int],
-    behind: _Digester,
+    behind: TrailingDigests,
     progress: Progress,
 ) -> str:
     digest = blake3(source_header)
-    buffers = _BufferPool()
+    buffers = BufferPool(_BUFFERS, BLOCK_BYTES)
     done = _InOrder(behind.advance)
     scratch = threading.local()
     with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
@@ -182,7 +116,7 @@ def _copy_blocks(
 
 
 def _release(
-    number: int, source_end: int, buffer: mmap.mmap, buffers: _BufferPool, done: _InOrder
+    number: int, source_end: int, buffer: mmap.mmap, buffers: BufferPool, done: _InOrder
 ) -> Callable[[Future[None]], None]:
     """What happens once a block is written: its buffer is free, its source bytes are done."""
 
@@ -220,33 +154,8 @@ def _scratch(block: RearrangeBlock, local: threading.local) -> memoryview:
     needed = scratch_bytes(block)
     held: mmap.mmap | None = getattr(local, "buffer", None)
     if held is None or len(held) < needed:
-        local.buffer = held = _allocate(needed)
+        local.buffer = held = allocate(needed)
     return memoryview(held)[:needed]
-
-
-class _BufferPool:
-    """A few buffers that are used again; `take` waits until one is free."""
-
-    def __init__(self) -> None:
-        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-        for _ in range(_BUFFERS):
-            self._free.put(_allocate(BLOCK_BYTES))
-
-    def take(self, size: int) -> mmap.mmap:
-        buffer = self._free.get()
-        return buffer if len(buffer) >= size else _allocate(size)
-
-    def give(self, buffer: mmap.mmap) -> None:
-        self._free.put(buffer)
-
-
-def _allocate(size: int) -> mmap.mmap:
-    """Anonymous memory on huge pages, where there are any: a seventh less time per byte."""
-    buffer = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
 
 
 class _InOrder:
@@ -267,88 +176,3 @@ class _InOrder:
                 self._next += 1
         if reached is not None:
             self._advance(reached)
-
-
-class _Digester:
-    """Digests each output file front to back on a thread of its own, behind the writers."""
-
-    def __init__(self, fds: Sequence[int], plan: ShardPlan) -> None:
-        self._fds = fds
-        self._sizes = [file.size_bytes for file in plan.files]
-        self._milestones = find_milestones(plan)
-        self._passed = [0] * len(fds)  # per file, how many milestones are reached
-        self._digested = [0] * len(fds)  # per file, bytes
-        self._digests = [blake3() for _ in fds]
-        self._source_end = 0
-        self._finished = self._stopped = False
-        self._changed = threading.Condition()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="lorashard-digest", daemon=True)
-
-    def __enter__(self) -> _Digester:  # noqa: PYI034 - Self needs Python 3.11
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        self._thread.join()
-
-    def advance(self, source_end: int) -> None:
-        """Source bytes [0, source_end) are where they belong."""
-        with self._changed:
-            self._source_end = max(self._source_end, source_end)
-            self._changed.notify()
-
-    def finish(self) -> tuple[str, ...]:
-        """Everything is written: digest what is left and return the digests."""
-        with self._changed:
-            self._finished = True
-            self._changed.notify()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return tuple(digest.hexdigest() for digest in self._digests)
-
-    def _run(self) -> None:
-        try:
-            buffer = memoryview(_allocate(_DIGEST_STEP))
-            while not self._stopped:
-                with self._changed:
-                    finished, source_end = self._finished, self._source_end
-                progressed = [
-                    self._catch_up(file, source_end, finished, buffer)
-                    for file in range(len(self._fds))
-                ]
-                if finished and not any(progressed):
-                    return
-                with self._changed:
-                    unchanged = (finished, source_end) == (self._finished, self._source_end)
-                    if unchanged and not any(progressed) and not self._stopped:
-                        self._changed.wait()
-        except BaseException as err:  # noqa: BLE001 - handed to the caller's thread by finish()
-            self._error = err
-
-    def _catch_up(self, file: int, source_end: int, finished: bool, buffer: memoryview) -> bool:
-        """Digest one step of a file's final prefix; True if there was one."""
-        final = self._sizes[file] if finished else self._final_prefix(file, source_end)
-        begin = self._digested[file]
-        length = min(final - begin, _DIGEST_STEP)
-        if length <= 0 or (length < _DIGEST_STEP and not finished):
-            return False
-        done = 0
-        while done < length:
-            done += os.preadv(self._fds[file], [buffer[done:length]], begin + done)
-        self._digests[file].update(buffer[:length])
-        self._digested[file] = begin + length
-        _start_writeback(self._fds[file], begin, length)
-        return True
-
-    def _final_prefix(self, file: int, source_end: int) -> int:
-        milestones: Sequence[Milestone] = self._milestones[file]
-        passed = self._passed[file]
-        while passed < len(milestones) and milestones[passed].source_end <= source_end:
-            passed += 1
-        self._passed[file] = passed
-        return milestones[passed - 1].dest_end if passed else 0

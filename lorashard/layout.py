@@ -37,9 +37,9 @@ def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> Ad
     nor an expert count.
     """
     tensors, replicated, lora_keys = _collect(index, where)
+    _check_replicated_ranks(lora_keys, index.config)
     if not tensors:
         raise NoExpertsError(where)
-    _check_replicated_ranks(lora_keys, index.config)
     containers = {
         name: read_container(name, found, index.config, options, _hidden_size(name, lora_keys))
         for name, found in tensors.items()

@@ -23,7 +23,7 @@ from lorashard.errors import (
     ShardError,
     VerificationError,
 )
-from lorashard.execute import LocalFile, Progress
+from lorashard.execute import Progress
 from lorashard.header import LENGTH_BYTES, parse_header
 from lorashard.layout import detect_layout
 from lorashard.manifest import MANIFEST_NAME, Manifest
@@ -32,6 +32,7 @@ from lorashard.pipeline import read_manifest, write_synced
 from lorashard.plan import ShardPlan, build_plan
 from lorashard.read import read_config
 from lorashard.rearrange import restore_block, scratch_bytes, slot_views
+from lorashard.sources import LocalFile
 
 
 def merge_shards(

@@ -7,7 +7,6 @@ directory says by its name what it is, and the next run of the same target clear
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -17,9 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorashard.errors import OutputExistsError, ShardError
+from lorashard.writeback import exchange
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2  # linux/fs.h
 _IGNORED_IN_MOUNTS = frozenset({"lost+found"})
 
 Replaceable = Callable[[Path], bool]
@@ -120,22 +118,13 @@ def _rename(staging: Path, target: Path) -> None:
     """Put `staging` in the place of `target`; an old one is swapped out in the same instant."""
     if not os.path.lexists(target) or _is_empty(target):
         os.rename(staging, target)
-    elif not _exchange(staging, target):
+    elif not exchange(staging, target):
         aside = target.with_name(f".{target.name}.lorashard-old")
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(target, aside)
         os.rename(staging, target)
         shutil.rmtree(aside, ignore_errors=True)
     _sync_directory(target.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories atomically; False where the system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return False
-    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return int(libc.renameat2(*arguments)) == 0
 
 
 def _move_files(staging: Path, target: Path, last: str) -> None:

@@ -17,7 +17,7 @@ from blake3 import blake3
 from lorashard import __version__
 from lorashard.adapter import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from lorashard.errors import AdapterError, LorashardError, ManifestError
-from lorashard.execute import Digests, LocalFile, Progress, execute_plan
+from lorashard.execute import Digests, Progress, execute_plan
 from lorashard.experts import ExpertModule
 from lorashard.layout import AdapterLayout, detect_layout
 from lorashard.manifest import (
@@ -42,6 +42,7 @@ from lorashard.placement import (
 )
 from lorashard.plan import ShardPlan, build_plan
 from lorashard.read import AdapterSource, find_adapter, read_adapter, read_json, read_model_facts
+from lorashard.sources import LocalFile
 
 Strategy = Literal["linear", "round_robin"]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

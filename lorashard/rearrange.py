@@ -1,33 +1,29 @@
-"""One block of a Rearrange -> the bytes of each expert's slot. torch is imported only where it
-is needed: to transpose or to cast; padding a smaller r is done on memoryviews.
+"""One block of a Rearrange -> the bytes of each expert's slot, and back.
+
+Bits are moved by numpy as integers, so nothing can change on the way; torch is imported only to
+cast to another dtype, because numpy has no bfloat16.
 
 Legend: e expert, r row, c column of a factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
-from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from lorashard.blocks import RearrangeBlock, axis_sizes
 from lorashard.header import ELEMENT_SIZE
 from lorashard.plan import Rearrange, Target
 
-if TYPE_CHECKING:
-    import torch
-
 TORCH_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
-_UNSIGNED: Mapping[int, Literal["B", "H", "I", "Q"]] = {
-    1: "B",
-    2: "H",
-    4: "I",
-    8: "Q",
-}  # memoryview formats that move any dtype's bits
-_INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # likewise for torch
+
+Bits = npt.NDArray[np.unsignedinteger]
 
 # Where some bytes of every copy of one expert go, and the bytes.
 SlotView = tuple[tuple[Target, ...], memoryview]
@@ -41,19 +37,19 @@ def rearrange_block(
     source: the block's bytes. scratch: scratch_bytes(block) long; the yielded views point into
     it and are valid until the next call.
     """
-    if block.op.axes == "rec" and len(block.op.targets) == 1 and not _casts(block.op):
-        _pad_rows(block.op, source, scratch)
-    else:
-        _permute(block, source, scratch)
+    source = _cast(source, block.op)
+    in_source, in_slots = _views(block, source, scratch)
+    filled = in_slots[:, : in_source.shape[1], : in_source.shape[2]]
+    if filled.shape != in_slots.shape:
+        in_slots[:] = 0
+    filled[:] = in_source
     yield from slot_views(block, scratch)
 
 
 def restore_block(block: RearrangeBlock, scratch: memoryview, source: memoryview) -> None:
     """The inverse: fill `source` with the block's bytes from slots read into `scratch`."""
-    if block.op.axes == "rec" and len(block.op.targets) == 1:
-        _unpad_rows(block.op, scratch, source)
-    else:
-        _permute(block, source, scratch, inverse=True)
+    in_source, in_slots = _views(block, source, scratch)
+    in_source[:] = in_slots[:, : in_source.shape[1], : in_source.shape[2]]
 
 
 def slot_views(block: RearrangeBlock, scratch: memoryview) -> Iterator[SlotView]:
@@ -97,50 +93,24 @@ def _shifted(targets: tuple[Target, ...], shift: int) -> tuple[Target, ...]:
     return tuple(Target(target.file, target.offset + shift) for target in targets)
 
 
-def _casts(op: Rearrange) -> bool:
-    return op.dtype != op.source_dtype
+def _views(block: RearrangeBlock, source: memoryview, scratch: memoryview) -> tuple[Bits, Bits]:
+    """The block's source and slots, both seen as [expert, row, col] of bits."""
+    axes, sizes = block.op.axes, _block_sizes(block)
+    kind = np.dtype(f"u{ELEMENT_SIZE[block.op.dtype]}")
+    in_source = np.frombuffer(source, kind).reshape([sizes[axis] for axis in axes])
+    in_slots = np.frombuffer(scratch, kind).reshape(_scratch_shape(block))
+    return in_source.transpose([axes.index(axis) for axis in "erc"]), in_slots
 
 
-def _pad_rows(op: Rearrange, source: memoryview, out: memoryview) -> None:
-    kind = _UNSIGNED[ELEMENT_SIZE[op.dtype]]
-    if op.cols == op.slot_cols:
-        out[:] = source
-        return
-    out[:] = bytes(len(out))
-    wide, narrow = out.cast(kind), source.cast(kind)
-    for col in range(op.cols):
-        wide[col :: op.slot_cols] = narrow[col :: op.cols]
-
-
-def _unpad_rows(op: Rearrange, padded: memoryview, out: memoryview) -> None:
-    kind = _UNSIGNED[ELEMENT_SIZE[op.dtype]]
-    wide, narrow = padded.cast(kind), out.cast(kind)
-    for col in range(op.cols):
-        narrow[col :: op.cols] = wide[col :: op.slot_cols]
-
-
-def _permute(
-    block: RearrangeBlock, source: memoryview, scratch: memoryview, *, inverse: bool = False
-) -> None:
+def _cast(data: memoryview, op: Rearrange) -> memoryview:
+    """The block in the dtype of the slots."""
+    if op.dtype == op.source_dtype:
+        return data
     import torch
 
-    torch.set_num_threads(1)  # blocks run side by side already
-    op, sizes = block.op, _block_sizes(block)
-    in_source = _tensor(source, op, op.source_dtype).view([sizes[axis] for axis in op.axes])
-    in_slots = _tensor(scratch, op, op.dtype).view(_scratch_shape(block))
-    filled = in_slots[:, : sizes["r"], : sizes["c"]]
-    as_slots = in_source.permute([op.axes.index(axis) for axis in "erc"])
-    if inverse:
-        as_slots.copy_(filled)
-        return
-    if filled.shape != in_slots.shape:
-        in_slots.zero_()
-    filled.copy_(as_slots)
-
-
-def _tensor(data: memoryview, op: Rearrange, dtype: str) -> torch.Tensor:
-    import torch
-
-    # Without a cast the bits are moved as integers, so that no NaN payload can change.
-    name = TORCH_DTYPES[dtype] if _casts(op) else _INTEGERS[ELEMENT_SIZE[dtype]]
-    return torch.frombuffer(data, dtype=getattr(torch, name))
+    source_dtype = getattr(torch, TORCH_DTYPES[op.source_dtype])
+    dtype = getattr(torch, TORCH_DTYPES[op.dtype])
+    count = len(data) // ELEMENT_SIZE[op.source_dtype]
+    cast = bytearray(count * ELEMENT_SIZE[op.dtype])
+    torch.frombuffer(cast, dtype=dtype).copy_(torch.frombuffer(data, dtype=source_dtype))
+    return memoryview(cast)

@@ -44,7 +44,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         """Open a safetensors file. Raises AdapterError if that fails."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
         open_file: Any = safe_open  # its stub has no types
         self.name = path.name

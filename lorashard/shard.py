@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashard.errors import HeaderError, ShardError
-from lorashard.execute import LocalFile
 from lorashard.header import TensorEntry
 from lorashard.manifest import Manifest, ModuleInfo, ShardFile
 from lorashard.pipeline import read_manifest
 from lorashard.placement import Placement
 from lorashard.plan import REPLICATED_NAME, rank_file_name
 from lorashard.read import read_header
+from lorashard.sources import LocalFile
 
 if TYPE_CHECKING:
     import torch

@@ -13,28 +13,33 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from lorashard.adapter import CONFIG_NAME
 from lorashard.errors import LorashardError, ShardError
-from lorashard.execute import LocalFile, Progress
+from lorashard.execute import Progress
 from lorashard.header import ELEMENT_SIZE, TensorEntry
 from lorashard.manifest import MANIFEST_NAME, Manifest, ShardFile
 from lorashard.pipeline import read_manifest
 from lorashard.placement import linear_placement, round_robin_placement
 from lorashard.plan import REPLICATED_NAME
 from lorashard.read import find_adapter, read_config
-from lorashard.rearrange import TORCH_DTYPES
 from lorashard.reference import compare_with_source
 from lorashard.shard import check_file
-
-if TYPE_CHECKING:
-    import torch
+from lorashard.sources import LocalFile
 
 _STEP = 2 * 2**20
 _READERS = 2
+# Element size and the exponent's bits. float8_e4m3fn has no infinity, and NaN only with all bits
+# but the sign set, so its mask covers the mantissa too.
+_EXPONENTS = {
+    "F64": (8, 0x7FF0_0000_0000_0000), "F32": (4, 0x7F80_0000),
+    "F16": (2, 0x7C00), "BF16": (2, 0x7F80),
+    "F8_E4M3": (1, 0x7F), "F8_E5M2": (1, 0x7C),
+}  # fmt: skip
 
 
 def verify_shards(
@@ -141,7 +146,9 @@ def _check_bytes(manifest: Manifest, shards: Path, name: str, progress: Progress
             data = buffer[: end - begin]
             file.read_into(data, begin)
             digest.update(data)
-            if entry is not None and entry.dtype in TORCH_DTYPES and not _all_finite(data, entry):
+            if entry is None or entry.dtype not in _EXPONENTS:
+                pass
+            elif not _all_finite(data, entry.dtype):
                 findings.append(_name_value(manifest, name, entry, data, begin))
             progress(end - begin)
     finally:
@@ -160,29 +167,25 @@ def _pieces(recorded: ShardFile) -> Iterator[tuple[TensorEntry | None, int, int]
             yield entry, start, min(start + _STEP, end)
 
 
-def _values(data: memoryview, entry: TensorEntry) -> torch.Tensor:
-    import torch
+def _not_finite(data: memoryview, dtype: str) -> npt.NDArray[np.bool_]:
+    """Which elements are infinite or NaN: those with every exponent bit set."""
+    size, mask = _EXPONENTS[dtype]
+    bits = np.frombuffer(data, f"u{size}")
+    found: npt.NDArray[np.bool_] = (bits & bits.dtype.type(mask)) == mask
+    return found
 
-    values = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
-    return values.to(torch.float32) if entry.dtype.startswith("F8") else values
 
-
-def _all_finite(data: memoryview, entry: TensorEntry) -> bool:
-    import torch
-
-    # The extremes of a tensor are finite exactly if all of it is (NaN propagates), and finding
-    # them is 40 times faster than isfinite on bf16.
-    extremes = torch.stack(torch.aminmax(_values(data, entry)))
-    return bool(torch.isfinite(extremes).all())
+def _all_finite(data: memoryview, dtype: str) -> bool:
+    size, mask = _EXPONENTS[dtype]
+    bits = np.frombuffer(data, f"u{size}")
+    # The largest masked value says it for all: twice as fast as comparing each.
+    return len(bits) == 0 or int((bits & bits.dtype.type(mask)).max()) != mask
 
 
 def _name_value(
     manifest: Manifest, name: str, entry: TensorEntry, data: memoryview, begin: int
 ) -> str:
-    import torch
-
-    values = _values(data, entry)
-    position = int(torch.isfinite(values).logical_not().nonzero()[0])
+    position = int(_not_finite(data, entry.dtype).argmax())
     element = (begin - entry.begin) // ELEMENT_SIZE[entry.dtype] + position
     where = f"{name}: {entry.name}"
     if name != REPLICATED_NAME:
@@ -190,4 +193,4 @@ def _name_value(
         ep_rank = list(manifest.files).index(name) - 1
         module = entry.name.rsplit(".", 2)[0]
         where += f" expert {manifest.placement.ranks_of(module)[ep_rank][slot]} (slot {slot})"
-    return f"{where}: value {float(values[position])} at element {element}"
+    return f"{where}: element {element} is infinite or NaN"

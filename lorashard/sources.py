@@ -1,0 +1,51 @@
+"""Where bytes are read from. A local file now; what is remote gets the same three methods."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from lorashard.errors import HeaderError
+
+_AHEAD_BYTES = 16 * 2**20
+
+
+class ByteSource(Protocol):
+    """Random access to a known number of bytes."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset`; raise HeaderError if the source ends before."""
+
+
+class LocalFile:
+    """A ByteSource over an open file descriptor."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._expected = 0  # where the next read begins if the file is read front to back
+        self._requested = 0  # up to where the disk was asked for
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset`; raise HeaderError if the file ends before."""
+        if offset == self._expected:
+            self._read_ahead(offset + len(buffer))
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if count == 0:
+                raise HeaderError(self._path, f"it ended at byte {offset + done} while being read")
+            done += count
+        self._expected = offset + done
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def _read_ahead(self, position: int) -> None:
+        """Let the disk work on what comes next while the processor works on this."""
+        if hasattr(os, "posix_fadvise") and position > self._requested - _AHEAD_BYTES // 2:
+            begin = max(self._requested, position)
+            os.posix_fadvise(self._fd, begin, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            self._requested = begin + _AHEAD_BYTES
