@@ -66,6 +66,7 @@ $(VENV)/.legacy: $(VENV)/.test
 # The Python sources of vLLM releases, and what their modules import on the CPU.
 $(VENV)/.vllm: $(VENV)/.test tests/vllm_release.py
 	$(PIP) --group vllm
+	$(PIP) --no-deps --group vllm-alone
 	$(BIN)/python tests/vllm_release.py $(VLLM)
 	touch $@
 

@@ -15,6 +15,11 @@ from math import prod
 
 from lorashard.errors import HeaderError
 
+# In the order in which the reference writer puts tensors of different dtypes, the last one first.
+_DTYPE_ORDER = (
+    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16",
+    "I32", "U32", "F32", "F64", "I64", "U64",
+)  # fmt: skip
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 
@@ -90,9 +95,9 @@ def build_header(
     """Lay out (name, dtype, shape) triples as the reference writer does.
 
     Returns the bytes from the start of the file to the data, and each tensor's place. Order:
-    wider dtypes first, then by name, so that every tensor is aligned to its element size.
+    by dtype, wider ones first, then by name, so that every tensor is aligned to its element size.
     """
-    ordered = sorted(tensors, key=lambda tensor: (-ELEMENT_SIZE[tensor[1]], tensor[0]))
+    ordered = sorted(tensors, key=lambda tensor: (-_DTYPE_ORDER.index(tensor[1]), tensor[0]))
     table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name, dtype, shape in ordered:

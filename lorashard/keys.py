@@ -152,7 +152,7 @@ def _parse_other(name: str, num_dims: int) -> ParsedKey:
         if marker in name:
             return UnknownKey(reason)
     if "experts" in name.split("."):
-        return UnknownKey("an expert tensor in a layout that is not known")
+        return UnknownKey("this way to write expert tensors")
     if match := _LORA.fullmatch(name):
         if num_dims != 2:
             return UnknownKey(f"a LoRA factor with {num_dims} dimensions outside of experts")

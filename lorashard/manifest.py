@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
 
 from lorashard.errors import ManifestError
@@ -25,6 +25,8 @@ MANIFEST_NAME = "lorashard.json"
 FORMAT = "lorashard"
 FORMAT_VERSION = 1
 _INLINE_WIDTH = 160
+# A later lorashard may record more options; those that change the layout change the digests too.
+_OPTION_NAMES = tuple(field.name for field in fields(LayoutOptions))
 _HEX_DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -154,7 +156,7 @@ def _parse(document: Mapping[str, Any], path: str) -> Manifest:
         ),
         dtype=options.pop("dtype"),
         gate_up_known=bool(options.pop("gate_up_known")),
-        options=LayoutOptions(**options),
+        options=LayoutOptions(**{name: options.get(name) for name in _OPTION_NAMES}),
         placement=placement,
         modules={name: _parse_module(info) for name, info in document["modules"].items()},
         files={name: _parse_file(document["files"][name], path) for name in expected},

@@ -36,13 +36,18 @@ from lorashard.sources import LocalFile
 
 
 def merge_shards(
-    shards: Path, out: Path, *, force: bool = False, progress: Progress = lambda _: None
+    shards: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    progress: Progress = lambda _: None,
 ) -> Manifest:
     """Write the adapter that `shards` was split from into the directory `out`.
 
     progress: called with source bytes done since the last call.
     Raises ShardError if the shards were cast, or are no longer what `split` wrote.
     """
+    shards, out = Path(shards), Path(out)
     manifest = read_manifest(shards)
     if manifest.dtype is not None:
         raise ShardError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,11 @@ _NESTED_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_conf
 # gpt-oss stores gate and up rows alternately (transformers GptOssExperts; vLLM
 # lora/layers/fused_moe.py:553 treats the same architecture apart).
 _INTERLEAVED_MODEL_TYPES = frozenset({"gpt_oss"})
+# A base model called after one of these is none of the interleaved ones.
+_KNOWN_FAMILIES = re.compile(
+    "qwen|mixtral|glm|deepseek|kimi|olmoe|phi|ernie|hunyuan|granite|nemotron|minimax|llama|"
+    "gemma|jamba|dots|longcat|mimo|step|exaone|lfm"
+)
 # Experts without a gate: up, squared ReLU, down.
 _NON_GATED_MODEL_TYPES = frozenset({"nemotron_h"})
 
@@ -29,7 +35,6 @@ class LayoutOptions:
     """Facts that decide between readings of the same tensors. None = not known.
 
     gate_up: how the base model stores gate and up rows.
-    num_expert_group: > 1 lets vLLM place experts round-robin.
     """
 
     num_experts: int | None = None
@@ -42,7 +47,10 @@ class LayoutOptions:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a base model's config.json says about its experts."""
+    """What a base model's config.json says about its experts.
+
+    num_expert_group: > 1 lets vLLM place experts round-robin.
+    """
 
     model_type: str
     num_experts: int | None
@@ -86,10 +94,10 @@ def gate_up_of(model_type: str) -> GateUp:
 
 def gate_up_named(base_model: str | None, base_model_class: str | None) -> GateUp | None:
     """The same, as far as the adapter's config names its base model."""
-    named = f"{base_model or ''} {base_model_class or ''}".lower().replace("-", "_")
-    if "gpt_oss" in named or "gptoss" in named:
+    named = f"{base_model or ''} {base_model_class or ''}".lower()
+    if re.search("gpt[-_]?oss", named):
         return "interleaved"
-    return "concatenated" if named.strip() else None
+    return "concatenated" if base_model_class or _KNOWN_FAMILIES.search(named) else None
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -79,8 +79,8 @@ class PreparedSplit:
 
 
 def split_adapter(
-    adapter: Path,
-    out: Path,
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     request: SplitRequest,
     *,
     force: bool = False,
@@ -91,9 +91,10 @@ def split_adapter(
     progress: called with source bytes done since the last call.
     Raises AdapterError, PlacementError or ShardError.
     """
-    check_target(out, force=force, replaceable=is_shard_directory)
-    with prepared_split(adapter, request) as prepared:
-        return write_shards(prepared, out, request, force=force, progress=progress)
+    target = Path(out)
+    check_target(target, force=force, replaceable=is_shard_directory)
+    with prepared_split(Path(adapter), request) as prepared:
+        return write_shards(prepared, target, request, force=force, progress=progress)
 
 
 @contextmanager

@@ -190,6 +190,8 @@ def _buffer_bytes(module: ExpertModule, num_local: int, max_loras: int, max_lora
         intermediate_size=intermediate_size,
         gated=module.gate_up != "none",
         element_size=2,
+        # Of the models whose wrapper takes fused experts, gpt-oss is the one an adapter shows.
+        wrapper="3d" if module.gate_up == "interleaved" else "2d",
     )
 
 

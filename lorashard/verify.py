@@ -2,7 +2,7 @@
 
 Checked: the manifest and each file's structure, that each expert stands exactly where the
 placement wants it, every digest, and that no value is infinite or NaN. `against` proves the
-values themselves, with code of its own (reference.py).
+values themselves, with code of its own (reference/).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorashard.pipeline import read_manifest
 from lorashard.placement import linear_placement, round_robin_placement
 from lorashard.plan import REPLICATED_NAME
 from lorashard.read import find_adapter, read_config
-from lorashard.reference import compare_with_source
+from lorashard.reference.compare import compare_with_source
 from lorashard.shard import check_file
 from lorashard.sources import LocalFile
 
@@ -43,9 +43,9 @@ _EXPONENTS = {
 
 
 def verify_shards(
-    shards: Path,
+    shards: str | os.PathLike[str],
     *,
-    against: Path | None = None,
+    against: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
     progress: Progress = lambda _: None,
 ) -> tuple[str, ...]:
@@ -54,6 +54,7 @@ def verify_shards(
     progress: called with bytes read since the last call.
     Raises ManifestError if there is no manifest to hold anything against.
     """
+    shards = Path(shards)
     manifest = read_manifest(shards)
     findings = [*_check_placement(manifest), *_check_config(manifest, shards)]
     sound = []
@@ -71,7 +72,7 @@ def verify_shards(
     findings.extend(_unexpected_files(manifest, shards))
     if against is not None and not findings:
         raw = json.loads((shards / MANIFEST_NAME).read_bytes())
-        source = find_adapter(against)
+        source = find_adapter(Path(against))
         findings.extend(
             compare_with_source(shards, source, raw, progress, allow_pickle=allow_pickle)
         )

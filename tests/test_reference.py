@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorashard.errors import AdapterError, UnsupportedAdapterError
-from lorashard.reference import compare_with_source
+from lorashard.reference.compare import compare_with_source
 
 E, R, H, I = 4, 2, 6, 5  # noqa: E741 - experts, lora_rank, hidden and intermediate size
 SIZES = {"gate_proj": (H, I), "up_proj": (H, I), "down_proj": (I, H), "gate_up_proj": (H, 2 * I)}
@@ -636,7 +636,7 @@ def test_an_expert_with_half_a_pair_is_not_proven(tmp_path: Path) -> None:
 def test_many_findings_in_one_tensor_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorashard.reference._MAX_FINDINGS_PER_TENSOR", 1)
+    monkeypatch.setattr("lorashard.reference.compare._MAX_FINDINGS_PER_TENSOR", 1)
     adapter = build(tmp_path, per_expert(), ranks=[[0, 1, 2, 3], [0, 1]])
     name = f"{MODULE}.up_proj.lora_A"
     adapter.edit(RANK_0, lambda tensors: tensors[name].neg_())

@@ -60,13 +60,13 @@ def release_sources(release: str) -> Path | None:
 
 
 def require_release(release: str) -> Path:
-    """The same, or skip the test; with LORASHARD_REQUIRE_VLLM=1, fail it."""
+    """The same, or skip the test; with LORASHARD_REQUIRE_ALL=1, fail it."""
     import pytest
 
     sources = release_sources(release)
     if sources is None:
         reason = f"vLLM {release} is not prepared: run `python tests/vllm_release.py {release}`"
-        if os.environ.get("LORASHARD_REQUIRE_VLLM", "") not in ("", "0"):
+        if os.environ.get("LORASHARD_REQUIRE_ALL", "") not in ("", "0"):
             pytest.fail(reason)
         pytest.skip(reason)
     return sources

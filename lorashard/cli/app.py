@@ -54,7 +54,7 @@ def _root(
 def split(
     adapters: Annotated[
         list[Path],
-        typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories.", show_default=False),
+        typer.Argument(metavar="ADAPTER", help="PEFT adapter directories.", show_default=False),
     ],
     ep_size: opt.EpSize,
     out: _Out = None,

@@ -81,8 +81,8 @@ def run_plan(
     )
     render.print_line(
         f"GPU buffers: expert LoRA of {summary['num_modules']} layers, --max-loras {max_loras} "
-        f"--max-lora-rank {summary['max_lora_rank']}, 16-bit. Host RAM: to load this adapter, with "
-        "lorashard and with unpatched vLLM."
+        f"--max-lora-rank {summary['max_lora_rank']}, 16-bit. Host RAM, estimated: to load this "
+        "adapter from its shard, and without lorashard."
     )
 
 
@@ -142,7 +142,7 @@ def _show_modules(modules: Mapping[str, Mapping[str, Any]]) -> None:
     render.print_line("")
     render.print_table(
         "Expert modules",
-        ("module", "like it", "layout", "gate/up", "r", "scaling", "untrained experts"),
+        ("module", "alike", "layout", "gate/up", "r", "scaling", "untrained experts"),
         [
             (
                 name,

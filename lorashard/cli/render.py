@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 SHOW_PROGRESS_AFTER_S = 1.0
+_PLAIN_WIDTH = 200
 
 
 def print_json(document: Any) -> None:
@@ -35,14 +36,21 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """Print a table; numbers to the right. Plain text where stdout is no terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, highlight=False).print(table)
+        table.add_row(*map(Text, row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
+    with console.capture() as captured:
+        console.print(table)
+    print_line(title)
+    for line in captured.get().splitlines():
+        print_line(line.rstrip())
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

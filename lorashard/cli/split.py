@@ -55,8 +55,10 @@ def run_split(
             with render.progress_bar(f"split {adapter.name}", total, quiet=quiet) as progress:
                 write_shards(prepared, out, request, force=force, progress=progress)
         sizes = [file.size_bytes for file in plan.files]
+        counted = request.model is None and request.options.num_experts is None
         render.say(
-            f"{adapter}: {prepared.layout.num_experts} experts in "
+            f"{adapter}: {prepared.layout.num_experts} experts"
+            f"{' (counted; --model checks it)' if counted else ''} in "
             f"{len(prepared.layout.modules)} modules on {placement.ep_size} ranks, "
             f"{render.size(sizes[0])} replicated + {render.size(max(sizes[1:]))} per rank"
             + (" (dry run, nothing written)" if dry_run else ""),

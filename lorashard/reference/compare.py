@@ -1,6 +1,6 @@
 """Prove the shards against the source adapter, without any code that wrote them.
 
-`reference_factors` gives the source tensors their meaning; here every value of every expert is
+`projections` gives the source tensors their meaning; here every value of every expert is
 compared bit for bit with the slots where the manifest places it. Torch does the reshaping, so a
 mistake in our own byte arithmetic shows.
 """
@@ -13,18 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from lorashard.errors import AdapterError, UnsupportedAdapterError
-from lorashard.reference_factors import (
-    Factor,
-    Facts,
-    Projection,
-    SourceReading,
-    read_source,
-    unpack,
-)
+from lorashard.errors import AdapterError
+from lorashard.reference.files import PickledTensors, SafetensorsFile, load_source
+from lorashard.reference.pieces import Facts, unpack
+from lorashard.reference.projections import Factor, Projection, SourceReading, read_source
 
 if TYPE_CHECKING:
     import torch
@@ -37,66 +31,6 @@ _TORCH_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
-
-
-class SafetensorsFile:
-    """Named tensors on disk, read one at a time."""
-
-    def __init__(self, path: Path) -> None:
-        """Open a safetensors file. Raises AdapterError if that fails."""
-        from safetensors import SafetensorError, safe_open  # noqa: PLC0415
-
-        open_file: Any = safe_open  # its stub has no types
-        self.name = path.name
-        try:
-            self._file = open_file(path, framework="pt", device="cpu")
-        except (OSError, SafetensorError) as err:
-            raise AdapterError(f"{path}: {err}.", hint="Copy or download it again.") from err
-        names: list[str] = self._file.keys()
-        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
-
-    def get(self, name: str) -> Tensor:
-        """Read one tensor."""
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-
-class PickledTensors:
-    """The same for an unpickled adapter, which is in memory as a whole."""
-
-    def __init__(self, path: Path) -> None:
-        """Unpickle tensors, and nothing else, from `path`. Raises AdapterError if that fails."""
-        import torch
-
-        self.name = path.name
-        self._tensors: dict[str, Tensor]
-        try:
-            self._tensors = torch.load(path, weights_only=True, map_location="cpu")
-        except (OSError, EOFError, RuntimeError, UnpicklingError) as err:
-            raise AdapterError(f"{path}: {err}.", hint="Copy or download it again.") from err
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def get(self, name: str) -> Tensor:
-        """Give one tensor."""
-        return self._tensors[name]
-
-
-def load_source(
-    adapter_dir: Path, *, allow_pickle: bool = False
-) -> SafetensorsFile | PickledTensors:
-    """Open the adapter's weights. Raises UnsupportedAdapterError for a pickle not allowed."""
-    weights, pickled = adapter_dir / "adapter_model.safetensors", adapter_dir / "adapter_model.bin"
-    if weights.is_file():
-        return SafetensorsFile(weights)
-    if not pickled.is_file():
-        raise AdapterError(f"{adapter_dir}: no {weights.name}.", hint="Is the download complete?")
-    if not allow_pickle:
-        raise UnsupportedAdapterError(
-            f"{pickled.name} (a pickle)",
-            str(adapter_dir),
-            hint="--allow-pickle reads it with torch.load(weights_only=True).",
-        )
-    return PickledTensors(pickled)
 
 
 def compare_with_source(

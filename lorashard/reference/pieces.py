@@ -1,0 +1,173 @@
+"""One source tensor -> what its name and shape say of expert factors, and how to unpack it.
+
+Shapes and formulas: docs/adapter-layouts.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Matrix = Literal["lora_A", "lora_B"]
+Kind = Literal["matrix", "stack", "rows", "rank_major", "grouped_by_expert"]
+
+PEFT_PREFIX = "base_model.model."
+PROJECTIONS = {
+    "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "gate_proj": "gate_proj",
+    "up_proj": "up_proj", "down_proj": "down_proj", "gate_up_proj": "gate_up_proj",
+    "gate_and_up": "gate_up_proj", "down": "down_proj",
+    "input_linear": "gate_up_proj", "output_linear": "down_proj",
+}  # fmt: skip
+_MODULE = r"(?P<module>(?:.+\.)?experts)"
+_LEAF = r"(?P<leaf>gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3)"
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<matrix>[AB])(?:\.weight)?")
+_NATIVE = re.compile(_MODULE + r"\.lora_(?P<leaf>gate_and_up|down)_(?P<matrix>[AB])(?:\.weight)?")
+_PER_EXPERT = re.compile(_MODULE + r"\.(?P<expert>\d+)\." + _LEAF)
+_PER_EXPERT_LIST = re.compile(_MODULE + r"\.(?P<leaf>gate_up_proj|down_proj)s\.(?P<expert>\d+)")
+_ONE_FOR_ALL = re.compile(_MODULE + r"\." + _LEAF)
+_FUSED = re.compile(_MODULE + r"(?P<inner>\.base_layer)?")
+_GRANITE = re.compile(r"(?P<block>(?:.+\.)?block_sparse_moe)\.(?P<leaf>input_linear|output_linear)")
+_DENSE_LOOKING = re.compile(r"(?P<block>.+)\.(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj)")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What decides between readings: adapter_config.json and what the user told `split`."""
+
+    config: Mapping[str, Any]
+    num_experts: int
+    hidden_size: int | None
+    intermediate_size: int | None
+    orientation: str | None
+    grouped_by_expert: bool
+
+    def lora_rank_of(self, name: str) -> int:
+        """PEFT's r for the module or parameter `name`."""
+        return int(self._by_pattern("rank_pattern", name, self.config["r"]))
+
+    def scaling_of(self, name: str, lora_rank: int) -> float:
+        """PEFT's scaling for the module or parameter `name`."""
+        alpha = float(self._by_pattern("alpha_pattern", name, self.config["lora_alpha"]))
+        return alpha / (math.sqrt(lora_rank) if self.config.get("use_rslora") else lora_rank)
+
+    def _by_pattern(self, field: str, name: str, default: Any) -> Any:
+        patterns: Mapping[str, Any] = self.config.get(field) or {}
+        for key, value in patterns.items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        return patterns.get(name, default)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One source tensor with expert factors.
+
+    peft_name: what PEFT matches its patterns against. expert: None = the tensor is for all.
+    transposed: each expert's matrix stands transposed in the tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    module: str
+    leaf: str
+    projection: str
+    matrix: Matrix
+    expert: int | None
+    kind: Kind
+    transposed: bool
+    peft_name: str
+
+    def unpacked_shape(self, num_experts: int) -> tuple[int, int, int]:
+        """Shape of `unpack`'s result."""
+        match self.kind:
+            case "matrix":
+                count, rows, columns = 1, self.shape[0], self.shape[1]
+            case "stack":
+                count, rows, columns = self.shape
+            case "rows":
+                count, rows, columns = num_experts, self.shape[0] // num_experts, self.shape[1]
+            case _:
+                count, rows, columns = num_experts, self.shape[0], self.shape[1] // num_experts
+        return (count, columns, rows) if self.transposed else (count, rows, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a name alone says."""
+
+    module: str
+    leaf: str
+    peft_name: str
+    kind: Kind
+    expert: int | None = None
+
+
+def unpack(tensor: Tensor, piece: Piece, num_experts: int) -> Tensor:
+    """Unpack the experts' matrices of a source tensor: [E or 1, rows, columns], contiguous."""
+    match piece.kind:
+        case "matrix":
+            experts = tensor[None]
+        case "stack":
+            experts = tensor
+        case "rows":
+            experts = tensor.reshape(num_experts, -1, tensor.shape[1])
+        case "rank_major":
+            experts = tensor.reshape(tensor.shape[0], -1, num_experts).permute(2, 0, 1)
+        case "grouped_by_expert":
+            experts = tensor.reshape(tensor.shape[0], num_experts, -1).permute(1, 0, 2)
+    return (experts.transpose(1, 2) if piece.transposed else experts).contiguous()
+
+
+def read_name(name: str, shape: tuple[int, ...], facts: Facts) -> Piece | None:
+    """Give the piece behind a name, projection "" where only shapes can tell. None: no expert."""
+    key = name.removeprefix(PEFT_PREFIX)
+    native = _NATIVE.fullmatch(key)
+    factor = native or _FACTOR.fullmatch(key)
+    if factor is None:
+        return None
+    if native:
+        module, leaf = native["module"], native["leaf"]
+        place = _Place(module, leaf, f"{module}.{PROJECTIONS[leaf]}", "stack")
+    else:
+        columns: Kind = "grouped_by_expert" if facts.grouped_by_expert else "rank_major"
+        fused: Kind = "rows" if factor["matrix"] == "A" else columns
+        found = _read_path(factor["path"], len(shape), fused)
+        if found is None:
+            return None
+        place = found
+    if len(shape) != (3 if place.kind == "stack" else 2) and 0 not in shape:
+        return None
+    return Piece(
+        name=name,
+        shape=shape,
+        module=place.module,
+        leaf=place.leaf,
+        projection=PROJECTIONS.get(place.leaf, ""),
+        matrix="lora_A" if factor["matrix"] == "A" else "lora_B",
+        expert=place.expert,
+        kind=place.kind,
+        transposed=native is not None,
+        peft_name=place.peft_name,
+    )
+
+
+def _read_path(path: str, num_dims: int, fused: Kind) -> _Place | None:
+    if match := _PER_EXPERT.fullmatch(path) or _PER_EXPERT_LIST.fullmatch(path):
+        return _Place(match["module"], match["leaf"], path, "matrix", int(match["expert"]))
+    if match := _ONE_FOR_ALL.fullmatch(path):
+        kind: Kind = "stack" if num_dims == 3 else "matrix"
+        return _Place(match["module"], match["leaf"], path, kind)
+    if match := _FUSED.fullmatch(path):
+        return _Place(match["module"], "base_layer" if match["inner"] else "", "", fused)
+    if match := _GRANITE.fullmatch(path):
+        # The targeted parameter is the `weight` of that module, and PEFT matches its full name.
+        return _Place(f"{match['block']}.experts", match["leaf"], f"{path}.weight", fused)
+    if num_dims == 3 and (match := _DENSE_LOOKING.fullmatch(path)):
+        return _Place(f"{match['block']}.experts", match["leaf"], path, "stack")
+    return None

@@ -1,0 +1,134 @@
+"""The documentation says what the code does: generated pages, examples, links, file tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorashard.placement import explicit_placement
+from tests.adapters import Spec, build
+from tests.generate_docs import commands, pages, parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+MADE_BY_BENCH = ROOT / "docs" / "bench.svg"  # `make bench` draws it
+
+_RUNNABLE = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.DOTALL)
+_FENCED = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.fixture
+def adapter_here(tmp_path, monkeypatch):
+    """A tiny adapter in ./adapter, of 4 experts, fused and with attention factors."""
+    monkeypatch.chdir(tmp_path)
+    adapter = build(Spec("L2", extras=True))
+    adapter.write(tmp_path / "adapter")
+    return adapter
+
+
+def run_examples(page: Path) -> dict[str, object]:
+    examples = _RUNNABLE.findall(page.read_text())
+    assert examples
+    names: dict[str, object] = {}
+    for example in examples:
+        exec(compile(example, str(page), "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("name", ["cli.md", "errors.md"])
+def test_generated_page_is_fresh(name):
+    assert (ROOT / "docs" / name).read_text() == pages()[name], "run `make docs`"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_cli_page_and_help_name_the_same_options(command):
+    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    finished = subprocess.run(
+        [sys.executable, "-m", "lorashard", command, "--help"],
+        capture_output=True, text=True, check=True, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    # Options stand at the left; what their help mentions, further right.
+    shown = set(re.findall(r"^[ │*]{1,6}(?:-\w,? +)?(--[a-z-]+)", finished.stdout, re.MULTILINE))
+    documented = {
+        name
+        for parameter in parameters(commands()[command])
+        for name in parameter.names
+        if name.startswith("--")
+    }
+    assert shown - {"--help"} == documented
+
+
+@pytest.mark.parametrize("command", commands())
+def test_readme_has_a_row_for_every_command(command):
+    assert f"\n| `lorashard {command} " in README.read_text()
+
+
+def test_readme_example_runs(adapter_here):
+    names = run_examples(README)
+    assert names["shards"].placement.num_experts == adapter_here.spec.num_experts
+    for file in Path("adapter").iterdir():
+        assert (Path("restored") / file.name).read_bytes() == file.read_bytes()
+
+
+def test_format_example_gives_the_weight_change_of_the_source(adapter_here):
+    import torch
+
+    import lorashard
+
+    request = lorashard.SplitRequest(ep_size=2)
+    lorashard.split_adapter(Path("adapter"), Path("adapter-ep2"), request)
+    names = run_examples(ROOT / "docs" / "format.md")
+    lora_a, lora_b = adapter_here.factors[names["module"], names["expert"], names["projection"]]
+    config = adapter_here.config
+    expected = config["lora_alpha"] / config["r"] * lora_b @ lora_a
+    assert torch.equal(names["delta"], expected)
+
+
+def test_forms_of_an_expert_map_in_format_page_are_accepted():
+    page = (ROOT / "docs" / "format.md").read_text()
+    block = re.search(r"### Explicit expert maps.*?```json\n(.*?)```", page, re.DOTALL)
+    assert block is not None
+    forms = [json.loads(line) for line in block[1].splitlines()]
+    placements = [explicit_placement(form, num_experts=4, ep_size=2) for form in forms]
+    assert [p.ranks for p in placements[:4]] == [((0, 2), (3, 1))] * 4
+    assert set(placements[4].layers) == {"5", "model.layers.7.mlp.experts"}
+
+
+def test_file_tree_of_readme_names_the_files_of_the_package():
+    tree = re.search(r"^lorashard/\n((?:  .*\n)+)", README.read_text(), re.MULTILINE)
+    assert tree is not None
+    named = [line.split()[0] for line in tree[1].splitlines()]
+    package = ROOT / "lorashard"
+    assert sorted(named) == sorted(str(f.relative_to(package)) for f in package.rglob("*.py"))
+
+
+def test_file_tree_of_readme_names_only_tests_that_exist():
+    tree = re.search(r"^tests/\n((?:  .*\n)+)", README.read_text(), re.MULTILINE)
+    assert tree is not None
+    named = [line.split()[0] for line in tree[1].splitlines()]
+    assert [name for name in named if not any((ROOT / "tests").glob(name.rstrip("/")))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_page_resolve(page):
+    for link in _LINK.findall(_FENCED.sub("", page.read_text())):
+        if re.match("https?:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists() or target == MADE_BY_BENCH, link
+        assert not anchor or anchor in _anchors(target), link
+
+
+def _anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", _FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
