@@ -1,0 +1,95 @@
+"""Runs lorashard commands that fail at their n-th system call, for tests/test_crash.py.
+
+Reads one JSON job per line, {"argv", "action", "at", "calls"}, and answers with one JSON line,
+{"code", "reached", "stderr"}. Each job runs in a forked child, so the imports are paid for once.
+
+action: "kill" (SIGKILL), "term" (SIGTERM to itself, then the call goes on), or an errno's name
+(the call raises OSError). code: the exit code, or minus the signal.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from lorashard import output
+from lorashard.cli import app, split  # noqa: F401 - split is imported once for all jobs
+
+TIMEOUT_S = 30
+
+
+def fail_at(action: str, at: int, calls: list[str], reached: Callable[[], None]) -> None:
+    """Make the `at`-th of all `calls` together, counted from 1, act.
+
+    calls: names in os, or "exchange", the one system call that os lacks.
+    """
+    counter, lock = itertools.count(1), threading.Lock()
+
+    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            with lock:
+                number = next(counter)
+            if number == at:
+                reached()
+                if action == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif action == "term":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                else:
+                    code = getattr(errno, action)
+                    raise OSError(code, os.strerror(code))
+            return original(*args, **options)
+
+        return call
+
+    for name in calls:
+        home = output if name == "exchange" else os
+        setattr(home, name, failing(getattr(home, name)))
+
+
+def run_job(job: dict[str, Any], stderr: int, reached: Callable[[], None]) -> None:
+    os.dup2(stderr, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if job["action"]:
+        fail_at(job["action"], job["at"], job["calls"], reached)
+    sys.argv = ["lorashard", *job["argv"]]
+    app.main()
+
+
+def supervise(job: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryFile() as stderr, tempfile.TemporaryFile() as reached:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(TIMEOUT_S)
+            code = 70
+            try:
+                run_job(job, stderr.fileno(), lambda: reached.write(b"x") and reached.flush())
+            except SystemExit as err:
+                code = err.code if isinstance(err.code, int) else 0
+            except BaseException:  # noqa: BLE001 - told to the test
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        stderr.seek(0)
+        return {
+            "code": os.waitstatus_to_exitcode(status),
+            "reached": os.fstat(reached.fileno()).st_size > 0,
+            "stderr": stderr.read().decode(),
+        }
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(supervise(json.loads(line))) + "\n")
+        sys.stdout.flush()

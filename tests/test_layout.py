@@ -1,0 +1,280 @@
+"""Every layout is read for what it is; what is incomplete, contradictory or ambiguous is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lorashard.errors import LayoutError, NoExpertsError, UnsupportedAdapterError
+from lorashard.experts import ExpertModule
+from tests.adapters import LAYOUTS, SPLIT, Adapter, Spec, build
+from tests.strategies import layout_of
+
+EXPERTS = "base_model.model.model.layers.0.mlp.experts"
+ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj"
+REPORTED = "reported; read without a word, or not a LorashardError"
+
+
+def module_of(adapter: Adapter, **options: Any) -> ExpertModule:
+    (module,) = layout_of(adapter, **options).modules
+    return module
+
+
+def refusal(adapter: Adapter, **options: Any) -> str:
+    with pytest.raises(LayoutError) as caught:
+        layout_of(adapter, **options)
+    return str(caught.value)
+
+
+def built(layout: str = "L1", **fields: Any) -> Adapter:
+    return build(Spec(layout, **fields))
+
+
+def without(adapter: Adapter, *names: str) -> Adapter:
+    for name in names:
+        del adapter.tensors[name]
+    return adapter
+
+
+def with_tensor(adapter: Adapter, name: str, *shape: int, dtype: Any = torch.float32) -> Adapter:
+    adapter.tensors[name] = torch.zeros(shape, dtype=dtype)
+    return adapter
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_experts_are_counted(layout: str):
+    assert layout_of(built(layout, num_experts=7)).num_experts == 7
+
+
+@pytest.mark.parametrize(
+    ("layout", "spelling"),
+    [
+        ("L1", "per_expert"), ("L1-w", "per_expert"), ("L2", "fused"), ("L2b", "fused"),
+        ("L3", "fused_transposed"), ("L4-gate_up", "fused"), ("L4-down", "fused"),
+        ("L5", "fused_transposed"), ("L6", "fused_grouped_by_expert"),
+        ("L7", "fused_transposed_grouped_by_expert"), ("L8", "stacked"),
+        ("L9", "per_expert+stacked"), ("L10", "stacked"), ("L11", "stacked"), ("L12", "stacked"),
+        ("L13", "native"), ("L14", "stacked"), ("L15", "per_expert"),
+    ],
+)  # fmt: skip
+def test_a_layout_is_told_by_its_tensors(layout: str, spelling: str):
+    assert module_of(built(layout)).source_layout == spelling
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_stacks_are_the_trained_projections(layout: str):
+    adapter = built(layout)
+    stacks = {(s.projection, s.matrix) for s in module_of(adapter).stacks}
+    assert stacks == {(p, m) for p in adapter.spec.trained() for m in ("lora_A", "lora_B")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stack_has_the_shape_of_its_factors(layout: str):
+    adapter = built(layout)
+    module = module_of(adapter)
+    for stack in module.stacks:
+        factor = adapter.factors[module.name, 0, stack.projection][stack.matrix == "lora_B"]
+        assert (stack.rows, stack.cols) == tuple(factor.shape)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shared"),
+    [
+        ("L8", {"gate_proj.lora_A", "up_proj.lora_A", "down_proj.lora_B"}),
+        ("L9", {"gate_proj.lora_A", "up_proj.lora_A", "down_proj.lora_B"}),
+        ("L10", set()),
+        ("L11", {f"{p}.{m}" for p in SPLIT for m in ("lora_A", "lora_B")}),
+    ],
+)
+def test_factors_that_all_experts_share_are_known(layout: str, shared: set[str]):
+    stacks = module_of(built(layout)).stacks
+    assert {f"{s.projection}.{s.matrix}" for s in stacks if s.shared} == shared
+
+
+def test_scaling_follows_the_patterns_of_the_config():
+    assert module_of(built("L2b")).scaling == {"gate_up_proj": 2.0, "down_proj": 2.0}
+
+
+def test_scaling_differs_between_experts_whose_r_differs():
+    module = module_of(built(lora_ranks={1: 4}))
+    assert module.scaling["up_proj"] == (2.0, 1.0, 2.0, 2.0)
+
+
+def test_scaling_of_an_expert_that_is_not_trained_is_zero_beside_others():
+    module = module_of(built(lora_ranks={1: 4}, experts=(0, 1, 3)))
+    assert module.scaling["up_proj"] == (2.0, 1.0, 0.0, 2.0)
+
+
+def test_an_r_that_differs_is_named_per_expert():
+    module = module_of(built(lora_ranks={1: 4, 2: 1}))
+    assert module.expert_lora_ranks["up_proj"] == {0: 2, 2: 1, 3: 2}
+
+
+def test_an_expert_that_is_not_trained_is_absent():
+    assert module_of(built(experts=(0, 2))).absent_experts == (1, 3)
+
+
+def test_experts_beyond_ten_are_numbers():
+    stack = module_of(built(num_experts=12)).stacks[0]
+    assert stack.experts == tuple(range(12))
+
+
+def test_modules_are_told_apart_by_layer():
+    names = [m.name for m in layout_of(built("L3", num_layers=2)).modules]
+    assert names == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+
+
+def test_what_is_no_expert_s_is_replicated():
+    adapter = built(extras=True)
+    assert {e.name for e in layout_of(adapter).replicated} == set(adapter.replicated)
+
+
+def test_an_adapter_without_experts_has_nothing_to_split():
+    adapter = built(extras=True)
+    with pytest.raises(NoExpertsError):
+        layout_of(replace(adapter, tensors=adapter.replicated))
+
+
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x not in ("L9", "L11")])
+@pytest.mark.parametrize("matrix", ["_A", "_B"])
+def test_a_factor_without_its_partner_is_refused(layout: str, matrix: str):
+    adapter = built(layout)
+    name = next(n for n in adapter.tensors if f"{matrix}." in f"{n}.")
+    assert refusal(without(adapter, name), num_experts=4)
+
+
+@pytest.mark.parametrize("experts", [(1, 2), (0, 2), (3,)])
+def test_an_unknown_number_of_experts_is_refused(experts: tuple[int, ...]):
+    assert "--num-experts" in refusal(built(experts=experts), num_experts=None)
+
+
+def test_an_expert_beyond_the_model_s_is_refused():
+    assert "expert 3, the model has 3" in refusal(built(), num_experts=3)
+
+
+@pytest.mark.parametrize("layout", ["L2", "L10", "L13"])
+def test_a_stack_of_another_number_of_experts_is_refused(layout: str):
+    assert "holds 4 experts, the model" in refusal(built(layout), num_experts=8)
+
+
+def test_layers_with_different_numbers_of_experts_are_refused():
+    adapter = built("L10")
+    other = build(Spec("L10", num_experts=3)).tensors
+    more = {name.replace("layers.0", "layers.1"): tensor for name, tensor in other.items()}
+    assert "holds" in refusal(replace(adapter, tensors=adapter.tensors | more))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("L1", "L10"), ("L10", "L13"), ("L1", "L11"), ("L2", "L14"), ("L15", "L14")]
+)
+def test_a_factor_spelled_twice_is_refused(one: str, other: str):
+    adapter = built(one)
+    assert "Keep one" in refusal(replace(adapter, tensors=adapter.tensors | built(other).tensors))
+
+
+@pytest.mark.parametrize(
+    "name", ["experts.1.w1.lora_A.weight", "experts.1.gate_proj.lora_A", "experts.01.w1.lora_A"]
+)
+def test_two_names_of_one_factor_are_refused(name: str):
+    adapter = with_tensor(built(), f"base_model.model.model.layers.0.mlp.{name}", 2, 6)
+    assert "name the same factor" in refusal(adapter)
+
+
+@pytest.mark.xfail(reason=REPORTED)
+def test_gate_up_beside_gate_and_up_is_refused():
+    adapter = built("L10")
+    assert refusal(replace(adapter, tensors=adapter.tensors | built("L14").tensors))
+
+
+@pytest.mark.parametrize("layout", ["L1", "L8", "L9", "L10", "L11", "L12", "L14", "L15"])
+def test_an_r_that_the_config_does_not_say_is_refused(layout: str):
+    assert "adapter_config.json says 3" in refusal(built(layout, config={"r": 3}))
+
+
+def test_a_replicated_factor_of_another_r_is_refused():
+    adapter = with_tensor(built(extras=True), f"{ATTENTION}.lora_A.weight", 8, 6)
+    assert "has r=8" in refusal(adapter)
+
+
+def test_a_router_that_is_a_bare_parameter_is_matched_by_the_parameter_s_name():
+    adapter = built(config={"rank_pattern": {r"mlp\.gate\.weight": 3}})
+    with_tensor(adapter, "base_model.model.model.layers.0.mlp.gate.lora_A.weight", 3, 6)
+    assert len(layout_of(adapter).replicated) == 1
+
+
+def test_an_r_that_differs_within_a_pair_is_refused():
+    adapter = with_tensor(built(), f"{EXPERTS}.1.up_proj.lora_B.weight", 5, 3)
+    assert "do not belong together" in refusal(adapter)
+
+
+def test_features_that_differ_between_experts_are_refused():
+    adapter = with_tensor(built(), f"{EXPERTS}.1.up_proj.lora_A.weight", 2, 7)
+    assert "one shape and dtype" in refusal(adapter)
+
+
+def test_dtypes_that_differ_between_experts_are_refused():
+    name = f"{EXPERTS}.1.up_proj.lora_A.weight"
+    assert "one shape and dtype" in refusal(with_tensor(built(), name, 2, 6, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        (f"{ATTENTION}.lora_magnitude_vector", "DoRA"),
+        (f"{EXPERTS}.0.up_proj.lora_magnitude_vector.weight", "DoRA"),
+        (f"{ATTENTION}.lora_B.bias", "a LoRA bias"),
+        (f"{EXPERTS}.0.up_proj.weight", "expert tensors"),
+        ("base_model.model.model.layers.0.input_layernorm.weight", "not a LoRA factor"),
+    ],
+)
+def test_a_tensor_of_another_kind_is_refused(name: str, feature: str):
+    with pytest.raises(UnsupportedAdapterError, match=feature):
+        layout_of(with_tensor(built(), name, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool], ids=str)
+def test_a_factor_of_integers_is_refused(dtype: torch.dtype):
+    with pytest.raises(LayoutError, match="is no LoRA factor's"):
+        layout_of(with_tensor(built(), f"{EXPERTS}.1.up_proj.lora_A.weight", 2, 6, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", ["L1", "L2", "L10", "L13"])
+@pytest.mark.parametrize("shape", [(), (12,), (1, 2, 2, 3)], ids=str)
+def test_a_number_of_dimensions_that_no_layout_has_is_refused(layout, shape):
+    adapter = built(layout)
+    assert refusal(with_tensor(adapter, next(iter(adapter.tensors)), *shape))
+
+
+def test_an_empty_factor_of_one_expert_is_refused():
+    assert "at least one row" in refusal(
+        with_tensor(built(), f"{EXPERTS}.1.up_proj.lora_A.weight", 0, 6)
+    )
+
+
+@pytest.mark.xfail(reason=REPORTED, raises=IndexError)
+def test_a_container_of_empty_stacks_alone_is_refused():
+    adapter = built("L10")
+    empty = {name: tensor[:0].clone() for name, tensor in adapter.tensors.items()}
+    assert refusal(replace(adapter, tensors=empty))
+
+
+@pytest.mark.parametrize(
+    "spec", [Spec(num_experts=8, experts=(0, 1, 2), extras=True), Spec("L2", num_experts=8, extras=True)],
+    ids=["some-experts", "r-of-the-config-too-small"],
+)  # fmt: skip
+@pytest.mark.xfail(reason=REPORTED)
+def test_a_router_of_another_number_of_experts_is_refused(spec: Spec):
+    adapter = build(replace(spec, lora_rank=4))
+    if spec.layout == "L2":  # 16 experts of r 2 instead of 8 of r 4
+        adapter.config["rank_pattern"] = {r".*experts\..*": 2}
+    assert refusal(adapter, num_experts=None)
+
+
+@pytest.mark.xfail(reason=REPORTED, raises=ValueError)
+def test_an_endless_expert_id_is_refused():
+    adapter = with_tensor(built(), f"{EXPERTS}.{'9' * 5000}.up_proj.lora_A.weight", 2, 6)
+    with pytest.raises((LayoutError, UnsupportedAdapterError)):
+        layout_of(adapter)
