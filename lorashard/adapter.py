@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,7 +30,13 @@ _CLASSIFIER_HEADS = frozenset(
     {"classifier", "score"}
 )  # what PEFT saves for sequence classification
 
+_PATTERN = r"(.*\.)?({})$"
+_MAX_NUMBER = 10**9  # of a rank or an alpha; far above any that is meant
+
 _CONVERT = "Train without it, or merge the adapter into the base model with PEFT."
+
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +64,11 @@ class LoraConfig:
         return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
 
 
-_Number = TypeVar("_Number", int, float)
-
-
 def _first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
     # PEFT `get_pattern_key`: keys are regular expressions for the end of the name; the first that
     # matches wins, in the order of the file.
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(_PATTERN.format(key), module):
             return value
     return default
 
@@ -87,35 +90,35 @@ def parse_config(raw: bytes, where: str) -> LoraConfig:
     """Read adapter_config.json. Raises AdapterError on damage and on features that do not fit."""
     try:
         config = json.loads(raw)
-    except ValueError as err:
-        raise AdapterError(f"{where}: not JSON ({err}).", hint="Save the adapter again.") from err
+    except (ValueError, RecursionError) as err:
+        raise _damaged(where, f"not JSON ({err})") from err
     if not isinstance(config, dict):
-        raise AdapterError(f"{where}: not a JSON object.", hint="Save the adapter again.")
+        raise _damaged(where, "not a JSON object")
     _refuse_unsupported(config, where)
-    _check_patterns(config, where)
     auto_mapping = config.get("auto_mapping")
     base_class = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
+    base_model = config.get("base_model_name_or_path")
     return LoraConfig(
-        lora_rank=_positive_int(config, "r", where),
-        lora_alpha=_number(config, "lora_alpha", where),
-        use_rslora=bool(config.get("use_rslora", False)),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-        target_parameters=tuple(map(str, config.get("target_parameters") or ())),
+        lora_rank=_positive_int(config.get("r"), "r", where),
+        lora_alpha=_positive_number(config.get("lora_alpha"), "lora_alpha", where),
+        use_rslora=_flag(config.get("use_rslora"), "use_rslora", where),
+        rank_pattern=_patterns(config, "rank_pattern", _positive_int, where),
+        alpha_pattern=_patterns(config, "alpha_pattern", _positive_number, where),
+        target_parameters=_strings(config.get("target_parameters"), "target_parameters", where),
         lora_b_layout=_lora_b_layout(config, where),
         # Other writers of adapter_config.json leave these two fields out, as far as seen.
         saved_by_peft="peft_version" in config or "loftq_config" in config,
-        base_model=config.get("base_model_name_or_path") or None,
-        base_model_class=base_class,
+        base_model=base_model if isinstance(base_model, str) else None,
+        base_model_class=base_class if isinstance(base_class, str) else None,
     )
 
 
 def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
-    peft_type, bias = config.get("peft_type", "LORA"), config.get("bias", "none")
+    peft_type, bias = config.get("peft_type", "LORA"), config.get("bias") or "none"
     init = config.get("init_lora_weights")
     changes_base = isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS)
-    saved = config.get("modules_to_save") or ()
-    beyond = [name for name in saved if str(name).rsplit(".", 1)[-1] not in _CLASSIFIER_HEADS]
+    saved = _strings(config.get("modules_to_save"), "modules_to_save", where)
+    beyond = [name for name in saved if name.rpartition(".")[2] not in _CLASSIFIER_HEADS]
     refusals: list[tuple[object, str, str]] = [
         (str(peft_type).upper() != "LORA", f"peft_type {peft_type!r}", "Only LoRA can be split."),
         (config.get("use_dora"), "DoRA (use_dora)", _CONVERT),
@@ -133,36 +136,51 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
             raise UnsupportedAdapterError(feature, where, hint=hint)
 
 
-def _check_patterns(config: Mapping[str, Any], where: str) -> None:
-    for field, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-        patterns = config.get(field) or {}
-        if not isinstance(patterns, dict):
-            raise AdapterError(
-                f"{where}: {field} is not an object.", hint="Save the adapter again."
-            )
-        for key, value in patterns.items():
-            try:
-                re.compile(key)
-            except re.error as err:
-                raise AdapterError(f"{where}: {field} {key!r} is no pattern ({err}).") from err
-            if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
-                raise AdapterError(f"{where}: {field} {key!r} is {value!r}, not a number > 0.")
+def _patterns(
+    config: Mapping[str, Any],
+    field: str,
+    check: Callable[[Any, str, str], _Number],
+    where: str,
+) -> dict[str, _Number]:
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise _damaged(where, f"{field} is not an object")
+    try:
+        for key in patterns:
+            re.compile(_PATTERN.format(key))
+    except (re.error, OverflowError, RecursionError) as err:
+        raise _damaged(where, f"{field}: a key is no pattern ({err})") from err
+    return {key: check(value, f"{field} {key!r}", where) for key, value in patterns.items()}
 
 
-def _positive_int(config: Mapping[str, Any], field: str, where: str) -> int:
-    value = config.get(field)
-    if type(value) is not int or value < 1:
-        raise AdapterError(
-            f"{where}: {field} is {value!r}, not an integer >= 1.", hint="Save the adapter again."
-        )
+def _positive_int(value: Any, field: str, where: str) -> int:
+    if type(value) is not int or not 0 < value < _MAX_NUMBER:
+        raise _damaged(where, f"{field} is {str(value)[:40]!r}, not an integer >= 1")
     return value
 
 
-def _number(config: Mapping[str, Any], field: str, where: str) -> float:
-    value = config.get(field)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise AdapterError(f"{where}: {field} is {value!r}, not a number.", hint="Save it again.")
-    return value
+def _positive_number(value: Any, field: str, where: str) -> float:
+    if type(value) not in (int, float) or not 0 < value < _MAX_NUMBER:
+        raise _damaged(where, f"{field} is {str(value)[:40]!r}, not a number > 0")
+    number: float = value
+    return number
+
+
+def _flag(value: Any, field: str, where: str) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise _damaged(where, f"{field} is {value!r}, not true or false")
+    return bool(value)
+
+
+def _strings(value: Any, field: str, where: str) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value or []
+    if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+        raise _damaged(where, f"{field} is not a list of names")
+    return tuple(values)
+
+
+def _damaged(where: str, reason: str) -> AdapterError:
+    return AdapterError(f"{where}: {reason}.", hint="Save the adapter again.")
 
 
 def _lora_b_layout(config: Mapping[str, Any], where: str) -> LoraBLayout | None:

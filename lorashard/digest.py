@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Sequence
@@ -86,7 +87,10 @@ class TrailingDigests:
             return False
         done = 0
         while done < length:
-            done += os.preadv(self._fds[file], [buffer[done:length]], begin + done)
+            count = os.preadv(self._fds[file], [buffer[done:length]], begin + done)
+            if count == 0:
+                raise OSError(errno.EIO, "an output file became shorter while it was written")
+            done += count
         self._digests[file].update(buffer[:length])
         self._digested[file] = begin + length
         start_writeback(self._fds[file], begin, length)

@@ -84,6 +84,11 @@ def build_module(
     Raises LayoutError for a factor without its partner, or ranks and shapes that disagree.
     """
     projections = [p for p in PROJECTIONS if any(name[0] == p for name in container.factors)]
+    if "gate_up_proj" in projections and {"gate_proj", "up_proj"} & set(projections):
+        raise LayoutError(
+            f"{name}: gate_up_proj beside gate_proj or up_proj.",
+            hint="They name the same weights; keep one spelling.",
+        )
     stacks: list[FactorStack] = []
     scaling: dict[Projection, float | tuple[float, ...]] = {}
     odd_ranks: dict[Projection, dict[int, int]] = {}

@@ -64,9 +64,17 @@ class ContainerTensors:
     outer: dict[Matrix, TensorEntry] = field(default_factory=dict)
     empty: set[Projection] = field(default_factory=set)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing but tensors without elements."""
+        tables = (self.per_expert, self.stacked, self.native, self.parameter)
+        return not any((*tables, self.inner, self.outer))
+
     def add(self, key: ExpertKey, entry: TensorEntry) -> None:
         """File a tensor under its key. Raises LayoutError if its place is taken."""
         if key.projection is None:
+            if 0 in entry.shape:
+                raise _bad_shape(entry, "at least one row and column")
             _put(self.inner if key.kind == "inner" else self.outer, key.matrix, entry)
             return
         name = (key.projection, key.matrix)

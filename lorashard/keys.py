@@ -40,9 +40,11 @@ _PREFIX = r"(?:base_model\.model\.)?"
 _CONTAINER = r"(?P<module>(?:[^ ]+\.)?experts)"
 _MATRIX = r"\.(?P<matrix>lora_[AB])(?:\.weight)?"
 
-_EXPERT = re.compile(rf"{_PREFIX}{_CONTAINER}\.(?P<expert>[0-9]+)\.(?P<projection>\w+){_MATRIX}")
+_EXPERT = re.compile(
+    rf"{_PREFIX}{_CONTAINER}\.(?P<expert>[0-9]{{1,9}})\.(?P<projection>\w+){_MATRIX}"
+)
 _PROJECTION_LIST = re.compile(
-    rf"{_PREFIX}{_CONTAINER}\.(?P<projection>gate_up_projs|down_projs)\.(?P<expert>[0-9]+){_MATRIX}"
+    rf"{_PREFIX}{_CONTAINER}\.(?P<projection>gate_up_projs|down_projs)\.(?P<expert>[0-9]{{1,9}}){_MATRIX}"
 )
 _STACKED = re.compile(rf"{_PREFIX}{_CONTAINER}\.(?P<projection>\w+){_MATRIX}")
 _INNER = re.compile(rf"{_PREFIX}{_CONTAINER}\.base_layer{_MATRIX}")

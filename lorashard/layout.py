@@ -13,6 +13,7 @@ from lorashard.header import TensorEntry
 from lorashard.keys import ExpertKey, LoraKey, UnknownKey, parse_key
 from lorashard.options import LayoutOptions, gate_up_named
 
+MAX_EXPERTS = 2**16
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
@@ -37,14 +38,15 @@ def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> Ad
     nor an expert count.
     """
     tensors, replicated, lora_keys = _collect(index, where)
-    _check_replicated_ranks(lora_keys, index.config)
+    _check_replicated(lora_keys, index.config)
+    tensors = {name: found for name, found in tensors.items() if not found.is_empty}
     if not tensors:
         raise NoExpertsError(where)
     containers = {
         name: read_container(name, found, index.config, options, _hidden_size(name, lora_keys))
         for name, found in tensors.items()
     }
-    num_experts = _count_experts(containers, options)
+    num_experts = _count_experts(containers, options, _router_rows(containers, lora_keys))
     gate_up = options.gate_up or gate_up_named(
         index.config.base_model, index.config.base_model_class
     )
@@ -84,24 +86,35 @@ def _collect(
     return containers, replicated, lora_keys
 
 
-def _check_replicated_ranks(
-    lora_keys: Sequence[tuple[LoraKey, TensorEntry]], config: LoraConfig
-) -> None:
+def _check_replicated(lora_keys: Sequence[tuple[LoraKey, TensorEntry]], config: LoraConfig) -> None:
+    """Raise LayoutError for a factor alone, or one whose r is not the config's."""
+    matrices: dict[str, set[str]] = {}
+    for key, entry in lora_keys:
+        matrices.setdefault(key.module, set()).add(key.matrix)
+        _check_replicated_rank(key, entry, config)
+    for key, entry in lora_keys:
+        if len(matrices[key.module]) == 1:
+            raise LayoutError(
+                f"{entry.name} has no partner (lora_A and lora_B belong together).",
+                hint="The file is incomplete; save the adapter again.",
+            )
+
+
+def _check_replicated_rank(key: LoraKey, entry: TensorEntry, config: LoraConfig) -> None:
     """A factor whose r is not the config's may be a stack of experts under an unknown name.
 
     To replicate such a tensor would serve wrong experts without a word.
     """
-    for key, entry in lora_keys:
-        lora_rank = entry.shape[0] if key.matrix == "lora_A" else entry.shape[1]
-        expected = config.rank_of(key.module)
-        # A router that is a bare parameter is matched with the parameter's name at the end.
-        if lora_rank not in (expected, config.rank_of(f"{key.module}.weight")):
-            raise LayoutError(
-                f"{entry.name} {list(entry.shape)} has r={lora_rank}, adapter_config.json says "
-                f"{expected}.",
-                hint="If it holds several experts, its layout is not known; if not, the config is "
-                "not the one of this file.",
-            )
+    lora_rank = entry.shape[0] if key.matrix == "lora_A" else entry.shape[1]
+    expected = config.rank_of(key.module)
+    # A router that is a bare parameter is matched with the parameter's name at the end.
+    if lora_rank not in (expected, config.rank_of(f"{key.module}.weight")):
+        raise LayoutError(
+            f"{entry.name} {list(entry.shape)} has r={lora_rank}, adapter_config.json says "
+            f"{expected}.",
+            hint="If it holds several experts, its layout is not known; if not, the config is "
+            "not the one of this file.",
+        )
 
 
 def _hidden_size(module: str, lora_keys: Sequence[tuple[LoraKey, TensorEntry]]) -> int | None:
@@ -117,7 +130,24 @@ def _hidden_size(module: str, lora_keys: Sequence[tuple[LoraKey, TensorEntry]]) 
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _count_experts(containers: Mapping[str, ContainerFactors], options: LayoutOptions) -> int:
+def _router_rows(
+    containers: Mapping[str, ContainerFactors], lora_keys: Sequence[tuple[LoraKey, TensorEntry]]
+) -> int | None:
+    """How many experts the trained routers choose from: at least as many as there are weights."""
+    blocks = {name.rpartition(".")[0] for name in containers}
+    rows = {
+        entry.shape[0]
+        for key, entry in lora_keys
+        if key.matrix == "lora_B"
+        and key.module.rpartition(".")[0] in blocks
+        and key.module.rpartition(".")[2] in ("gate", "router")
+    }
+    return max(rows, default=None)
+
+
+def _count_experts(
+    containers: Mapping[str, ContainerFactors], options: LayoutOptions, router_rows: int | None
+) -> int:
     """E, from tensors that hold all experts, the model, or a gapless set of numbered experts."""
     factors = [
         factor
@@ -127,23 +157,34 @@ def _count_experts(containers: Mapping[str, ContainerFactors], options: LayoutOp
         if factor.experts is not None
     ]
     stated = _stated_count(factors, options.num_experts)
-    trained = {expert for factor in factors for expert in factor.experts or ()}
-    num_experts = options.num_experts or stated
-    if num_experts is None:
-        num_experts = len(trained)
-        if not trained or trained != set(range(num_experts)):
-            listed = ", ".join(map(str, sorted(trained)[:8])) or "none by number"
-            raise LayoutError(
-                f"The adapter trains experts {listed} and does not say how many there are.",
-                hint="Give --model MODEL_DIR or --num-experts N.",
-            )
+    num_experts = options.num_experts or stated or _counted(factors, router_rows)
     for factor in factors:
         if factor.experts and factor.experts[-1] >= num_experts:
             raise LayoutError(
                 f"{factor.entry.name}: expert {factor.experts[-1]}, the model has {num_experts}.",
                 hint="Is --model the base model of this adapter?",
             )
+    if num_experts > MAX_EXPERTS or (router_rows is not None and num_experts > router_rows):
+        limit = "more than any model" if num_experts > MAX_EXPERTS else f"the router {router_rows}"
+        raise LayoutError(
+            f"The adapter would have {num_experts} experts, {limit}.",
+            hint="Is adapter_config.json the one of this file (r, rank_pattern)?",
+        )
     return num_experts
+
+
+def _counted(factors: Sequence[SourceFactor], router_rows: int | None) -> int:
+    """The number of experts trained, if nothing speaks against their being all."""
+    trained = {expert for factor in factors for expert in factor.experts or ()}
+    complete = bool(trained) and trained == set(range(len(trained)))
+    if not complete or (router_rows is not None and router_rows != len(trained)):
+        listed = ", ".join(map(str, sorted(trained)[:8])) or "none by number"
+        raise LayoutError(
+            f"The adapter trains experts {listed} and does not say how many there are"
+            + (f" (its router chooses from {router_rows})." if router_rows else "."),
+            hint="Give --model MODEL_DIR or --num-experts N.",
+        )
+    return len(trained)
 
 
 def _stated_count(factors: Sequence[SourceFactor], known: int | None) -> int | None:

@@ -10,12 +10,14 @@ import base64
 import json
 import re
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
+from lorashard.adapter import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.errors import ManifestError
-from lorashard.header import MAX_HEADER_BYTES, TensorEntry
+from lorashard.experts import PROJECTIONS
+from lorashard.header import ELEMENT_SIZE, MAX_HEADER_BYTES, TensorEntry
 from lorashard.keys import Projection
 from lorashard.options import LayoutOptions
 from lorashard.placement import Placement, Ranks
@@ -25,8 +27,8 @@ MANIFEST_NAME = "lorashard.json"
 FORMAT = "lorashard"
 FORMAT_VERSION = 1
 _INLINE_WIDTH = 160
-# A later lorashard may record more options; those that change the layout change the digests too.
-_OPTION_NAMES = tuple(field.name for field in fields(LayoutOptions))
+_GATE_UP = ("split", "concatenated", "interleaved", "none")
+_MAX_SCALING = 1e12
 _HEX_DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -122,7 +124,15 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
     """Read and check a manifest. Raises ManifestError with what is wrong."""
     try:
         return _parse(json.loads(raw), path)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as err:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        zlib.error,
+    ) as err:
         raise ManifestError(path, f"damaged ({type(err).__name__}: {err})") from err
 
 
@@ -144,22 +154,40 @@ def _parse(document: Mapping[str, Any], path: str) -> Manifest:
     expected = shard_file_names(placement.ep_size)
     if set(document["files"]) != set(expected):
         _fail(path, f"files are not {expected[0]} ... {expected[-1]}")
-    options = dict(document["options"])
-    source = document["source"]
+    source, options = document["source"], document["options"]
+    files = {name: _parse_digest(info, path) for name, info in source["files"].items()}
+    if not {CONFIG_NAME, WEIGHTS_NAME} <= set(files):
+        _fail(path, f"source names no {CONFIG_NAME} or {WEIGHTS_NAME}")
     return Manifest(
         lorashard_version=str(document["lorashard_version"]),
         source=SourceInfo(
-            repo=source["repo"],
-            revision=source["revision"],
-            files={name: _parse_digest(info, path) for name, info in source["files"].items()},
+            repo=_text_or_none(source["repo"], path),
+            revision=_text_or_none(source["revision"], path),
+            files=files,
             header=_parse_source_header(source["header"], path),
         ),
-        dtype=options.pop("dtype"),
-        gate_up_known=bool(options.pop("gate_up_known")),
-        options=LayoutOptions(**{name: options.get(name) for name in _OPTION_NAMES}),
+        dtype=_one_of(options["dtype"], (None, *ELEMENT_SIZE), path),
+        gate_up_known=bool(options["gate_up_known"]),
+        options=_parse_options(options, path),
         placement=placement,
-        modules={name: _parse_module(info) for name, info in document["modules"].items()},
+        modules={name: _parse_module(info, path) for name, info in document["modules"].items()},
         files={name: _parse_file(document["files"][name], path) for name in expected},
+    )
+
+
+def _parse_options(info: Mapping[str, Any], path: str) -> LayoutOptions:
+    # A later lorashard may record more options; those that change the layout change the digests.
+    counts = {
+        name: None if info.get(name) is None else _natural(info[name], path)
+        for name in ("num_experts", "hidden_size", "intermediate_size")
+    }
+    return LayoutOptions(
+        **counts,
+        gate_up=_one_of(info.get("gate_up"), (None, *_GATE_UP), path),
+        lora_b_layout=_one_of(
+            info.get("lora_b_layout"), (None, "rank_major", "grouped_by_expert"), path
+        ),
+        orientation=_one_of(info.get("orientation"), (None, "standard", "transposed"), path),
     )
 
 
@@ -174,29 +202,40 @@ def _parse_source_header(text: str, path: str) -> bytes:
 def _parse_placement(info: Mapping[str, Any], path: str) -> Placement:
     def ranks(rows: Any) -> Ranks:
         parsed = tuple(tuple(_natural(expert, path) for expert in row) for row in rows)
+        if any(len(set(row)) != len(row) for row in parsed):
+            _fail(path, "placement has an expert twice on one rank")
         if len(parsed) != info["ep_size"]:
             _fail(path, f"placement lists {len(parsed)} ranks, ep_size is {info['ep_size']}")
         experts = {expert for row in parsed for expert in row}
-        if experts != set(range(info["num_experts"])):
-            _fail(path, f"placement does not cover experts 0 to {info['num_experts'] - 1}")
+        if len(experts) != num_experts or max(experts, default=-1) != num_experts - 1:
+            _fail(path, f"placement does not cover experts 0 to {num_experts - 1}")
         return parsed
+
+    num_experts = _natural(info["num_experts"], path)
 
     if info["strategy"] not in ("linear", "round_robin", "explicit"):
         _fail(path, f"placement strategy {info['strategy']!r} is not known")
     layers = {name: ranks(rows) for name, rows in info.get("layers", {}).items()}
-    return Placement(info["strategy"], info["num_experts"], ranks(info["ranks"]), layers)
+    return Placement(info["strategy"], num_experts, ranks(info["ranks"]), layers)
 
 
-def _parse_module(info: Mapping[str, Any]) -> ModuleInfo:
+def _parse_module(info: Mapping[str, Any], path: str) -> ModuleInfo:
     return ModuleInfo(
-        layout=info["layout"],
-        source_layout=info["source_layout"],
-        gate_up=info["gate_up"],
-        lora_rank=info["lora_rank"],
-        scaling={p: tuple(s) if isinstance(s, list) else s for p, s in info["scaling"].items()},
-        absent_experts=tuple(info["absent_experts"]),
+        layout=_one_of(info["layout"], ("per_expert", "fused"), path),
+        source_layout=str(info["source_layout"]),
+        gate_up=_one_of(info["gate_up"], _GATE_UP, path),
+        lora_rank=_natural(info["lora_rank"], path),
+        scaling={
+            _one_of(projection, PROJECTIONS, path): tuple(_number(s, path) for s in scale)
+            if isinstance(scale, list)
+            else _number(scale, path)
+            for projection, scale in info["scaling"].items()
+        },
+        absent_experts=tuple(_natural(expert, path) for expert in info["absent_experts"]),
         expert_lora_ranks={
-            projection: {int(expert): lora_rank for expert, lora_rank in odd.items()}
+            _one_of(projection, PROJECTIONS, path): {
+                int(expert): _natural(lora_rank, path) for expert, lora_rank in odd.items()
+            }
             for projection, odd in info.get("expert_lora_ranks", {}).items()
         },
     )
@@ -217,6 +256,25 @@ def _parse_digest(info: Mapping[str, Any], path: str) -> FileDigest:
     if not isinstance(digest, str) or not _HEX_DIGEST.fullmatch(digest):
         _fail(path, f"{digest!r} is no BLAKE3 digest")
     return FileDigest(_natural(info["size"], path), digest)
+
+
+def _one_of(value: Any, known: Sequence[Any], path: str) -> Any:
+    if isinstance(value, (dict, list)) or value not in known:
+        _fail(path, f"{value!r} is not one of {', '.join(map(str, known))}")
+    return value
+
+
+def _text_or_none(value: Any, path: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        _fail(path, f"{value!r} is not a text")
+    return value
+
+
+def _number(value: Any, path: str) -> float:
+    if type(value) not in (int, float) or not -_MAX_SCALING < value < _MAX_SCALING:
+        _fail(path, f"{value!r} is not a scaling")
+    number: float = value
+    return number
 
 
 def _natural(value: Any, path: str) -> int:

@@ -24,8 +24,8 @@ from lorashard.errors import (
     VerificationError,
 )
 from lorashard.execute import Progress
-from lorashard.header import LENGTH_BYTES, parse_header
-from lorashard.layout import detect_layout
+from lorashard.header import LENGTH_BYTES, header_length, parse_header
+from lorashard.layout import AdapterLayout, detect_layout
 from lorashard.manifest import MANIFEST_NAME, Manifest
 from lorashard.output import check_target, staged_directory
 from lorashard.pipeline import read_manifest, write_synced
@@ -57,11 +57,14 @@ def merge_shards(
         )
     check_target(out, force=force, replaceable=_is_plain_adapter)
     config_bytes = read_config(shards / CONFIG_NAME)
-    plan = plan_of(manifest, config_bytes, shards)
+    _, plan = replan(manifest, config_bytes, shards)
     with staged_directory(
         out, last=CONFIG_NAME, force=force, replaceable=_is_plain_adapter
     ) as staging:
-        digest = _write_weights(manifest, plan, shards, staging / WEIGHTS_NAME, progress)
+        try:
+            digest = _write_weights(manifest, plan, shards, staging / WEIGHTS_NAME, progress)
+        except HeaderError as err:
+            raise ShardError(f"{err.path}: {err.reason}.", hint="Copy the file again.") from err
         expected = manifest.source.files[WEIGHTS_NAME].blake3
         if digest != expected:
             raise VerificationError(
@@ -71,8 +74,10 @@ def merge_shards(
     return manifest
 
 
-def plan_of(manifest: Manifest, config_bytes: bytes, shards: Path) -> ShardPlan:
-    """The plan that `split` carried out, made again from the manifest.
+def replan(
+    manifest: Manifest, config_bytes: bytes, shards: Path
+) -> tuple[AdapterLayout, ShardPlan]:
+    """The layout and the plan that `split` carried out, made again from the manifest.
 
     Raises ManifestError if the files that it leads to are not the ones in the manifest.
     """
@@ -81,19 +86,23 @@ def plan_of(manifest: Manifest, config_bytes: bytes, shards: Path) -> ShardPlan:
     try:
         config = parse_config(config_bytes, str(shards / CONFIG_NAME))
         size = manifest.source.files[WEIGHTS_NAME].size_bytes
-        header = parse_header(header_bytes[LENGTH_BYTES:], size, str(path))
+        length = header_length(header_bytes, size, str(path))
+        text = header_bytes[LENGTH_BYTES:]
+        if len(text) != length:
+            raise HeaderError(path, "the header has another length than it says")
+        header = parse_header(text, size, str(path))
         index = AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
         layout = detect_layout(index, manifest.options, str(shards))
         plan = build_plan(layout, manifest.placement, manifest.dtype)
-    except (LorashardError, KeyError) as err:
-        raise ManifestError(path, f"does not describe its source ({err})") from err
+    except LorashardError as err:
+        raise ManifestError(path, f"does not describe its source ({err.message})") from err
     planned = {file.name: (file.size_bytes, file.tensors) for file in plan.files}
     recorded = {
         name: (file.digest.size_bytes, file.tensors) for name, file in manifest.files.items()
     }
     if planned != recorded:
         raise ManifestError(path, "its tensor tables do not follow from its source and placement")
-    return plan
+    return layout, plan
 
 
 def source_was_pickled(manifest: Manifest) -> bool:
@@ -101,10 +110,8 @@ def source_was_pickled(manifest: Manifest) -> bool:
     return PICKLE_NAME in manifest.source.files
 
 
-def _is_plain_adapter(path: Path) -> bool:
-    if not path.is_dir():
-        return False
-    return set(os.listdir(path)) == {CONFIG_NAME, WEIGHTS_NAME}
+def _is_plain_adapter(_path: Path, names: frozenset[str]) -> bool:
+    return names == {CONFIG_NAME, WEIGHTS_NAME}
 
 
 def _write_weights(
@@ -153,7 +160,5 @@ def _opened(path: Path) -> Iterator[LocalFile]:
         ) from err
     try:
         yield file
-    except HeaderError as err:
-        raise ShardError(f"{path}: {err.reason}.", hint="Copy the directory again.") from err
     finally:
         file.close()

@@ -3,6 +3,10 @@
 Everything is written into a staging directory beside the target, synced, and renamed. Whatever
 kills the process, the target is absent, the old one, or the finished new one; the staging
 directory says by its name what it is, and the next run of the same target clears it.
+
+A mount point cannot be renamed over. There the staging directory stands inside, files are moved
+one by one with the one that marks completion last, and a leftover staging directory marks what an
+interrupted move left.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ from pathlib import Path
 from lorashard.errors import OutputExistsError, ShardError
 from lorashard.writeback import exchange
 
-_IGNORED_IN_MOUNTS = frozenset({"lost+found"})
+_STAGING_INSIDE = ".lorashard-partial"
+_IGNORED_IN_MOUNTS = frozenset({"lost+found", _STAGING_INSIDE})
 
-Replaceable = Callable[[Path], bool]
+# Says of a directory, given the names in it, whether it may be replaced.
+Replaceable = Callable[[Path, frozenset[str]], bool]
 
 
 @contextmanager
@@ -29,49 +35,44 @@ def staged_directory(
 ) -> Iterator[Path]:
     """Yield an empty directory whose content becomes `target` when the block ends well.
 
-    last: the file that marks the content complete; it is moved last where files must be moved
-    one by one. force: replace a `target` for which `replaceable` holds, atomically.
-    Raises OutputExistsError if the target is in the way, ShardError if the disk is full.
+    last: the file that marks the content complete. force: replace a `target` for which
+    `replaceable` holds, atomically.
+    Raises OutputExistsError if the target is in the way, ShardError if it cannot be written.
     """
+    target = _settled(target)
     check_target(target, force=force, replaceable=replaceable)
-    inside = os.path.ismount(target)  # a mount point cannot be renamed over
-    staging = (
-        target / ".lorashard-partial"
-        if inside
-        else target.parent / f".{target.name}.lorashard-partial"
-    )
+    inside = os.path.ismount(target)
+    beside = target.parent / f".{target.name}.lorashard-partial"
+    staging = target / _STAGING_INSIDE if inside else beside
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = _claim(staging, target)
-        try:
-            yield staging
-            _sync_directory(staging)
-            if inside:
-                _move_files(staging, target, last)
-            else:
-                _rename(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            os.close(lock)
+        with _parents(target):
+            lock = _claim(staging, target)
+            try:
+                yield staging
+                _sync_directory(staging)
+                if inside:
+                    _move_files(staging, target, last)
+                else:
+                    _rename(staging, target)
+            finally:
+                _remove_own(staging, lock)
+                os.close(lock)
     except OSError as err:
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ShardError(
-                f"{target.parent}: no space left while writing {target.name}.",
-                hint="Nothing was left behind. `lorashard plan` says how much is needed.",
-            ) from err
-        if err.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise ShardError(
-                f"{target}: cannot be written ({os.strerror(err.errno)}).",
-                hint="Choose another place with -o.",
-            ) from err
-        raise
+        raise _cannot_write(target, err) from err
 
 
 def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:
     """Raise OutputExistsError unless `target` is free, or may be replaced."""
-    if not os.path.lexists(target) or _is_empty(target):
+    target = _settled(target)
+    try:
+        if not os.path.lexists(target):
+            return
+        names = _names(target) if target.is_dir() else None
+    except OSError as err:
+        raise _cannot_write(target, err) from err
+    if names == frozenset() or _is_unfinished_move(target):
         return
-    if not replaceable(target):
+    if names is None or not replaceable(target, names):
         raise OutputExistsError(
             target,
             reason="exists and is not what lorashard would write there",
@@ -85,55 +86,141 @@ def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None
         )
 
 
-def _is_empty(path: Path) -> bool:
-    if not path.is_dir() or path.is_symlink():
-        return False
-    mount = os.path.ismount(path)
-    return not any(
-        not (mount and name in _IGNORED_IN_MOUNTS) and name != ".lorashard-partial"
-        for name in os.listdir(path)
-    )
+def _settled(target: Path) -> Path:
+    """An absolute path; of a link to a directory, the directory, so that the link stays one."""
+    return target.resolve() if target.is_symlink() else Path(os.path.abspath(target))
+
+
+def _names(path: Path) -> frozenset[str]:
+    """What is in a directory, without what a mount point has of its own."""
+    names = frozenset(os.listdir(path))
+    return names - _IGNORED_IN_MOUNTS if os.path.ismount(path) else names
+
+
+def _is_unfinished_move(target: Path) -> bool:
+    """Whether a run was killed while it moved files into this mount point."""
+    return os.path.ismount(target) and (target / _STAGING_INSIDE).is_dir()
+
+
+@contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Make the folders above `target`; take them away again if the block fails."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _claim(staging: Path, target: Path) -> int:
     """Create `staging` empty and lock it; a leftover of a killed run is cleared."""
-    with suppress(FileExistsError):
-        staging.mkdir()
-    lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    while True:
+        with suppress(FileExistsError):
+            staging.mkdir()
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        _lock(lock, target, staging)
+        if _is_same(staging, lock):
+            break
+        os.close(lock)  # its last owner renamed or removed it in between
+    _clear(staging)
+    _remove(_aside(target))
+    return lock
+
+
+def _lock(fd: int, target: Path, work: Path) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as err:
-        os.close(lock)
+        os.close(fd)
         raise OutputExistsError(
             target,
             reason="another lorashard is writing it",
-            hint=f"Wait for it, or end it; its work is in {staging}.",
+            hint=f"Wait for it, or end it; its work is in {work}.",
         ) from err
-    for child in staging.iterdir():
-        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
-    return lock
+
+
+def _is_same(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _rename(staging: Path, target: Path) -> None:
     """Put `staging` in the place of `target`; an old one is swapped out in the same instant."""
-    if not os.path.lexists(target) or _is_empty(target):
+    if target.is_dir():
+        staging.chmod(target.stat().st_mode & 0o7777)
+    if not os.path.lexists(target) or not os.listdir(target):
         os.rename(staging, target)
-    elif not exchange(staging, target):
-        aside = target.with_name(f".{target.name}.lorashard-old")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(target, aside)
-        os.rename(staging, target)
-        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        _replace(staging, target)
     _sync_directory(target.parent)
 
 
+def _replace(staging: Path, target: Path) -> None:
+    aside = _aside(target)
+    old = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _lock(old, target, target)  # nobody may take the old content for a staging directory
+    try:
+        if exchange(staging, target):
+            os.rename(staging, aside)
+        else:
+            os.rename(target, aside)
+            os.rename(staging, target)
+        _remove(aside)
+    finally:
+        os.close(old)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lorashard-old")
+
+
 def _move_files(staging: Path, target: Path, last: str) -> None:
-    names = sorted(child.name for child in staging.iterdir() if child.name != last)
-    for name in (*names, last):
-        if name == last:
-            _sync_directory(target)
-        os.rename(staging / name, target / name)
+    """Replace the content of a mount point. Without `last` it is not taken for finished."""
+    (target / last).unlink(missing_ok=True)
     _sync_directory(target)
+    moved: list[Path] = []
+    try:
+        for name in sorted(_names(target)):
+            (target / name).unlink()
+        names = sorted(child.name for child in staging.iterdir() if child.name != last)
+        for name in (*names, last):
+            if name == last:
+                _sync_directory(target)
+            moved.append(target / name)
+            os.rename(staging / name, target / name)
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
+    _sync_directory(target)
+
+
+def _remove_own(staging: Path, lock: int) -> None:
+    if _is_same(staging, lock):
+        _remove(staging)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, also if a signal comes while that is under way."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _clear(directory: Path) -> None:
+    for child in directory.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 def _sync_directory(path: Path) -> None:
@@ -142,3 +229,15 @@ def _sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _cannot_write(target: Path, err: OSError) -> ShardError:
+    if err.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ShardError(
+            f"{target.parent}: no space left while writing {target.name}.",
+            hint="Nothing was left behind. `lorashard plan` says how much is needed.",
+        )
+    reason = os.strerror(err.errno) if err.errno else str(err)
+    return ShardError(
+        f"{target}: cannot be written ({reason}).", hint="Choose another place with -o."
+    )

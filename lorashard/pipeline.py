@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from lorashard import __version__
 from lorashard.adapter import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
-from lorashard.errors import AdapterError, LorashardError, ManifestError
+from lorashard.errors import AdapterError, LorashardError, ManifestError, PlacementError
 from lorashard.execute import Digests, Progress, execute_plan
 from lorashard.experts import ExpertModule
 from lorashard.layout import AdapterLayout, detect_layout
@@ -105,6 +105,8 @@ def prepared_split(adapter: Path, request: SplitRequest) -> Iterator[PreparedSpl
         options = merge_facts(request.options, facts)
         layout = detect_layout(source.index, options, str(adapter))
         placement = _placement(request, layout)
+        if request.dtype not in (None, *DTYPES):
+            raise AdapterError(f"dtype {request.dtype!r} is not one of {', '.join(DTYPES)}.")
         dtype = DTYPES[request.dtype] if request.dtype else None
         plan = build_plan(layout, placement, dtype)
         options = replace(options, num_experts=layout.num_experts)
@@ -157,13 +159,12 @@ def read_manifest(directory: Path) -> Manifest:
     return parse_manifest(raw, str(path))
 
 
-def is_shard_directory(path: Path) -> bool:
-    """Whether `path` is a finished shard directory and nothing else."""
+def is_shard_directory(path: Path, names: frozenset[str]) -> bool:
+    """Whether `path`, with `names` in it, is a finished shard directory and nothing else."""
     try:
-        known = {MANIFEST_NAME, CONFIG_NAME, *read_manifest(path).files}
+        return names <= {MANIFEST_NAME, CONFIG_NAME, *read_manifest(path).files}
     except LorashardError:
         return False
-    return set(os.listdir(path)) <= known
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -194,6 +195,8 @@ def merge_facts(options: LayoutOptions, facts: ModelFacts | None) -> LayoutOptio
 
 def _placement(request: SplitRequest, layout: AdapterLayout) -> Placement:
     num_experts, ep_size = layout.num_experts, request.ep_size
+    if request.strategy not in ("linear", "round_robin"):
+        raise PlacementError(f"Placement strategy {request.strategy!r} is not known.")
     if request.expert_map is not None:
         spec = read_json(request.expert_map)
         placement = explicit_placement(spec, num_experts, ep_size)
@@ -213,7 +216,8 @@ def _notes(
             "concatenated (only gpt-oss interleaves them). --model makes sure."
         )
     grouped = facts is not None and (facts.num_expert_group or 1) > 1
-    if request.strategy == "round_robin" and facts is not None and not grouped:
+    asked = request.strategy == "round_robin" and request.expert_map is None
+    if asked and facts is not None and not grouped:
         notes.append(
             f"vLLM places the experts of {facts.model_type} linearly even with round_robin asked "
             "for: the model has no expert groups."

@@ -82,6 +82,11 @@ def explicit_placement(spec: object, num_experts: int, ep_size: int) -> Placemen
         )
         if unknown:
             raise PlacementError(f"expert map: unknown key {unknown[0]!r}.", hint=_FORMS)
+        for key, told in (("num_experts", num_experts), ("ep_size", ep_size)):
+            if spec.get(key, told) != told:
+                raise PlacementError(f"expert map: {key} is {spec[key]}, here it is {told}.")
+        if "ranks" in spec and "expert_map" in spec:
+            raise PlacementError("expert map: both 'ranks' and 'expert_map'.", hint=_FORMS)
         for key, value in _mapping(spec.get("layers", {})).items():
             layers[key] = _read_ranks(value, None, num_experts, ep_size, where=f"layer {key}")
         if "ranks" in spec or "expert_map" in spec:
@@ -107,7 +112,9 @@ def bind_layers(placement: Placement, modules: Sequence[str]) -> Placement:
                 f"expert map: layer {key!r} is not in the adapter.",
                 hint=f"Its expert modules are named like {modules[0]!r}.",
             )
-        bound.update((module, ranks) for module in named)
+        for module in named:
+            if bound.setdefault(module, ranks) != ranks:
+                raise PlacementError(f"expert map: {module} is listed twice, differently.")
     differing = {m: bound[m] for m in modules if m in bound and bound[m] != placement.ranks}
     return replace(placement, layers=MappingProxyType(differing))
 
@@ -161,11 +168,11 @@ def _read_ranks(
 
 
 def _integer_rows(value: object, where: str) -> Ranks:
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, (list, tuple)):
         raise PlacementError(f"{where}: not a list of lists.", hint=_FORMS)
     rows = []
     for ep_rank, row in enumerate(value):
-        if not isinstance(row, Sequence) or not all(type(n) is int for n in row):
+        if not isinstance(row, (list, tuple)) or not all(type(n) is int for n in row):
             raise PlacementError(f"{where}: rank {ep_rank} is not a list of integers.", hint=_FORMS)
         rows.append(tuple(row))
     return tuple(rows)

@@ -116,7 +116,7 @@ def _json_object(raw: bytes, path: Path) -> dict[str, Any]:
 def _parse_json(raw: bytes, path: Path) -> Any:
     try:
         return json.loads(raw)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise AdapterError(f"{path}: not JSON ({err}).", hint="Check the path.") from err
 
 

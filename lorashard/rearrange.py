@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorashard.blocks import RearrangeBlock, axis_sizes
+from lorashard.errors import LayoutError
 from lorashard.header import ELEMENT_SIZE
 from lorashard.plan import Rearrange, Target
 
@@ -112,5 +113,11 @@ def _cast(data: memoryview, op: Rearrange) -> memoryview:
     dtype = getattr(torch, TORCH_DTYPES[op.dtype])
     count = len(data) // ELEMENT_SIZE[op.source_dtype]
     cast = bytearray(count * ELEMENT_SIZE[op.dtype])
-    torch.frombuffer(cast, dtype=dtype).copy_(torch.frombuffer(data, dtype=source_dtype))
+    before, after = torch.frombuffer(data, dtype=source_dtype), torch.frombuffer(cast, dtype=dtype)
+    after.copy_(before)
+    if torch.isinf(after).any() and not torch.isinf(before).any():
+        raise LayoutError(
+            f"A value is too large for {op.dtype} (it is {float(before.abs().max()):g}).",
+            hint="Choose bfloat16 or float32 for --dtype, or leave it out.",
+        )
     return memoryview(cast)

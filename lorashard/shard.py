@@ -113,6 +113,14 @@ def check_file(path: Path, recorded: ShardFile) -> None:
             f"{path}: {header.file_size} bytes, the manifest says {recorded.digest.size_bytes}.",
             hint="Copy the file again; it is another one or cut short.",
         )
+    if "ep_rank" in header.metadata:
+        ep_rank, ep_size = header.metadata["ep_rank"], header.metadata.get("ep_size", "")
+        written_as = f"ep-{ep_rank.zfill(5)}-of-{ep_size.zfill(5)}.safetensors"
+        if path.name != written_as:
+            raise ShardError(
+                f"{path}: was written as {written_as}.",
+                hint="Files of ranks are swapped; copy the directory again.",
+            )
     if header.tensors != recorded.tensors:
         raise ShardError(
             f"{path}: its tensors are not those of the manifest.",

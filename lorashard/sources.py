@@ -33,7 +33,10 @@ class LocalFile:
             self._read_ahead(offset + len(buffer))
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as err:
+                raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
             if count == 0:
                 raise HeaderError(self._path, f"it ended at byte {offset + done} while being read")
             done += count

@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from lorashard.adapter import CONFIG_NAME
+from lorashard.adapter import CONFIG_NAME, parse_config
 from lorashard.errors import LorashardError, ShardError
 from lorashard.execute import Progress
 from lorashard.header import ELEMENT_SIZE, TensorEntry
-from lorashard.manifest import MANIFEST_NAME, Manifest, ShardFile
-from lorashard.pipeline import read_manifest
+from lorashard.manifest import MANIFEST_NAME, Manifest, ShardFile, format_manifest
+from lorashard.merge import replan
+from lorashard.pipeline import describe_module, read_manifest
 from lorashard.placement import linear_placement, round_robin_placement
 from lorashard.plan import REPLICATED_NAME
 from lorashard.read import find_adapter, read_config
@@ -56,7 +57,10 @@ def verify_shards(
     """
     shards = Path(shards)
     manifest = read_manifest(shards)
-    findings = [*_check_placement(manifest), *_check_config(manifest, shards)]
+    findings = [
+        *_check_placement(manifest),
+        *(_check_config(manifest, shards) or _check_description(manifest, shards)),
+    ]
     sound = []
     for name, recorded in manifest.files.items():
         try:
@@ -70,9 +74,12 @@ def verify_shards(
         for check in checks:
             findings.extend(check.result())
     findings.extend(_unexpected_files(manifest, shards))
-    if against is not None and not findings:
-        raw = json.loads((shards / MANIFEST_NAME).read_bytes())
+    if against is not None and findings:
+        findings.append(f"{against}: not compared with, because of what is wrong already")
+    elif against is not None:
         source = find_adapter(Path(against))
+        parse_config(read_config(source / CONFIG_NAME), str(source / CONFIG_NAME))
+        raw = json.loads(format_manifest(manifest))  # checked, with every field there
         findings.extend(
             compare_with_source(shards, source, raw, progress, allow_pickle=allow_pickle)
         )
@@ -90,15 +97,27 @@ def _check_placement(manifest: Manifest) -> Iterator[str]:
         )
 
 
-def _check_config(manifest: Manifest, shards: Path) -> Iterator[str]:
-    recorded = manifest.source.files.get(CONFIG_NAME)
+def _check_config(manifest: Manifest, shards: Path) -> list[str]:
     try:
         content = read_config(shards / CONFIG_NAME)
     except LorashardError as err:
+        return [err.message]
+    if blake3(content).hexdigest() != manifest.source.files[CONFIG_NAME].blake3:
+        return [f"{shards / CONFIG_NAME}: BLAKE3 differs from the manifest's"]
+    return []
+
+
+def _check_description(manifest: Manifest, shards: Path) -> Iterator[str]:
+    """What the manifest says of each module must follow from the config and the source header."""
+    try:
+        layout, _ = replan(manifest, read_config(shards / CONFIG_NAME), shards)
+    except LorashardError as err:
         yield err.message
         return
-    if recorded is None or blake3(content).hexdigest() != recorded.blake3:
-        yield f"{shards / CONFIG_NAME}: BLAKE3 differs from the manifest's"
+    described = {module.name: describe_module(module) for module in layout.modules}
+    for name in sorted(set(described) | set(manifest.modules)):
+        if described.get(name) != manifest.modules.get(name):
+            yield f"{MANIFEST_NAME}: module {name} is not described as its source has it"
 
 
 def _check_coverage(manifest: Manifest, name: str) -> Iterator[str]:
@@ -130,8 +149,10 @@ def _check_coverage(manifest: Manifest, name: str) -> Iterator[str]:
 
 
 def _unexpected_files(manifest: Manifest, shards: Path) -> Iterator[str]:
-    known = {MANIFEST_NAME, CONFIG_NAME, *manifest.files}
+    known = {MANIFEST_NAME, CONFIG_NAME, "README.md", *manifest.files}
     for name in sorted(set(os.listdir(shards)) - known):
+        if name.startswith("."):
+            continue  # .gitattributes of a repository, .cache of a download
         yield f"{shards / name}: not part of a shard directory"
 
 

@@ -78,16 +78,14 @@ def split(
         ep_size, placement, expert_map, model, num_experts, lora_b_layout, orientation, dtype,
         allow_pickle,
     )  # fmt: skip
-    jobs = targets(adapters, out, ep_size)
-    results = [
-        run_split(adapter, target, request, force=force, dry_run=dry_run, quiet=quiet)
-        for adapter, target in jobs
-    ]
+    results = []
+    for adapter, target in targets(adapters, out, ep_size, force=force):
+        result = run_split(adapter, target, request, force=force, dry_run=dry_run, quiet=quiet)
+        results.append(result)
+        if not (as_json or quiet):
+            render.print_line(result["out"])
     if as_json:
         render.print_json(results if len(adapters) > 1 else results[0])
-    elif not quiet:
-        for result in results:
-            render.print_line(result["out"])
 
 
 @app.command()
@@ -195,7 +193,9 @@ def main() -> NoReturn:
     # A header gives a few 100,000 small objects that live to the end and hold no cycles: to look
     # for garbage among them costs a third of the time of `inspect`.
     gc.disable()
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
+    render.settle_streams()
     try:
         app()
     except LorashardError as err:
@@ -220,5 +220,5 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _terminated(signum: int, _frame: Any) -> NoReturn:
-    """SIGTERM unwinds the stack, so that nothing half-written stays behind."""
+    """A signal unwinds the stack, so that nothing half-written stays behind."""
     sys.exit(128 + signum)

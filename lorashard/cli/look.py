@@ -74,7 +74,7 @@ def run_plan(
                 render.size(row["bytes_to_read"]),
                 render.size(row["gpu_buffer_bytes"]),
                 render.size(row["host_bytes"]),
-                "≥ " + render.size(row["host_bytes_without"]),
+                "at least " + render.size(row["host_bytes_without"]),
             )
             for row in summary["ranks"]
         ],

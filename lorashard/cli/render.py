@@ -5,11 +5,14 @@ rich is imported inside, so that `lorashard --help` does not pay for it twice.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 SHOW_PROGRESS_AFTER_S = 1.0
@@ -21,15 +24,28 @@ def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
+def settle_streams() -> None:
+    """Make stdout and stderr usable, whatever the shell made of them."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_line(text: str) -> None:
-    """Print a line of data."""
-    sys.stdout.write(text + "\n")
+    """Print a line of data. Control characters, as in a hostile tensor name, are shown, not sent."""
+    sys.stdout.write(_printable(text) + "\n")
+
+
+def _printable(text: str) -> str:
+    return text.translate({code: f"\\x{code:02x}" for code in range(32) if code != ord("\n")})
 
 
 def say(text: str, *, quiet: bool = False) -> None:
     """Say something to the person at the terminal."""
     if not quiet:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(_printable(text) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -50,7 +66,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         console.print(table)
     print_line(title)
     for line in captured.get().splitlines():
-        print_line(line.rstrip())
+        sys.stdout.write(line.rstrip() + "\n")  # rich has dealt with control characters
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ from lorashard.pipeline import (
 )
 
 
-def targets(adapters: list[Path], out: Path | None, ep_size: int) -> list[tuple[Path, Path]]:
+def targets(
+    adapters: list[Path], out: Path | None, ep_size: int, *, force: bool
+) -> list[tuple[Path, Path]]:
     """Each adapter with its target: OUT, OUT/NAME-epN for several, or ADAPTER-epN beside it.
 
-    Raises ShardError if two adapters would have the same target.
+    Raises ShardError if two adapters would have the same target, or one is in the way: before
+    any of them is written.
     """
     if out is not None and len(adapters) == 1:
         return [(adapters[0], out)]
     jobs = []
     for adapter in adapters:
-        name = f"{adapter.resolve().name}-ep{ep_size}"
-        jobs.append((adapter, (out or adapter.resolve().parent) / name))
+        absolute = Path(os.path.abspath(adapter))
+        jobs.append((adapter, (out or absolute.parent) / f"{absolute.name}-ep{ep_size}"))
     taken: dict[Path, Path] = {}
     for adapter, target in jobs:
         if target in taken:
@@ -38,6 +42,7 @@ def targets(adapters: list[Path], out: Path | None, ep_size: int) -> list[tuple[
                 hint="Run them one by one, each with its own -o.",
             )
         taken[target] = adapter
+        check_target(target, force=force, replaceable=is_shard_directory)
     return jobs
 
 

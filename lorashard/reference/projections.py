@@ -147,4 +147,5 @@ def _build_factor(pieces: list[Piece], num_experts: int) -> Factor | None:
     count = wholes[0].unpacked_shape(num_experts)[0]
     if count not in {1, num_experts}:
         raise LayoutError(f"{wholes[0].name} holds {count} experts, not {num_experts}.")
-    return Factor({}, wholes[0], shared=count == 1)
+    one_for_all = count == 1 and wholes[0].kind in {"matrix", "stack"} and not wholes[0].transposed
+    return Factor({}, wholes[0], shared=one_for_all)
