@@ -155,13 +155,13 @@ def _patterns(
 
 def _positive_int(value: Any, field: str, where: str) -> int:
     if type(value) is not int or not 0 < value < _MAX_NUMBER:
-        raise _damaged(where, f"{field} is {str(value)[:40]!r}, not an integer >= 1")
+        raise _damaged(where, f"{field} is {json.dumps(value)[:40]}, not an integer >= 1")
     return value
 
 
 def _positive_number(value: Any, field: str, where: str) -> float:
     if type(value) not in (int, float) or not 0 < value < _MAX_NUMBER:
-        raise _damaged(where, f"{field} is {str(value)[:40]!r}, not a number > 0")
+        raise _damaged(where, f"{field} is {json.dumps(value)[:40]}, not a number > 0")
     number: float = value
     return number
 

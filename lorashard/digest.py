@@ -14,7 +14,7 @@ from lorashard.buffers import allocate
 from lorashard.plan import ShardPlan
 from lorashard.writeback import start_writeback
 
-_STEP = 2 * 2**20
+_STEP = 2**20
 
 
 class TrailingDigests:

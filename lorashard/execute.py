@@ -27,6 +27,7 @@ from lorashard.sources import ByteSource
 from lorashard.writeback import reserve
 
 _WRITERS = 2
+_READ_STEP = 2**20  # read and digested at once: as much as stays in the processor's cache
 _BUFFERS = _WRITERS + 2  # one being read, one waiting
 
 Progress = Callable[[int], None]
@@ -103,9 +104,11 @@ def _copy_blocks(
         for number, block in enumerate(split_into_blocks(plan.reads)):
             buffer = buffers.take(block.end - block.begin)
             data = memoryview(buffer)[: block.end - block.begin]
-            source.read_into(data, block.begin)
+            for step in range(0, len(data), _READ_STEP):
+                piece = data[step : step + _READ_STEP]
+                source.read_into(piece, block.begin + step)
+                digest.update(piece)  # while it is in the processor's cache
             future = pool.submit(_write_block, block, data, fds, scratch)
-            digest.update(data)
             # Only now may the buffer go back: the digest has read it too.
             future.add_done_callback(_release(number, block.end, buffer, buffers, done))
             progress(block.end - block.begin)

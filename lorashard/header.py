@@ -79,8 +79,8 @@ def parse_header(raw: bytes, file_size: int, path: str) -> Header:
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise HeaderError(path, "__metadata__ is not a map of strings")
-    _refuse_duplicate_keys(raw, len(parsed), path)
-    _refuse_lone_surrogates(raw, parsed, path)
+    _refuse_duplicate_keys(raw, len(parsed), metadata, path)
+    _refuse_lone_surrogates(raw, (*parsed, *metadata, *metadata.values()), path)
 
     data_begin = LENGTH_BYTES + len(raw)
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # a few shapes serve 100,000 tensors
@@ -129,12 +129,16 @@ def _decode(raw: bytes, path: str) -> dict[str, object]:
     return parsed
 
 
-def _refuse_duplicate_keys(raw: bytes, num_tensors: int, path: str) -> None:
+def _refuse_duplicate_keys(
+    raw: bytes, num_tensors: int, metadata: Mapping[str, str], path: str
+) -> None:
     # json.loads keeps the last of two equal keys, another reader may keep the first. Where each
     # field is spelled once for each tensor and nothing is escaped, there are none; only otherwise
     # the header is parsed again with a look at every key, which takes ten times as long.
     fields = (b'"dtype"', b'"shape"', b'"data_offsets"')
-    if b"\\" not in raw and all(raw.count(field) == num_tensors for field in fields):
+    usual = set(metadata) <= {"format"} and raw.count(b'"format"') <= 1
+    once = usual and raw.count(b'"__metadata__"') <= 1
+    if once and b"\\" not in raw and all(raw.count(field) == num_tensors for field in fields):
         return
 
     def refuse_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -145,13 +149,13 @@ def _refuse_duplicate_keys(raw: bytes, num_tensors: int, path: str) -> None:
     json.loads(raw, object_pairs_hook=refuse_twice)
 
 
-def _refuse_lone_surrogates(raw: bytes, parsed: dict[str, object], path: str) -> None:
+def _refuse_lone_surrogates(raw: bytes, texts: Iterable[str], path: str) -> None:
     if b"\\u" not in raw:
         return
     try:
-        "".join(parsed).encode()
+        "".join(texts).encode()
     except UnicodeEncodeError as err:
-        raise HeaderError(path, "a tensor name is not valid Unicode") from err
+        raise HeaderError(path, "a name or its metadata is not valid Unicode") from err
 
 
 def _parse_entry(

@@ -88,7 +88,7 @@ def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None
 
 def _settled(target: Path) -> Path:
     """An absolute path; of a link to a directory, the directory, so that the link stays one."""
-    return target.resolve() if target.is_symlink() else Path(os.path.abspath(target))
+    return target.resolve() if os.path.islink(target) else Path(os.path.abspath(target))  # noqa: PTH114 - quiet on odd names
 
 
 def _names(path: Path) -> frozenset[str]:

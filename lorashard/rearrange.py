@@ -1,7 +1,8 @@
 """One block of a Rearrange -> the bytes of each expert's slot, and back.
 
 Bits are moved by numpy as integers, so nothing can change on the way; torch is imported only to
-cast to another dtype, because numpy has no bfloat16.
+cast to another dtype, because numpy has no bfloat16. Neither is imported where bytes are copied as
+they are.
 
 Legend: e expert, r row, c column of a factor.
 """
@@ -10,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from lorashard.blocks import RearrangeBlock, axis_sizes
 from lorashard.errors import LayoutError
@@ -24,7 +23,11 @@ TORCH_DTYPES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 
-Bits = npt.NDArray[np.unsignedinteger]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Bits = npt.NDArray[np.unsignedinteger[Any]]
 
 # Where some bytes of every copy of one expert go, and the bytes.
 SlotView = tuple[tuple[Target, ...], memoryview]
@@ -96,6 +99,8 @@ def _shifted(targets: tuple[Target, ...], shift: int) -> tuple[Target, ...]:
 
 def _views(block: RearrangeBlock, source: memoryview, scratch: memoryview) -> tuple[Bits, Bits]:
     """The block's source and slots, both seen as [expert, row, col] of bits."""
+    import numpy as np  # noqa: PLC0415 - copies need none of it
+
     axes, sizes = block.op.axes, _block_sizes(block)
     kind = np.dtype(f"u{ELEMENT_SIZE[block.op.dtype]}")
     in_source = np.frombuffer(source, kind).reshape([sizes[axis] for axis in axes])
@@ -115,9 +120,10 @@ def _cast(data: memoryview, op: Rearrange) -> memoryview:
     cast = bytearray(count * ELEMENT_SIZE[op.dtype])
     before, after = torch.frombuffer(data, dtype=source_dtype), torch.frombuffer(cast, dtype=dtype)
     after.copy_(before)
-    if torch.isinf(after).any() and not torch.isinf(before).any():
+    lost = torch.isinf(after) & torch.isfinite(before)
+    if lost.any():
         raise LayoutError(
-            f"A value is too large for {op.dtype} (it is {float(before.abs().max()):g}).",
+            f"A value is too large for {op.dtype}: {float(before[lost][0]):g}.",
             hint="Choose bfloat16 or float32 for --dtype, or leave it out.",
         )
     return memoryview(cast)

@@ -17,7 +17,7 @@ def compare_deltas(shards: Path, expected: Path) -> tuple[int, float]:
     be there, on every rank that the placement names.
     """
     with safe_open(expected, "pt") as file:
-        wanted = {k: file.get_tensor(k) for k in file.keys() if k.startswith("experts|")}
+        wanted = {k: file.get_tensor(k) for k in file.keys() if k.startswith("experts|")}  # noqa: SIM118 - safe_open is no dict
     manifest = json.loads((shards / "lorashard.json").read_text())
     worst, seen, compared = 0.0, set(), 0
     for key, delta in expert_deltas(shards, manifest):

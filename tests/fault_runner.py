@@ -19,10 +19,12 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from lorashard import output
-from lorashard.cli import app, split  # noqa: F401 - split is imported once for all jobs
+from lorashard.cli import app
+from lorashard.errors import LorashardError
 
 TIMEOUT_S = 30
 
@@ -89,7 +91,14 @@ def supervise(job: dict[str, Any]) -> dict[str, Any]:
         }
 
 
+def warm_up() -> None:
+    """Import, once for all jobs, what a command imports when it is first parsed and run."""
+    with suppress(LorashardError):
+        app.app(["split", "/nowhere", "--ep-size", "2"], standalone_mode=False)
+
+
 if __name__ == "__main__":
+    warm_up()
     for line in sys.stdin:
         sys.stdout.write(json.dumps(supervise(json.loads(line))) + "\n")
         sys.stdout.flush()

@@ -43,11 +43,10 @@ def specs(
     *,
     layouts: tuple[str, ...] = LAYOUTS,
     fill: str = "random",
-    min_experts: int = 1,
 ) -> Spec:
     """Any adapter that lorashard can split, in one dtype."""
     layout = draw(st.sampled_from(layouts))
-    num_experts = draw(st.integers(min_experts, 9))
+    num_experts = draw(st.integers(1, 9))
     lora_rank = draw(st.integers(1, 4))
     experts, lora_ranks = None, {}
     if layout in ONE_TENSOR_PER_EXPERT:

@@ -12,7 +12,6 @@ from lorashard.adapter import LoraConfig, parse_config
 from lorashard.errors import AdapterError, UnsupportedAdapterError
 
 WHERE = "a/adapter_config.json"
-REPORTED = "reported; not a LorashardError yet"
 
 
 def parse(**fields: Any) -> LoraConfig:
@@ -174,7 +173,7 @@ def test_r_must_be_a_positive_integer(r: object):
 
 
 def test_a_missing_r_is_refused():
-    with pytest.raises(AdapterError, match="r is None"):
+    with pytest.raises(AdapterError, match="r is null, not an integer >= 1"):
         parse_config(b'{"lora_alpha": 8}', WHERE)
 
 
@@ -205,15 +204,12 @@ def test_a_rank_pattern_of_half_a_rank_is_refused():
     ],
     ids=lambda fields: next(iter(fields)),
 )
-@pytest.mark.xfail(reason=REPORTED)
 def test_odd_values_are_refused(fields: dict[str, Any]):
-    with pytest.raises(AdapterError):
-        parse(**fields).rank_of("x")
+    assert next(iter(fields)) in refusal(**fields).message
 
 
-@pytest.mark.xfail(reason=REPORTED, raises=RecursionError)
 def test_endless_nesting_is_refused():
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError, match="not JSON"):
         parse_config(b'{"a":' + b"[" * 200_000, WHERE)
 
 

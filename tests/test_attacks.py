@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,6 @@ def refused(adapter: Path, kind: type[LorashardError] = AdapterError) -> None:
     with pytest.raises(kind):
         split_adapter(adapter, adapter.parent / "out", REQUEST)
     assert sorted(os.listdir(adapter.parent)) == before
-
-
-def cases(names: Iterable[str], *, known: Iterable[str]) -> list[Any]:
-    """The names as parameters; those in `known` do not raise what they should, so far."""
-    assert set(known) <= set(names)
-    mark = pytest.mark.xfail(reason="not raised as an error of ours")
-    return [pytest.param(name, marks=mark if name in known else ()) for name in names]
 
 
 HEADER_LIES = {
@@ -93,7 +86,6 @@ def test_a_header_length_that_lies_is_refused(tmp_path: Path, length: int) -> No
     refused(adapter, HeaderError)
 
 
-@pytest.mark.xfail(reason="the count of these words is taken for that of the tensors")
 @pytest.mark.parametrize("metadata", [{"dtype": "bf16"}, {"kept": "shape"}])
 def test_metadata_may_use_the_words_of_a_header(tmp_path: Path, metadata: dict[str, str]) -> None:
     adapter = save_header(tmp_path / "adapter", {"__metadata__": metadata, **PAIR}, DATA)
@@ -114,30 +106,31 @@ def test_a_name_like_a_path_is_only_a_name(tmp_path: Path, module: str) -> None:
 
 @pytest.mark.parametrize("module", ["../../x", "x\0"])
 def test_a_replicated_name_like_a_path_is_only_a_name(tmp_path: Path, module: str) -> None:
-    extra = {f"{module}.lora_A.weight": {"dtype": "F32", "shape": [2, 1], "data_offsets": [64, 72]}}
-    adapter = save_header(tmp_path / "adapter", PAIR | extra, bytes(72))
+    extra = {
+        f"{module}.lora_A.weight": {"dtype": "F32", "shape": [2, 1], "data_offsets": [64, 72]},
+        f"{module}.lora_B.weight": {"dtype": "F32", "shape": [1, 2], "data_offsets": [72, 80]},
+    }
+    adapter = save_header(tmp_path / "adapter", PAIR | extra, bytes(80))
     split_adapter(adapter, tmp_path / "out", REQUEST)
+    assert verify_shards(tmp_path / "out", against=adapter) == ()
     assert sorted(os.listdir(tmp_path)) == ["adapter", "out"]
 
 
-@pytest.mark.xfail(reason="a UnicodeEncodeError")
 def test_half_a_surrogate_in_a_name_is_refused(tmp_path: Path) -> None:
     refused(save_header(tmp_path / "adapter", named("\ud800"), DATA))
 
 
-@pytest.mark.parametrize("expert", cases(["9" * 20, "9" * 5000], known=["9" * 5000]))
+@pytest.mark.parametrize("expert", ["9" * 20, "9" * 5000])
 def test_an_absurd_expert_number_is_refused(tmp_path: Path, expert: str) -> None:
     refused(save_header(tmp_path / "adapter", named("m", expert), DATA))
 
 
-@pytest.mark.xfail(reason="a RecursionError")
 def test_a_config_as_deep_as_a_bomb_is_refused(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     (adapter / "adapter_config.json").write_text(DEEP)
     refused(adapter)
 
 
-@pytest.mark.xfail(reason="a RecursionError")
 @pytest.mark.parametrize("option", ["model", "expert_map"])
 def test_other_json_as_deep_as_a_bomb_is_refused(tmp_path: Path, option: str) -> None:
     adapter = save_adapter(tmp_path / "adapter")
@@ -164,15 +157,11 @@ CONFIG_JUNK: dict[str, dict[str, Any]] = {
     "alphas of a number": {"alpha_pattern": 3},
     "parameters": {"target_parameters": 5}, "modules": {"modules_to_save": 5},
     "layout": {"lora_B_layout": ["rank_major"]}, "type": {"peft_type": ["LORA"]},
-    "bias": {"bias": {}},
+    "bias": {"bias": {"all": True}},
 }  # fmt: skip
-CONFIG_KNOWN = (
-    "alpha huge", "pattern flags", "pattern repeats", "pattern nests", "alphas nan", "alphas inf",
-    "alphas huge", "parameters", "modules",
-)  # fmt: skip
 
 
-@pytest.mark.parametrize("junk", cases(CONFIG_JUNK, known=CONFIG_KNOWN))
+@pytest.mark.parametrize("junk", CONFIG_JUNK)
 def test_junk_in_the_config_is_refused(tmp_path: Path, junk: str) -> None:
     refused(save_adapter(tmp_path / "adapter", **CONFIG_JUNK[junk]))
 
@@ -231,13 +220,8 @@ MANIFEST_LIES: dict[str, Callable[[Any], object]] = {
     "rank of text": module_with(lora_rank="x"),
 }
 
-MANIFEST_KNOWN = (
-    "no source file", "options of text", "scaling of an object",
-    "experts of text", "scaling of text", "rank of text",
-)  # fmt: skip
 
-
-@pytest.mark.parametrize("lie", cases(MANIFEST_LIES, known=MANIFEST_KNOWN))
+@pytest.mark.parametrize("lie", MANIFEST_LIES)
 def test_a_manifest_that_lies_is_refused_by_every_reader(tmp_path: Path, lie: str) -> None:
     shards = tmp_path / "out"
     split_adapter(save_adapter(tmp_path / "adapter"), shards, REQUEST)
@@ -253,7 +237,6 @@ def test_a_manifest_that_lies_is_refused_by_every_reader(tmp_path: Path, lie: st
     assert sorted(os.listdir(tmp_path)) == ["adapter", "out"]
 
 
-@pytest.mark.xfail(reason="the set of all experts is made before their number is believed")
 def test_a_manifest_with_experts_without_end_takes_no_memory(tmp_path: Path) -> None:
     shards = tmp_path / "out"
     split_adapter(save_adapter(tmp_path / "adapter"), shards, REQUEST)

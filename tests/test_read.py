@@ -106,11 +106,12 @@ def test_weights_cut_off_after_their_header_was_read_are_refused(tmp_path: Path)
     assert os.listdir(tmp_path) == ["adapter"]
 
 
-def test_weights_that_vanish_after_their_header_was_read_leave_nothing(tmp_path: Path) -> None:
+@pytest.mark.xfail(reason="the target is blamed for the source: 'cannot be written'")
+def test_weights_that_vanish_after_their_header_was_read_are_named(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     with prepared_split(adapter, REQUEST) as prepared:
         prepared.source.weights_path.unlink()
-        with pytest.raises(OSError, match="No such file"):
+        with pytest.raises(HeaderError, match=r"adapter_model\.safetensors.*No such file"):
             write_shards(prepared, tmp_path / "out", REQUEST, force=False, progress=lambda _: None)
     assert os.listdir(tmp_path) == ["adapter"]
 

@@ -104,7 +104,6 @@ def test_a_rank_file_of_another_ep_size_is_refused(shards: Path, tmp_path: Path)
         open_shards(shards).rank(0)
 
 
-@pytest.mark.xfail(reason="the header's metadata names the rank, but is not looked at")
 def test_swapped_rank_files_are_refused(shards: Path) -> None:
     one, two = (shards / name for name in RANK_FILES)
     one.rename(shards / "aside")

@@ -93,7 +93,7 @@ def encode_header(shapes: dict[str, tuple[int, int]]) -> bytes:
 def _finite_bf16_pool(seed: int = 0) -> memoryview:
     # Bit 14 is the exponent's top bit: without it |x| < 2, so nothing is inf or nan.
     mask = int.from_bytes(b"\xff\xbf" * (_POOL_BYTES // 2), "little")
-    bits = random.Random(seed).getrandbits(_POOL_BYTES * 8)  # noqa: S311 (not a secret)
+    bits = random.Random(seed).getrandbits(_POOL_BYTES * 8)
     return memoryview((bits & mask).to_bytes(_POOL_BYTES, "little"))
 
 

@@ -24,14 +24,14 @@ from tests.bench.rows import Row, Target, make_row
 
 LORASHARD = (sys.executable, "-m", "lorashard")
 
-# `split` reads, hashes, writes and fsyncs: the fair rival is `cp` with a sync, and plain
-# `cp`, which returns while the data is still in memory, is the ambitious one.
-SPLIT_VS_CP = Target(1.5, "x")
-SPLIT_VS_CP_SYNC = Target(1.2, "x")
+# `split` reads, hashes, writes and fsyncs. `cp` returns while the data is still in memory; with a
+# sync it does what split does, without the two digests. A fused lora_B is transposed as well.
+SPLIT_VS_CP = {"per_expert": Target(1.25, "x"), "fused": Target(2.0, "x")}
+SPLIT_VS_CP_SYNC = Target(1.25, "x")
 SPLIT_VS_NAIVE = Target(0.5, "x")
 # Hashing should hide behind a disk. Nothing hides it when the files are in memory, so
 # the warm row has no target.
-VERIFY_COLD_VS_CAT = Target(1.2, "x")
+VERIFY_COLD_VS_CAT = Target(1.25, "x")
 INSPECT_SECONDS = Target(0.5, "s")
 HELP_SECONDS = Target(0.15, "s")
 
@@ -97,7 +97,7 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
     for rival in (cp, cp_sync, obvious):
         yield make_row(form, rival.name, runs[rival.name], size_bytes=size_bytes)
     for rival, target in (
-        (cp, SPLIT_VS_CP),
+        (cp, SPLIT_VS_CP[form]),
         (cp_sync, SPLIT_VS_CP_SYNC),
         (obvious, SPLIT_VS_NAIVE),
     ):

@@ -59,7 +59,6 @@ def test_two_adapters_of_one_name_collide_before_anything_is_written(tmp_path: P
     assert not (tmp_path / "all").exists()
 
 
-@pytest.mark.xfail(reason="targets are looked at one by one, each before its own split")
 def test_a_target_in_the_way_stops_before_anything_is_written(tmp_path: Path) -> None:
     one, two = save_adapter(tmp_path / "one"), save_adapter(tmp_path / "two")
     (tmp_path / "two-ep2").write_text("in the way")
@@ -67,7 +66,6 @@ def test_a_target_in_the_way_stops_before_anything_is_written(tmp_path: Path) ->
     assert not (tmp_path / "one-ep2").exists()
 
 
-@pytest.mark.xfail(reason="what was written is told only at the very end")
 def test_what_was_written_before_an_error_is_told(adapter: Path, tmp_path: Path) -> None:
     done = run_cli("split", adapter, tmp_path / "nowhere", "--ep-size", 2)
     assert done.returncode == 3
@@ -188,7 +186,6 @@ def test_merge_of_cast_shards_is_refused(adapter: Path, tmp_path: Path) -> None:
     assert "were cast to F32" in done.stderr
 
 
-@pytest.mark.xfail(reason="the path is that of the file opened last")
 def test_merge_names_the_file_that_is_cut_off(adapter: Path, tmp_path: Path) -> None:
     run_cli("split", adapter, "--ep-size", 2)
     rank_0 = tmp_path / "adapter-ep2" / "ep-00000-of-00002.safetensors"
