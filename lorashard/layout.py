@@ -30,6 +30,12 @@ class AdapterLayout:
     replicated: tuple[TensorEntry, ...]
     gate_up_known: bool
 
+    @property
+    def numbers_experts_only(self) -> bool:
+        """Whether no tensor holds all experts, so that more may exist than are numbered."""
+        sources = (s for m in self.modules for stack in m.stacks for s in stack.sources)
+        return all(len(source.experts or ()) <= 1 for source in sources)
+
 
 def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> AdapterLayout:
     """Give every tensor its meaning. `where` names the adapter in messages.

@@ -154,9 +154,9 @@ def _gather_block(block: Block, data: memoryview, files: Sequence[LocalFile]) ->
 def _opened(path: Path) -> Iterator[LocalFile]:
     try:
         file = LocalFile(path)
-    except OSError as err:
+    except HeaderError as err:
         raise ShardError(
-            f"{path}: {os.strerror(err.errno or 0)}.", hint="merge needs the files of all ranks."
+            f"{path}: {err.reason}.", hint="merge needs the files of all ranks."
         ) from err
     try:
         yield file

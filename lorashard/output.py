@@ -23,6 +23,7 @@ from lorashard.errors import OutputExistsError, ShardError
 from lorashard.writeback import exchange
 
 _STAGING_INSIDE = ".lorashard-partial"
+_MOVING = ".moving"  # stands in it while files are moved, and lists them
 _IGNORED_IN_MOUNTS = frozenset({"lost+found", _STAGING_INSIDE})
 
 # Says of a directory, given the names in it, whether it may be replaced.
@@ -70,7 +71,7 @@ def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None
         names = _names(target) if target.is_dir() else None
     except OSError as err:
         raise _cannot_write(target, err) from err
-    if names == frozenset() or _is_unfinished_move(target):
+    if names == frozenset() or (names and _is_unfinished_move(target, names)):
         return
     if names is None or not replaceable(target, names):
         raise OutputExistsError(
@@ -97,9 +98,13 @@ def _names(path: Path) -> frozenset[str]:
     return names - _IGNORED_IN_MOUNTS if os.path.ismount(path) else names
 
 
-def _is_unfinished_move(target: Path) -> bool:
-    """Whether a run was killed while it moved files into this mount point."""
-    return os.path.ismount(target) and (target / _STAGING_INSIDE).is_dir()
+def _is_unfinished_move(target: Path, names: frozenset[str]) -> bool:
+    """Whether a run was killed while it moved files into this mount point, and nothing else is."""
+    marker = target / _STAGING_INSIDE / _MOVING
+    try:
+        return os.path.ismount(target) and names <= set(marker.read_text().splitlines())
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -126,8 +131,14 @@ def _claim(staging: Path, target: Path) -> int:
         if _is_same(staging, lock):
             break
         os.close(lock)  # its last owner renamed or removed it in between
+    if staging.parent == target and _is_unfinished_move(target, _names(target)):
+        for name in _names(target):
+            (target / name).unlink()
     _clear(staging)
-    _remove(_aside(target))
+    if os.path.lexists(target):
+        _remove(_aside(target))
+    elif _aside(target).exists():  # killed between two renames: the old one is still the one
+        os.rename(_aside(target), target)
     return lock
 
 
@@ -167,10 +178,19 @@ def _replace(staging: Path, target: Path) -> None:
     _lock(old, target, target)  # nobody may take the old content for a staging directory
     try:
         if exchange(staging, target):
-            os.rename(staging, aside)
+            # The new one is in place: whatever comes now is no failure, but the old one must go.
+            try:
+                with suppress(OSError):
+                    os.rename(staging, aside)
+            finally:
+                _remove_own(staging, old)
         else:
             os.rename(target, aside)
-            os.rename(staging, target)
+            try:
+                os.rename(staging, target)
+            except BaseException:
+                os.rename(aside, target)
+                raise
         _remove(aside)
     finally:
         os.close(old)
@@ -182,14 +202,17 @@ def _aside(target: Path) -> Path:
 
 def _move_files(staging: Path, target: Path, last: str) -> None:
     """Replace the content of a mount point. Without `last` it is not taken for finished."""
+    old = _names(target)
+    new = sorted(child.name for child in staging.iterdir() if child.name != last)
+    (staging / _MOVING).write_text("\n".join(sorted({*old, *new} - {last})))
+    _sync_directory(staging)
     (target / last).unlink(missing_ok=True)
     _sync_directory(target)
     moved: list[Path] = []
     try:
-        for name in sorted(_names(target)):
+        for name in old - {last}:
             (target / name).unlink()
-        names = sorted(child.name for child in staging.iterdir() if child.name != last)
-        for name in (*names, last):
+        for name in (*new, last):
             if name == last:
                 _sync_directory(target)
             moved.append(target / name)

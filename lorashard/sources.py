@@ -22,8 +22,12 @@ class LocalFile:
     """A ByteSource over an open file descriptor."""
 
     def __init__(self, path: Path) -> None:
+        """Open the file. Raises HeaderError if that fails."""
         self._path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as err:
+            raise HeaderError(path, f"cannot be read ({err.strerror})") from err
         self._expected = 0  # where the next read begins if the file is read front to back
         self._requested = 0  # up to where the disk was asked for
 

@@ -20,7 +20,6 @@ from lorashard import verify_shards
 from tests.tiny import REPO, contents, mounted_tmpfs, per_expert_tensors, save_adapter
 
 ENDLESS = 500
-SWAPPED = "an error between the swap and the rename of the old one leaves the old one there"
 WRITING = ("mkdir", "truncate", "pwrite", "fsync", "rename", "exchange")
 CLEANING = ("unlink", "rmdir")
 
@@ -142,11 +141,7 @@ def test_a_kill_leaves_a_whole_target_or_none_and_the_same_command_finishes_it(
         assert place.beside() == set()
 
 
-def test_sigterm_at_any_point_leaves_nothing_else_behind(
-    request: pytest.FixtureRequest, run: Run, place: Place
-) -> None:
-    if place.old:
-        request.applymarker(pytest.mark.xfail(reason=SWAPPED))
+def test_sigterm_at_any_point_leaves_nothing_else_behind(run: Run, place: Place) -> None:
     for answer in every_point(run, place, "term"):
         assert answer["code"] == 143, answer
         assert place.state() in ("absent", "old", "new")
@@ -168,10 +163,8 @@ def test_sigterm_during_the_cleaning_leaves_nothing_else_behind(run: Run, folder
     ("failure", "words"), [("EIO", "Input/output error"), ("ENOSPC", "no space left")]
 )
 def test_an_error_of_any_call_leaves_nothing_else_behind(
-    request: pytest.FixtureRequest, run: Run, place: Place, failure: str, words: str
+    run: Run, place: Place, failure: str, words: str
 ) -> None:
-    if place.old:
-        request.applymarker(pytest.mark.xfail(reason=SWAPPED))
     for answer in every_point(run, place, failure):
         assert answer["code"] in (5, 0), answer  # 0: a call that may fail
         assert answer["code"] == 0 or words in answer["stderr"], answer

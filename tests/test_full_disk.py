@@ -126,7 +126,6 @@ def test_force_works_on_a_mount_point_with_more_than_shards(
     split_adapter(adapter, disk, REQUEST, force=True)
 
 
-@pytest.mark.xfail(reason="a leftover staging directory lets everything beside it be deleted")
 def test_what_a_killed_run_left_does_not_give_away_what_stands_beside_it(
     disk: Path, adapter: Path
 ) -> None:

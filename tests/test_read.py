@@ -106,7 +106,6 @@ def test_weights_cut_off_after_their_header_was_read_are_refused(tmp_path: Path)
     assert os.listdir(tmp_path) == ["adapter"]
 
 
-@pytest.mark.xfail(reason="the target is blamed for the source: 'cannot be written'")
 def test_weights_that_vanish_after_their_header_was_read_are_named(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     with prepared_split(adapter, REQUEST) as prepared:

@@ -60,7 +60,8 @@ def run_split(
             with render.progress_bar(f"split {adapter.name}", total, quiet=quiet) as progress:
                 write_shards(prepared, out, request, force=force, progress=progress)
         sizes = [file.size_bytes for file in plan.files]
-        counted = request.model is None and request.options.num_experts is None
+        told = request.model is not None or request.options.num_experts is not None
+        counted = prepared.layout.numbers_experts_only and not told
         render.say(
             f"{adapter}: {prepared.layout.num_experts} experts"
             f"{' (counted; --model checks it)' if counted else ''} in "
