@@ -165,6 +165,8 @@ _Kinds = dict[tuple[object, ...], tuple[tuple[int, ...], int]]
 def _parse_entry(name: str, info: object, data_begin: int, kinds: _Kinds, path: str) -> TensorEntry:
     try:
         dtype, shape_list, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]  # type: ignore[index]
+        if type(dtype) is not str:
+            raise HeaderError(path, f"{name}: dtype {dtype!r} is not known")
         # With the types, because True == 1 == 1.0 as keys.
         key = (dtype, type(shape_list), *shape_list, *map(type, shape_list))
         kind = kinds.get(key)
@@ -180,10 +182,10 @@ def _parse_entry(name: str, info: object, data_begin: int, kinds: _Kinds, path: 
     return TensorEntry(name, dtype, shape, data_begin + begin, data_begin + end)
 
 
-def _check_kind(name: str, dtype: object, shape: object, path: str) -> tuple[tuple[int, ...], int]:
+def _check_kind(name: str, dtype: str, shape: object, path: str) -> tuple[tuple[int, ...], int]:
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise HeaderError(path, f"{name}: shape and data_offsets must be integers >= 0")
-    element_size = ELEMENT_SIZE.get(dtype) if isinstance(dtype, str) else None
+    element_size = ELEMENT_SIZE.get(dtype)
     if element_size is None:
         raise HeaderError(path, f"{name}: dtype {dtype!r} is not known")
     return tuple(shape), prod(shape) * element_size
