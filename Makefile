@@ -32,7 +32,7 @@ lint: $(VENV)/.lint ## formatting and lint
 type: $(VENV)/.lint ## mypy --strict
 	$(BIN)/mypy
 
-bench: $(VENV)/.test ## the ratios of docs/benchmark.md (17 GB of disk; SCALE=0.3 for a first look)
+bench: $(VENV)/.test ## the ratios and the chart of the README (17 GB of disk; SCALE=0.3 for a first look)
 	$(BIN)/python -m tests.bench --scale $(or $(SCALE),1.0) --chart docs/bench.svg --json docs/bench.json
 
 golden: $(VENV)/.test ## rewrite the golden files of --json output; review the diff

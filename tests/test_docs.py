@@ -18,7 +18,6 @@ from tests.generate_docs import commands, pages, parameters
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
-MADE_BY_BENCH = ROOT / "docs" / "bench.svg"  # `make bench` draws it
 
 _RUNNABLE = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.DOTALL)
 _FENCED = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
@@ -124,7 +123,7 @@ def test_links_of_page_resolve(page):
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
-        assert target.exists() or target == MADE_BY_BENCH, link
+        assert target.exists(), link
         assert not anchor or anchor in _anchors(target), link
 
 
