@@ -24,6 +24,7 @@ Axes = Literal["erc", "ecr", "rce", "rec", "cre", "cer"]
 FactorName = tuple[Projection, Matrix]
 
 _Key = TypeVar("_Key")
+_Found = tuple[FactorName, "list[SourceFactor]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +105,15 @@ def read_container(
     factors: dict[FactorName, list[SourceFactor]] = {}
     spellings: list[str] = []
 
-    def add(spelling: str, items: Iterable[tuple[FactorName, SourceFactor]]) -> None:
-        before = frozenset(factors)
-        for name, factor in items:
-            if name in before:
+    def add(spelling: str, items: Iterable[_Found]) -> None:
+        for name, found in items:
+            if name in factors:
                 raise LayoutError(
                     f"{module}.{name[0]} {name[1]} is stored twice: {factors[name][0].entry.name} "
-                    f"and {factor.entry.name}.",
+                    f"and {found[0].entry.name}.",
                     hint="Keep one of them; lorashard does not guess which is meant.",
                 )
-            factors.setdefault(name, []).append(factor)
+            factors[name] = found
         spellings.append(spelling)
 
     if tensors.per_expert:
@@ -147,19 +147,25 @@ def _put(table: dict[_Key, TensorEntry], key: _Key, entry: TensorEntry) -> None:
 
 
 def _peft_module(entry: TensorEntry) -> str:
-    return entry.name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
+    name = entry.name
+    begin = len(PEFT_PREFIX) if name.startswith(PEFT_PREFIX) else 0
+    return name[begin : name.rindex(".lora_")]
 
 
-def _per_expert(tensors: ContainerTensors) -> Iterable[tuple[FactorName, SourceFactor]]:
+def _per_expert(tensors: ContainerTensors) -> Iterable[_Found]:
     """L1, the per-expert side of L9, L15: [r, in] and [out, r] for each expert."""
     for name, entries in tensors.per_expert.items():
-        for expert, entry in sorted(entries.items()):
+        found = []
+        for expert in sorted(entries):
+            entry = entries[expert]
             if len(entry.shape) != 2:
                 raise _bad_shape(entry, "two dimensions")
-            yield name, SourceFactor(entry, _peft_module(entry), "erc", (expert,), *entry.shape)
+            rows, cols = entry.shape
+            found.append(SourceFactor(entry, _peft_module(entry), "erc", (expert,), rows, cols))
+        yield name, found
 
 
-def _stacked(tensors: ContainerTensors) -> Iterable[tuple[FactorName, SourceFactor]]:
+def _stacked(tensors: ContainerTensors) -> Iterable[_Found]:
     """L8 to L12, L14: [E, r, in] and [E, out, r]; E = 1 or no E axis at all means shared."""
     for name, entry in tensors.stacked.items():
         if len(entry.shape) not in (2, 3):
@@ -167,10 +173,10 @@ def _stacked(tensors: ContainerTensors) -> Iterable[tuple[FactorName, SourceFact
         *expert_axis, rows, cols = entry.shape
         shared = expert_axis in ([], [1])
         experts = None if shared else tuple(range(expert_axis[0]))
-        yield name, SourceFactor(entry, _peft_module(entry), "erc", experts, rows, cols)
+        yield name, [SourceFactor(entry, _peft_module(entry), "erc", experts, rows, cols)]
 
 
-def _native(tensors: ContainerTensors) -> Iterable[tuple[FactorName, SourceFactor]]:
+def _native(tensors: ContainerTensors) -> Iterable[_Found]:
     """L13: lora_A [E, in, r] and lora_B [E, r, out], both the other way round."""
     for name, entry in tensors.native.items():
         if len(entry.shape) != 3:
@@ -178,7 +184,7 @@ def _native(tensors: ContainerTensors) -> Iterable[tuple[FactorName, SourceFacto
         num_experts, cols, rows = entry.shape
         experts = tuple(range(num_experts))
         module = entry.name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
-        yield name, SourceFactor(entry, module, "ecr", experts, rows, cols)
+        yield name, [SourceFactor(entry, module, "ecr", experts, rows, cols)]
 
 
 def _fused(
@@ -187,12 +193,12 @@ def _fused(
     config: LoraConfig,
     options: LayoutOptions,
     hidden_size_hint: int | None,
-) -> tuple[str, list[tuple[FactorName, SourceFactor]]]:
+) -> tuple[str, list[_Found]]:
     """L2 to L7: lora_A [E*r, x] and lora_B [y, r*E] (or [y, E*r], grouped by expert)."""
     pairs = _fused_pairs(module, tensors)
     reading = read_fused(module, pairs, config.target_parameters, options, hidden_size_hint)
     b_layout = _lora_b_layout(module, config, options)
-    items: list[tuple[FactorName, SourceFactor]] = []
+    items: list[_Found] = []
     for pair, role in zip(pairs, reading.roles):
         # PEFT matches its patterns against "<module>.<parameter>".
         name = _peft_module(pair.lora_a) + ".weight" if pair.projection else f"{module}.{role}"
@@ -260,7 +266,7 @@ def _fused_factors(
     reading: Reading,
     b_layout: LoraBLayout,
     lora_rank: int,
-) -> list[tuple[FactorName, SourceFactor]]:
+) -> list[_Found]:
     total, out = pair.lora_a.shape[0], pair.lora_b.shape[0]
     if total % lora_rank:
         raise LayoutError(
@@ -280,7 +286,7 @@ def _fused_factors(
             pair.lora_b, name, "cer" if grouped else "cre", experts, lora_rank, out
         )
         lora_b = SourceFactor(pair.lora_a, name, "ecr", experts, inside, lora_rank)
-    return [((role, "lora_A"), lora_a), ((role, "lora_B"), lora_b)]
+    return [((role, "lora_A"), [lora_a]), ((role, "lora_B"), [lora_b])]
 
 
 def _bad_shape(entry: TensorEntry, wanted: str) -> LayoutError:

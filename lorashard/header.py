@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 
 from lorashard.errors import HeaderError
 
@@ -85,7 +86,7 @@ def parse_header(raw: bytes, file_size: int, path: str) -> Header:
     data_begin = LENGTH_BYTES + len(raw)
     kinds: _Kinds = {}
     entries = [_parse_entry(name, info, data_begin, kinds, path) for name, info in parsed.items()]
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    entries.sort(key=attrgetter("begin", "end"))
     _check_tiling(entries, data_begin, file_size, path)
     return Header(tuple(entries), metadata, data_begin, file_size)
 

@@ -36,6 +36,11 @@ _PROJECTIONS: dict[str, Projection] = {
     "gate_and_up": "gate_up_proj", "down": "down_proj",
 }  # fmt: skip
 
+_MATRICES: dict[str, Matrix] = {
+    "lora_A": "lora_A", "A": "lora_A", "lora_embedding_A": "lora_A",
+    "lora_B": "lora_B", "B": "lora_B", "lora_embedding_B": "lora_B",
+}  # fmt: skip
+
 _PREFIX = r"(?:base_model\.model\.)?"
 _CONTAINER = r"(?P<module>(?:[^ ]+\.)?experts)"
 _MATRIX = r"\.(?P<matrix>lora_[AB])(?:\.weight)?"
@@ -123,25 +128,22 @@ def parse_key(name: str, num_dims: int) -> ParsedKey:
     """Say what a tensor name means. Expert ids are integers, never strings to sort by."""
     # The first pattern matches nearly every key of a per-expert adapter, so it comes first.
     if match := _EXPERT.fullmatch(name) or _PROJECTION_LIST.fullmatch(name):
-        return _expert_key("expert", match, match["module"], int(match["expert"]))
+        return _expert_key("expert", match, "", int(match["expert"]))
     for kind, pattern in _WRAPPERS:
         if match := pattern.fullmatch(name):
-            return ExpertKey(kind, match["module"], None, _matrix(match), None)
+            return ExpertKey(kind, match["module"], None, _MATRICES[match["matrix"]], None)
     for kind, pattern, suffix, dims in _EXPERT_STACKS:
         if num_dims in dims and (match := pattern.fullmatch(name)):
-            return _expert_key(kind, match, match["module"] + suffix, None)
+            return _expert_key(kind, match, suffix, None)
     return _parse_other(name, num_dims)
 
 
-def _expert_key(kind: Kind, match: re.Match[str], module: str, expert: int | None) -> ParsedKey:
-    projection = _PROJECTIONS.get(match["projection"])
+def _expert_key(kind: Kind, match: re.Match[str], suffix: str, expert: int | None) -> ParsedKey:
+    module, leaf, matrix = match.group("module", "projection", "matrix")
+    projection = _PROJECTIONS.get(leaf)
     if projection is None:
-        return UnknownKey(f"{match['projection']!r} is no known projection of an expert")
-    return ExpertKey(kind, module, projection, _matrix(match), expert)
-
-
-def _matrix(match: re.Match[str]) -> Matrix:
-    return "lora_A" if match["matrix"].endswith("A") else "lora_B"
+        return UnknownKey(f"{leaf!r} is no known projection of an expert")
+    return ExpertKey(kind, module + suffix, projection, _MATRICES[matrix], expert)
 
 
 def _parse_other(name: str, num_dims: int) -> ParsedKey:
@@ -158,7 +160,7 @@ def _parse_other(name: str, num_dims: int) -> ParsedKey:
     if match := _LORA.fullmatch(name):
         if num_dims != 2:
             return UnknownKey(f"a LoRA factor with {num_dims} dimensions outside of experts")
-        return LoraKey(match["module"], _matrix(match), "embedding" in match["matrix"])
+        return LoraKey(match["module"], _MATRICES[match["matrix"]], "embedding" in match["matrix"])
     if _FULL_WEIGHT.fullmatch(name):
         return FullWeightKey()
     return UnknownKey("not a LoRA factor")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 SHOW_PROGRESS_AFTER_S = 1.0
-_PLAIN_WIDTH = 200
 
 
 def print_json(document: Any) -> None:
@@ -49,7 +48,14 @@ def say(text: str, *, quiet: bool = False) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; numbers to the right. Plain text where stdout is no terminal."""
+    """Print a table, all but the first column to the right; plain text unless on a terminal."""
+    print_line(title)
+    if not sys.stdout.isatty():  # without rich, which takes as long as the rest of `inspect`
+        widths = [max(map(len, column)) for column in zip(columns, *rows)]
+        for row in (columns, *rows):
+            cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+            print_line("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -59,14 +65,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PLAIN_WIDTH
-    with console.capture() as captured:
-        console.print(table)
-    print_line(title)
-    for line in captured.get().splitlines():
-        sys.stdout.write(line.rstrip() + "\n")  # rich has dealt with control characters
+    Console(highlight=False).print(table)
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
