@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from lorashard.adapter import LoraConfig
 from lorashard.errors import LayoutError
@@ -27,9 +27,10 @@ _Key = TypeVar("_Key")
 _Found = tuple[FactorName, "list[SourceFactor]"]
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFactor:
+class SourceFactor(NamedTuple):
     """One source tensor: the [rows, cols] factors of `experts`, in this order along axis e.
+
+    A tuple for speed, like TensorEntry.
 
     experts: None if all experts share the one factor.
     module: the name that PEFT's rank and alpha patterns are matched against.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Projection = Literal["gate_proj", "up_proj", "down_proj", "gate_up_proj"]
 Matrix = Literal["lora_A", "lora_B"]
@@ -84,9 +84,8 @@ _EXPERT_STACKS: tuple[tuple[Kind, re.Pattern[str], str, range], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertKey:
-    """A tensor that belongs to routed experts.
+class ExpertKey(NamedTuple):
+    """A tensor that belongs to routed experts; a tuple for speed, like TensorEntry.
 
     module: the experts container without PEFT's prefix, e.g. `model.layers.3.mlp.experts`.
     projection: None where the name does not say (kinds inner and outer).
