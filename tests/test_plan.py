@@ -240,6 +240,6 @@ def test_a_placement_of_another_number_of_experts_is_refused():
 def test_a_replicated_tensor_with_a_shared_factor_s_name_is_refused():
     layout = layout_of(build(Spec("L8", extras=True)))
     shared = next(s for m in layout.modules for s in m.stacks if s.shared)
-    clash = replace(layout.replicated[0], name=shared.name)
+    clash = layout.replicated[0]._replace(name=shared.name)
     with pytest.raises(ShardError, match="Two tensors would be called"):
         build_plan(replace(layout, replicated=(clash,)), linear_placement(4, 2), None)
