@@ -101,9 +101,7 @@ def split_adapter(
 def prepared_split(adapter: Path, request: SplitRequest) -> Iterator[PreparedSplit]:
     """Read headers and decide everything. The source stays readable inside the block."""
     with opened_adapter(adapter, allow_pickle=request.allow_pickle) as source:
-        facts = read_model_facts(request.model) if request.model else None
-        options = merge_facts(request.options, facts)
-        layout = detect_layout(source.index, options, str(adapter))
+        facts, options, layout = read_layout(source, adapter, request)
         placement = _placement(request, layout)
         if request.dtype not in (None, *DTYPES):
             raise AdapterError(f"dtype {request.dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -112,6 +110,15 @@ def prepared_split(adapter: Path, request: SplitRequest) -> Iterator[PreparedSpl
         options = replace(options, num_experts=layout.num_experts)
         notes = _notes(request, facts, layout)
         yield PreparedSplit(source, options, layout, placement, plan, notes)
+
+
+def read_layout(
+    source: AdapterSource, adapter: Path, request: SplitRequest
+) -> tuple[ModelFacts | None, LayoutOptions, AdapterLayout]:
+    """What the model says, the options that follow, and the layout that they lead to."""
+    facts = read_model_facts(request.model) if request.model else None
+    options = merge_facts(request.options, facts)
+    return facts, options, detect_layout(source.index, options, str(adapter))
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def _check_coverage(manifest: Manifest, name: str) -> Iterator[str]:
     """Each module's stacks stand in each rank file, one slot for each expert of the placement."""
     if name == REPLICATED_NAME:
         return
-    ep_rank = list(manifest.files).index(name) - 1
+    ep_rank = _ep_rank_of(manifest, name)
     shapes = {entry.name: entry.shape for entry in manifest.files[name].tensors}
     shared = {entry.name for entry in manifest.files[REPLICATED_NAME].tensors}
     expected = set()
@@ -148,6 +148,10 @@ def _check_coverage(manifest: Manifest, name: str) -> Iterator[str]:
         yield f"{name}: {tensor} belongs to no module of the manifest"
 
 
+def _ep_rank_of(manifest: Manifest, name: str) -> int:
+    return list(manifest.files).index(name) - 1  # the replicated file comes first
+
+
 def _unexpected_files(manifest: Manifest, shards: Path) -> Iterator[str]:
     known = {MANIFEST_NAME, CONFIG_NAME, "README.md", *manifest.files}
     for name in sorted(set(os.listdir(shards)) - known):
@@ -168,9 +172,7 @@ def _check_bytes(manifest: Manifest, shards: Path, name: str, progress: Progress
             data = buffer[: end - begin]
             file.read_into(data, begin)
             digest.update(data)
-            if entry is None or entry.dtype not in _EXPONENTS:
-                pass
-            elif not _all_finite(data, entry.dtype):
+            if entry and entry.dtype in _EXPONENTS and not _all_finite(data, entry.dtype):
                 findings.append(_name_value(manifest, name, entry, data, begin))
             progress(end - begin)
     finally:
@@ -212,7 +214,7 @@ def _name_value(
     where = f"{name}: {entry.name}"
     if name != REPLICATED_NAME:
         slot = element // prod(entry.shape[1:])
-        ep_rank = list(manifest.files).index(name) - 1
+        ep_rank = _ep_rank_of(manifest, name)
         module = entry.name.rsplit(".", 2)[0]
         where += f" expert {manifest.placement.ranks_of(module)[ep_rank][slot]} (slot {slot})"
     return f"{where}: element {element} is infinite or NaN"

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.cli import render
-from lorashard.layout import detect_layout
 from lorashard.manifest import MANIFEST_NAME
 from lorashard.pipeline import (
     SplitRequest,
-    merge_facts,
     opened_adapter,
     prepared_split,
+    read_layout,
     read_manifest,
 )
-from lorashard.read import read_model_facts
 from lorashard.summary import summarize_adapter, summarize_plan, summarize_shards
 
 
@@ -26,9 +24,7 @@ def run_inspect(path: Path, request: SplitRequest, *, as_json: bool) -> None:
         summary = summarize_shards(read_manifest(path))
     else:
         with opened_adapter(path, allow_pickle=request.allow_pickle) as source:
-            facts = read_model_facts(request.model) if request.model else None
-            options = merge_facts(request.options, facts)
-            layout = detect_layout(source.index, options, str(path))
+            _, _, layout = read_layout(source, path, request)
             summary = summarize_adapter(source.index.config, source.index.tensors, layout)
     if as_json:
         render.print_json({"path": str(path), **summary})
