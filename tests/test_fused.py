@@ -7,28 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorashard.errors import LayoutError
-from lorashard.experts import ExpertModule
-from tests.adapters import NON_GATED_LAYOUTS, Adapter, Spec, build
+from tests.adapters import NON_GATED_LAYOUTS, Adapter
+from tests.layouts import EXPERTS, built, module_of, refusal
 from tests.strategies import layout_of
-
-EXPERTS = "base_model.model.model.layers.0.mlp.experts"
-ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def module_of(adapter: Adapter, **options: Any) -> ExpertModule:
-    (module,) = layout_of(adapter, **options).modules
-    return module
-
-
-def refusal(adapter: Adapter, **options: Any) -> str:
-    with pytest.raises(LayoutError) as caught:
-        layout_of(adapter, **options)
-    return str(caught.value)
-
-
-def built(layout: str = "L1", **fields: Any) -> Adapter:
-    return build(Spec(layout, **fields))
 
 
 def with_tensor(adapter: Adapter, name: str, *shape: int, dtype: Any = torch.float32) -> Adapter:

@@ -9,27 +9,9 @@ import pytest
 import torch
 
 from lorashard.errors import LayoutError, NoExpertsError, UnsupportedAdapterError
-from lorashard.experts import ExpertModule
 from tests.adapters import LAYOUTS, SPLIT, Adapter, Spec, build
+from tests.layouts import ATTENTION, EXPERTS, built, module_of, refusal
 from tests.strategies import layout_of
-
-EXPERTS = "base_model.model.model.layers.0.mlp.experts"
-ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def module_of(adapter: Adapter, **options: Any) -> ExpertModule:
-    (module,) = layout_of(adapter, **options).modules
-    return module
-
-
-def refusal(adapter: Adapter, **options: Any) -> str:
-    with pytest.raises(LayoutError) as caught:
-        layout_of(adapter, **options)
-    return str(caught.value)
-
-
-def built(layout: str = "L1", **fields: Any) -> Adapter:
-    return build(Spec(layout, **fields))
 
 
 def without(adapter: Adapter, *names: str) -> Adapter:
