@@ -48,7 +48,7 @@ stderr. Every class is in `lorashard.errors`; catching `LorashardError` catches 
 | 2 | wrong usage: an unknown option, a missing argument |
 | 3 | the adapter cannot be used |
 | 4 | experts and ranks do not fit together |
-| 5 | the shard directory cannot be written or believed; `verify` found something |
+| 5 | the shard directory cannot be written or believed; `verify` found something, or `doctor` |
 | 143 | ended by SIGTERM; nothing half-written is left at the target |
 
 | error | kind of | exit code | meaning |

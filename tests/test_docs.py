@@ -55,7 +55,7 @@ def test_cli_page_and_help_name_the_same_options(command):
         capture_output=True, text=True, check=True, cwd=ROOT, env=environment,
     )  # fmt: skip
     # Options stand at the left; what their help mentions, further right.
-    shown = set(re.findall(r"^[ │*]{1,6}(?:-\w,? +)?(--[a-z-]+)", finished.stdout, re.MULTILINE))
+    shown = set(re.findall(r"^[ │*]{1,6}(?:-\w+,? +)?(--[a-z-]+)", finished.stdout, re.MULTILINE))
     documented = {
         name
         for parameter in parameters(commands()[command])

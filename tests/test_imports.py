@@ -23,10 +23,24 @@ PURE = (
 REFERENCE = tuple(
     f"reference.{name}" for name in ("pieces", "files", "fused", "projections", "compare")
 )
+PLUGIN = (
+    *(
+        f"vllm_plugin.{name}" for name in (
+            "settings", "assembly", "rows", "threads", "fill", "live", "names", "contents", "plain",
+            "regions", "advice", "loader", "patch", "guards", "facts", "contracts", "agreement",
+            "metrics", "host_memory", "seams", "patches", "survey", "diagnosis",
+        )
+    ),
+    "vllm_plugin",  # imports its patches, inside `register`
+)  # fmt: skip
+PURE_OF_PLUGIN = tuple(
+    f"vllm_plugin.{name}" for name in ("assembly", "rows", "guards", "diagnosis")
+)
 ORDER = (
     "errors", *PURE, "buffers", "writeback", "sources", "rearrange", "digest", "read", "output",
-    "execute", "pickled", "pipeline", "shard", "merge", "reference", *REFERENCE, "verify", "cli",
-    "cli.render", "cli.options", "cli.look", "cli.split", "cli.check", "cli.app",
+    "execute", "pickled", "pipeline", "shard", "merge", "reference", *REFERENCE, "verify",
+    *PLUGIN, "cli", "cli.render", "cli.options", "cli.look", "cli.split", "cli.check", "cli.doctor",
+    "cli.app",
 )  # fmt: skip
 TOUCHING = frozenset({
     "ctypes", "fcntl", "huggingface_hub", "io", "mmap", "os", "pathlib", "safetensors", "shutil",
@@ -86,7 +100,7 @@ def test_the_proof_shares_nothing_with_the_writer_but_errors() -> None:
         assert used <= {"errors", *REFERENCE}, name
 
 
-@pytest.mark.parametrize("name", PURE)
+@pytest.mark.parametrize("name", [*PURE, *PURE_OF_PLUGIN])
 def test_deciding_touches_no_disk(name: str) -> None:
     path = source_files()[name]
     assert {used.partition(".")[0] for used in imports(path)} & TOUCHING == set()

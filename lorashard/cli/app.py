@@ -188,6 +188,39 @@ def merge(
         render.print_line(str(out))
 
 
+@app.command()
+def doctor(
+    path: Annotated[
+        Optional[Path],
+        typer.Argument(
+            metavar="ADAPTER_OR_SHARDS",
+            help="An adapter or a shard directory to be served; may be left out.",
+            show_default=False,
+        ),
+    ] = None,
+    tensor_parallel_size: opt.TensorParallelSize = 1,
+    data_parallel_size: opt.DataParallelSize = 1,
+    enable_expert_parallel: opt.EnableExpertParallel = False,
+    enable_eplb: opt.EnableEplb = False,
+    fully_sharded_loras: opt.FullyShardedLoras = False,
+    expert_placement_strategy: opt.ExpertPlacementStrategy = "linear",
+    max_lora_rank: Annotated[int, typer.Option(min=1, help="vLLM's --max-lora-rank.")] = 16,
+    model: opt.Model = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Show what the vLLM plugin finds here, and would do with this adapter and these flags.
+
+    Run it in vLLM's own environment. Exit code 5 if something would be refused or is broken.
+    """
+    from lorashard.cli.doctor import EngineFlags, run_doctor  # noqa: PLC0415
+
+    flags = EngineFlags(
+        tensor_parallel_size, data_parallel_size, enable_expert_parallel, enable_eplb,
+        fully_sharded_loras, expert_placement_strategy, max_lora_rank,
+    )  # fmt: skip
+    run_doctor(path, flags, model, as_json=as_json)
+
+
 def main() -> NoReturn:
     """Run the command line; the exit code says what kind of error it was."""
     # A header gives a few 100,000 small objects that live to the end and hold no cycles: to look

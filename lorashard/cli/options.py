@@ -86,6 +86,24 @@ AllowPickle = Annotated[
         "--allow-pickle", help="Read adapter_model.bin with torch.load(weights_only=True)."
     ),
 ]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option("-tp", "--tensor-parallel-size", min=1, help="vLLM's --tensor-parallel-size."),
+]
+DataParallelSize = Annotated[
+    int, typer.Option("--data-parallel-size", min=1, help="vLLM's --data-parallel-size.")
+]
+EnableExpertParallel = Annotated[
+    bool, typer.Option("--enable-expert-parallel", help="vLLM's --enable-expert-parallel.")
+]
+EnableEplb = Annotated[bool, typer.Option("--enable-eplb", help="vLLM's --enable-eplb.")]
+FullyShardedLoras = Annotated[
+    bool, typer.Option("--fully-sharded-loras", help="vLLM's --fully-sharded-loras.")
+]
+ExpertPlacementStrategy = Annotated[
+    PlacementName,
+    typer.Option("--expert-placement-strategy", help="vLLM's --expert-placement-strategy."),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace a finished target directory, atomically.")
 ]

@@ -9,12 +9,17 @@ from tests.tiny import run_cli
 
 PLACING = ("--ep-size", "--placement", "--expert-map", "--dtype")
 READING = ("--model", "--num-experts", "--lora-b-layout", "--orientation", "--allow-pickle")
+ENGINE = (
+    "-tp", "--tensor-parallel-size", "--data-parallel-size", "--enable-expert-parallel",
+    "--enable-eplb", "--fully-sharded-loras", "--expert-placement-strategy",
+)  # fmt: skip
 OPTIONS = {
     "split": (*PLACING, *READING, "--output", "-o", "--force", "--dry-run", "--json", "--quiet"),
     "verify": ("--against", "--allow-pickle", "--json", "--quiet"),
     "inspect": (*READING, "--json"),
     "plan": (*PLACING, *READING, "--max-loras", "--max-lora-rank", "--json"),
     "merge": ("--output", "-o", "--force", "--json", "--quiet"),
+    "doctor": (*ENGINE, "--max-lora-rank", "--model", "--json"),
 }
 
 

@@ -1,0 +1,53 @@
+"""What to say when a shard directory was cut for another placement. Pure but for the path."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorashard.placement import Ranks, linear_placement, round_robin_placement
+from lorashard.vllm_plugin.assembly import LiveExperts
+from lorashard.vllm_plugin.fill import LayerPlan
+
+
+def resplit_advice(
+    path: Path, live: LiveExperts, cut_for: Sequence[Ranks], layers: Sequence[LayerPlan]
+) -> str | None:
+    """None if every layer comes whole from the rank's own file; else what to run instead."""
+    if all(_is_own_file(live, ranks, layer) for ranks, layer in zip(cut_for, layers)):
+        return None
+    other = sorted({run.ep_rank for layer in layers for run in layer.runs})
+    name = shlex.quote(str(path))
+    return (
+        f"cut for {len(cut_for[0])} ranks otherwise than this engine places the experts "
+        f"(ep_size {live.ep_size}); the right ones were gathered from rank files "
+        f"{', '.join(map(str, other[:8]))}{', …' if len(other) > 8 else ''}. A directory that "
+        f"loads faster: lorashard merge {name} -o adapter && lorashard split adapter "
+        f"--ep-size {live.ep_size}{_placement_flag(live)}"
+    )
+
+
+def is_first_concerned(live: LiveExperts, cut_for: Ranks) -> bool:
+    """Whether this is the first rank whose experts do not stand in its own file: it tells."""
+    for strategy in (linear_placement, round_robin_placement):
+        placed = strategy(live.num_experts, live.ep_size).ranks
+        if placed[live.ep_rank] == live.local_experts:
+            fits = len(cut_for) == live.ep_size
+            return all(fits and cut_for[k] == placed[k] for k in range(live.ep_rank))
+    return True
+
+
+def _is_own_file(live: LiveExperts, ranks: Ranks, layer: LayerPlan) -> bool:
+    whole = len(ranks) == live.ep_size and ranks[live.ep_rank] == layer.experts
+    return whole and all(run.ep_rank == live.ep_rank for run in layer.runs)
+
+
+def _placement_flag(live: LiveExperts) -> str:
+    for flag, strategy in (
+        ("", linear_placement),
+        (" --placement round_robin", round_robin_placement),
+    ):
+        if strategy(live.num_experts, live.ep_size).ranks[live.ep_rank] == live.local_experts:
+            return flag
+    return " --expert-map MAP.json (docs/format.md)"

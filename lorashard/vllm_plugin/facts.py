@@ -1,0 +1,93 @@
+"""VLLM's configuration and modules -> EngineFacts."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorashard.vllm_plugin.guards import EngineFacts
+
+
+def config_facts(vllm_config: Any) -> EngineFacts:
+    """What the configuration says before a model is loaded."""
+    parallel = vllm_config.parallel_config
+    model = vllm_config.model_config
+    count = getattr(model, "get_num_experts", None)
+    world_size = int(getattr(parallel, "tensor_parallel_size", 1)) * int(
+        getattr(parallel, "data_parallel_size", 1)
+    )
+    return EngineFacts(
+        expert_parallel=bool(parallel.enable_expert_parallel) and world_size > 1,
+        data_parallel_size=int(getattr(parallel, "data_parallel_size", 1)),
+        eplb=bool(getattr(parallel, "enable_eplb", False)),
+        num_experts=int(count()) if count is not None else None,
+    )
+
+
+def module_facts(
+    vllm_config: Any, wrappers: Mapping[str, Any], contract_breaks: Sequence[str]
+) -> EngineFacts:
+    """The same with what the loaded model's MoE layers add."""
+    facts = config_facts(vllm_config)
+    facts = dataclasses.replace(
+        facts,
+        num_experts=facts.num_experts if wrappers else 0,
+        contract_breaks=tuple(contract_breaks),
+    )
+    for wrapper in wrappers.values():
+        kernel = getattr(wrapper, "_moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if experts is None:
+            continue
+        facts = dataclasses.replace(
+            facts,
+            experts_class=type(experts).__name__,
+            reads_lora=facts.reads_lora and reads_lora_context(type(experts)),
+            lora_sees_fp8=facts.lora_sees_fp8 or _lora_sees_quantized(experts),
+            leaves_rows=facts.leaves_rows or _leaves_rows(type(experts)),
+        )
+    return facts
+
+
+def reads_lora_context(experts_class: type) -> bool:
+    """Whether `apply` of an experts class looks at its LoRA context.
+
+    A class can inherit `supports_lora() -> True` and override `apply` without it: TritonWNA16Experts
+    (0.20.2 fused_moe.py:2189, 0.33.0 experts/triton_moe.py:656).
+    """
+    for owner in experts_class.__mro__:
+        method = vars(owner).get("apply")
+        if method is None:
+            continue
+        try:
+            source = inspect.getsource(method)
+        except (OSError, TypeError):
+            return True  # no source to read: nothing known against it
+        if "lora" in source:
+            return True
+        if "super().apply(" not in source:
+            return False
+    return True
+
+
+def _lora_sees_quantized(experts: Any) -> bool:
+    """0.20.0 to 0.23: LoRA gets the activations after they were quantised (vLLM issue 42007)."""
+    mixin = next((c for c in type(experts).__mro__ if c.__name__ == "LoRAExpertsMixin"), None)
+    if mixin is None:
+        return False
+    context = getattr(sys.modules[mixin.__module__], "MoELoRAContext", None)
+    fields = {field.name for field in dataclasses.fields(context)} if context else set()
+    if not fields or "original_hidden_states" in fields:
+        return False
+    return getattr(getattr(experts, "quant_config", None), "quant_dtype", None) is not None
+
+
+def _leaves_rows(experts_class: type) -> bool:
+    """Up to 0.24 the unfused gpt-oss experts sum with `moe_sum`, not `masked_moe_sum`."""
+    unfused = next(
+        (c for c in experts_class.__mro__ if c.__name__ == "UnfusedOAITritonExperts"), None
+    )
+    return unfused is not None and not hasattr(sys.modules[unfused.__module__], "masked_moe_sum")

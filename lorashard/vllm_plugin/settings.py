@@ -1,0 +1,56 @@
+"""The plugin's environment variables, each named once. They are read when they matter, not before.
+
+LORASHARD_DISABLE=1         the plugin does nothing
+LORASHARD_STRICT=1          a shard directory cut for another placement is an error, not a warning
+LORASHARD_VERIFY=full       every byte that is loaded is checked against its recorded digest
+LORASHARD_WARM_BUFFERS=N    host buffers prepared at start (3; 0 = none)
+LORASHARD_THREADS=N         threads that read one adapter (8, or the number of processors)
+LORASHARD_RISK_...=1        serve in spite of a refusal, see guards.py
+"""
+
+from __future__ import annotations
+
+import os
+
+DISABLE = "LORASHARD_DISABLE"
+STRICT = "LORASHARD_STRICT"
+VERIFY = "LORASHARD_VERIFY"
+WARM_BUFFERS = "LORASHARD_WARM_BUFFERS"
+THREADS = "LORASHARD_THREADS"
+VARIABLES = (DISABLE, STRICT, VERIFY, WARM_BUFFERS, THREADS)
+
+_OFF = ("", "0", "false", "off", "no")
+
+
+def is_set(variable: str) -> bool:
+    """Whether a switch is on: set, and neither empty, 0, false, off nor no."""
+    return os.environ.get(variable, "").strip().lower() not in _OFF
+
+
+def verifies_fully() -> bool:
+    """Whether digests are checked at every load. Raises ValueError for an unknown word."""
+    wanted = os.environ.get(VERIFY, "").strip().lower()
+    if wanted not in ("", "header", "full"):
+        raise ValueError(f"{VERIFY}={wanted!r}: known are 'header' (the default) and 'full'.")
+    return wanted == "full"
+
+
+def warm_buffers() -> int:
+    """How many host buffers to prepare at start."""
+    return _count(WARM_BUFFERS, 3, least=0)
+
+
+def reader_threads() -> int:
+    """How many threads read one adapter. 8 read at three quarters of the speed of 16, and leave
+    the processors to the other ranks of the host.
+    """
+    return _count(THREADS, min(8, len(os.sched_getaffinity(0))), least=1)
+
+
+def _count(variable: str, default: int, *, least: int) -> int:
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{variable}={text!r} is not an integer >= {least}.")
+    return int(text)

@@ -1,0 +1,323 @@
+"""`doctor`: what it finds, what it would refuse, what it would do. Mostly without vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.goldens import check_golden
+from tests.tiny import (
+    CONFIG,
+    REPO,
+    E,
+    R,
+    edit_json,
+    run_cli,
+    save_adapter,
+    save_config,
+    save_fused,
+    save_header,
+)
+from tests.vllm_release import require_release
+
+EP = "--enable-expert-parallel"
+EPLB_RISK = "LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE"
+ENTRY_POINT = "[vllm.general_plugins]\nlorashard = lorashard.vllm_plugin:register\n"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("LORASHARD_", "VLLM_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def python_path(tmp_path: Path) -> str:
+    """Where lorashard is installed as pip does it, whatever this test run does."""
+    return installed(tmp_path, ENTRY_POINT)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return save_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def shards(adapter: Path) -> Path:
+    run_cli("split", adapter, "--ep-size", 2)
+    return adapter.with_name("adapter-ep2")
+
+
+def installed(folder: Path, entry_points: str) -> str:
+    """A PYTHONPATH on which lorashard has these entry points."""
+    site = folder / "site"
+    info = site / "lorashard-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lorashard\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(entry_points)
+    return f"{REPO}{os.pathsep}{site}"
+
+
+def examine(*args: object, code: int = 5, **env: str) -> dict[str, Any]:
+    """What `doctor --json` says. Without vLLM, that it is missing is always a problem."""
+    done = run_cli("doctor", *args, "--json", **env)
+    assert done.returncode == code, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def problems(found: dict[str, Any], about: str) -> list[str]:
+    return [problem["text"] for problem in found["problems"] if problem["about"] == about]
+
+
+def save_model(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_moe", "num_experts": E} | changes)
+    )
+    return folder
+
+
+def check_report(name: str, found: dict[str, Any], folder: Path) -> None:
+    found["installation"] |= dict.fromkeys(("python", "executable", "torch"), "<here>")
+    for problem in found["problems"]:
+        if problem["about"] == "vllm":
+            problem["text"] = problem["text"].partition(" (")[0]
+    check_golden(name, json.dumps(found, indent=2, ensure_ascii=False) + "\n", folder)
+
+
+def test_json_without_vllm_is_an_interface(python_path: str, tmp_path: Path) -> None:
+    check_report("doctor", examine(PYTHONPATH=python_path), tmp_path)
+
+
+def test_json_of_shards_and_flags_is_an_interface(
+    shards: Path, python_path: str, tmp_path: Path
+) -> None:
+    found = examine(shards, "-tp", 2, EP, "--fully-sharded-loras", PYTHONPATH=python_path)
+    del found["patches"]
+    check_report("doctor_shards", found, tmp_path)
+
+
+def test_the_missing_vllm_is_a_problem_and_each_patch_says_so(python_path: str) -> None:
+    done = run_cli("doctor", PYTHONPATH=python_path)
+    assert done.returncode == 5
+    assert done.stderr.startswith("error: 1 thing is wrong: vLLM is not installed in this Python")
+    assert "_load_adapter: not checked: vLLM is not installed\n" in done.stdout
+    assert "why       Every rank parses" in done.stdout
+
+
+def test_plain_output_names_versions_flags_and_adapter(shards: Path, python_path: str) -> None:
+    done = run_cli("doctor", shards, "-tp", 2, EP, PYTHONPATH=python_path)
+    for shown in (
+        "vLLM       not installed", "plugin     found by vLLM", "2 expert-parallel ranks",
+        "Known only once a model is loaded", f"{shards}, shards, 4 experts, r=2, linear on 2 ranks",
+        "each rank reads its own file", "problem: vLLM is not installed",
+    ):  # fmt: skip
+        assert shown in done.stdout
+
+
+def test_eplb_is_refused_with_its_way_out_and_variable() -> None:
+    found = examine("-tp", 4, EP, "--enable-eplb")
+    (refusal,) = found["refusals"]
+    assert refusal["variable"] == EPLB_RISK
+    assert refusal["way_out"] == "Start without --enable-eplb."
+    (text,) = problems(found, "flags")
+    assert f"{EPLB_RISK}=1" in text
+
+
+def test_a_refusal_that_is_overridden_is_no_problem() -> None:
+    found = examine("-tp", 4, EP, "--enable-eplb", **{EPLB_RISK: "1"})
+    assert [refusal["overridden"] for refusal in found["refusals"]] == [True]
+    assert problems(found, "flags") == []
+    assert any(EPLB_RISK in note for note in found["notes"])
+
+
+def test_data_parallel_is_refused_with_expert_parallel_only() -> None:
+    assert "--data-parallel-size 2" in problems(examine(EP, "--data-parallel-size", 2), "flags")[0]
+    assert problems(examine("--data-parallel-size", 2), "flags") == []
+
+
+def test_eplb_on_one_rank_is_what_vllm_refuses() -> None:
+    assert "vLLM itself" in problems(examine("-tp", 4, "--enable-eplb"), "flags")[0]
+
+
+def test_what_a_loaded_model_decides_is_said_with_expert_parallel_only() -> None:
+    assert any("FP8" in fact for fact in examine("-tp", 2, EP)["known_once_loaded"])
+    assert examine("-tp", 2)["known_once_loaded"] == []
+
+
+def test_a_plugin_that_vllm_does_not_find_is_a_problem(tmp_path: Path) -> None:
+    found = examine(PYTHONPATH=installed(tmp_path, ""))
+    assert found["installation"]["entry_point"] is False
+    assert "would not find the plugin" in problems(found, "plugin")[0]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("VLLM_PLUGINS", "other", "VLLM_PLUGINS leaves the plugin out"),
+        ("VLLM_PLUGINS", "", "VLLM_PLUGINS leaves the plugin out"),
+        ("LORASHARD_DISABLE", "1", "the plugin does nothing"),
+        ("LORASHARD_THREADS", "many", "LORASHARD_THREADS='many'"),
+        ("LORASHARD_VERIFY", "fully", "LORASHARD_VERIFY='fully'"),
+    ],
+)
+def test_a_setting_that_keeps_the_plugin_from_work_is_a_problem(
+    python_path: str, variable: str, value: str, said: str
+) -> None:
+    found = examine(PYTHONPATH=python_path, **{variable: value})
+    (text,) = problems(found, "plugin")
+    assert said in text
+
+
+def test_settings_are_shown_and_unknown_ones_flagged(python_path: str) -> None:
+    found = examine(
+        PYTHONPATH=python_path, VLLM_PLUGINS="other,lorashard", LORASHARD_STRIKT="1",
+        LORASHARD_THREADS="4", LORASHARD_DEBUG="1",
+    )  # fmt: skip
+    assert found["installation"]["variables"] == {
+        "LORASHARD_DEBUG": "1", "LORASHARD_STRIKT": "1", "LORASHARD_THREADS": "4",
+    }  # fmt: skip
+    assert found["installation"]["unknown"] == ["LORASHARD_STRIKT"]
+    assert found["notes"] == ["LORASHARD_STRIKT is set, and nothing reads it."]
+    assert problems(found, "plugin") == []
+
+
+def test_shards_as_the_engine_places_them_are_read_file_by_file(shards: Path) -> None:
+    found = examine(shards, "-tp", 2, EP)
+    assert found["as_placed"] is True
+    assert found["outcome"].startswith("each rank reads its own file, ")
+    assert problems(found, "adapter") == []
+
+
+@pytest.mark.parametrize("flags", [("-tp", 4, EP), ("-tp", 2), ("--data-parallel-size", 4, EP)])
+def test_shards_for_another_placement_load_with_the_plugins_warning(
+    shards: Path, flags: tuple[object, ...]
+) -> None:
+    found = examine(shards, *flags)
+    assert found["as_placed"] is False
+    assert "cut for 2 ranks otherwise than this engine" in found["outcome"]
+    assert f"--ep-size {found['ep_size']}" in found["outcome"]
+    assert problems(found, "adapter") == []
+
+
+def test_strict_makes_another_placement_a_problem(shards: Path) -> None:
+    found = examine(shards, "-tp", 4, EP, LORASHARD_STRICT="1")
+    assert "LORASHARD_STRICT makes it an error" in problems(found, "adapter")[0]
+
+
+def test_an_adapter_of_a_larger_rank_than_the_engine_takes_is_a_problem(shards: Path) -> None:
+    (text,) = problems(examine(shards, "-tp", 2, EP, "--max-lora-rank", 1), "adapter")
+    assert f"r={R}, the engine has room for 1" in text
+
+
+def test_a_model_whose_class_joins_gate_and_up_needs_both_ranks(adapter: Path) -> None:
+    found = examine(adapter, "-tp", 2, EP, "--max-lora-rank", R)
+    assert problems(found, "adapter") == []
+    assert any(f"--max-lora-rank {2 * R}" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "placed"), [(2, "round_robin"), (1, "linear"), (None, "linear")]
+)
+def test_round_robin_counts_for_models_with_expert_groups(
+    shards: Path, tmp_path: Path, groups: int | None, placed: str
+) -> None:
+    model = save_model(tmp_path / "model", n_group=groups)
+    asked = ("-tp", 2, EP, "--expert-placement-strategy", "round_robin")
+    found = examine(shards, *asked, "--model", model)
+    assert found["placement"] == placed
+    assert found["as_placed"] is (placed == "linear")
+    assert any("no expert groups" in note for note in found["notes"]) is (placed == "linear")
+    assert any("--model tells" in note for note in examine(shards, *asked)["notes"])
+
+
+def test_another_model_is_a_problem(shards: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_experts=8)
+    found = examine(shards, "-tp", 2, EP, "--model", model)
+    assert "has 4 experts, the model 8" in problems(found, "adapter")[0]
+
+
+def test_shards_that_cannot_be_believed_are_a_problem(shards: Path) -> None:
+    rank_0 = shards / "ep-00000-of-00002.safetensors"
+    os.truncate(rank_0, rank_0.stat().st_size - 10)
+    found = examine(shards, "-tp", 2, EP)
+    assert str(rank_0) in problems(found, "adapter")[0]
+    assert found["outcome"] is None
+
+
+@pytest.mark.parametrize("save", [save_adapter, save_fused])
+def test_a_plain_adapter_is_sliced_in_memory(tmp_path: Path, save: Any) -> None:
+    found = examine(save(tmp_path / "plain"), "-tp", 2, EP)
+    assert found["outcome"].startswith("sliced in memory by each rank")
+    assert (found["as_placed"], found["adapter"]["num_experts"]) == (None, E)
+    assert problems(found, "adapter") == []
+
+
+def test_without_expert_parallel_vllms_own_loader_is_used(adapter: Path) -> None:
+    assert examine(adapter, "-tp", 2)["outcome"].startswith("vLLM's own loader")
+
+
+def test_an_adapter_without_experts_goes_to_vllms_own_loader(tmp_path: Path) -> None:
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    header = {
+        f"{key}{matrix}.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [at, at + 4]}
+        for matrix, at in (("A", 0), ("B", 4))
+    }
+    plain = save_header(tmp_path / "dense", header, bytes(8), r=1, lora_alpha=1)
+    found = examine(plain, "-tp", 2, EP)
+    assert found["outcome"] == "vLLM's own loader, as no expert is trained"
+    assert problems(found, "adapter") == []
+
+
+def test_an_adapter_that_cannot_be_read_is_a_problem(adapter: Path, tmp_path: Path) -> None:
+    edit_json(adapter / "adapter_config.json", **CONFIG | {"r": 0})
+    assert "adapter_config.json" in problems(examine(adapter, "-tp", 2, EP), "adapter")[0]
+    save_config(tmp_path / "empty")
+    assert "no adapter_model.safetensors" in problems(examine(tmp_path / "empty"), "adapter")[0]
+    assert "does not exist" in problems(examine(tmp_path / "nowhere"), "adapter")[0]
+
+
+def test_a_folder_called_vllm_is_not_vllm(tmp_path: Path) -> None:
+    (tmp_path / "path" / "vllm").mkdir(parents=True)
+    path = f"{REPO}{os.pathsep}{tmp_path / 'path'}"
+    assert examine(PYTHONPATH=path)["installation"]["vllm"] is None
+
+
+def test_a_vllm_that_cannot_be_imported_is_told_and_keeps_stdout_clean(
+    python_path: str, tmp_path: Path
+) -> None:
+    package = tmp_path / "path" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import os\n__version__ = '0.99.0'\nprint('print')\nos.write(1, b'write')\n"
+    )
+    path = f"{python_path}{os.pathsep}{package.parent}"
+    found = examine(PYTHONPATH=path)
+    assert (found["installation"]["vllm"], found["vllm_known"]) == ("0.99.0", False)
+    assert "vLLM 0.99.0 is not known to lorashard, 0.22.1 to 0.33.0 are." in found["notes"]
+    assert all("cannot be imported: ModuleNotFoundError" in p for p in problems(found, "patches"))
+    assert len(problems(found, "patches")) == len(found["patches"])
+
+
+def test_a_vllm_older_than_the_first_known_is_a_problem(tmp_path: Path) -> None:
+    package = tmp_path / "path" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("__version__ = '0.20.2'\n")
+    found = examine(PYTHONPATH=f"{REPO}{os.pathsep}{package.parent}")
+    assert problems(found, "vllm") == ["vLLM 0.20.2 is too old for lorashard (0.22.1 to 0.33.0)."]
+
+
+def test_all_patches_apply_to_the_last_known_release(shards: Path, python_path: str) -> None:
+    path = f"{python_path}{os.pathsep}{require_release('0.33.0')}"
+    found = examine(shards, "-tp", 2, EP, code=0, PYTHONPATH=path)
+    assert found["ok"] is True
+    assert (found["installation"]["vllm"], found["vllm_known"]) == ("0.33.0", True)
+    assert {patch["state"] for patch in found["patches"]} == {"applied"}
+    assert found["problems"] == []
+    assert not any("FP8" in fact for fact in found["known_once_loaded"])
