@@ -1,0 +1,254 @@
+"""The matrix as data: which engine, which adapters in which form, and what must come out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+EP_SIZE = 2
+
+# How an adapter is handed over: as PEFT wrote it, or split with these options.
+SPLITS: Mapping[str, tuple[str, ...]] = {
+    "shards": ("--ep-size", str(EP_SIZE)),
+    "shards-rr": ("--ep-size", str(EP_SIZE), "--placement", "round_robin"),
+    "shards-ep4": ("--ep-size", "4"),
+}
+PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One adapter in one form, asked for in one engine."""
+
+    adapter: str
+    form: str = PLAIN
+    # Reported, but no reason to fail: nobody promised it.
+    optional: bool = False
+    # Sent as LoRARequest.is_3d_lora_weight.
+    is_3d: bool = False
+    # A regular expression that must match the engine's log.
+    log: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One engine. `refused` is a regular expression that the failure to start must match."""
+
+    name: str
+    model: str
+    checks: tuple[Check, ...]
+    fp8: bool = False
+    ep: bool = True
+    fully_sharded: bool = False
+    graphs: bool = False
+    max_loras: int = 4
+    max_cpu_loras: int = 8
+    rounds: int = 1
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    refused: str = ""
+    since: str = "0"
+    until: str = "99"  # the first release that it is not for
+    # A model that stock vLLM may not be able to start: reported, not failed.
+    optional: bool = False
+    # Tokens to generate before the checks, without an adapter.
+    warmup_tokens: int = 0
+
+    @property
+    def flags(self) -> str:
+        """What differs from a plain bf16 eager start, for tables."""
+        names = {
+            "EP": self.ep,
+            "FP8": self.fp8,
+            "fully sharded": self.fully_sharded,
+            "graphs": self.graphs,
+            "round_robin": self.engine.get("expert_placement_strategy") == "round_robin",
+            "EPLB": bool(self.engine.get("enable_eplb")),
+            "mixed format": bool(self.engine.get("enable_mixed_moe_lora_format")),
+        }
+        return ", ".join(name for name, on in names.items() if on)
+
+
+def _checks(form: str, *adapters: str, optional: bool = False) -> tuple[Check, ...]:
+    return tuple(Check(adapter, form, optional) for adapter in adapters)
+
+
+_E = ("e0", "e1", "e2")
+_BOTH = (*_checks("plain", *_E), *_checks("shards", *_E))
+_ROUND_ROBIN = {"expert_placement_strategy": "round_robin"}
+_FP8_SINCE = "0.24.0"
+_OTHER_EP_SIZE = Check("e1", "shards-ep4", log=r"lorashard: .*shards-ep4: cut for 4 ranks")
+_OTHER_PLACEMENT = Check("e0", "shards", log=r"lorashard: .*e0\.shards: cut for 2 ranks otherwise")
+
+CASES: tuple[Case, ...] = (
+    # The slowest first, so that they do not start last.
+    Case(
+        "glm16-fp8-fs-graphs",
+        "glm16",
+        (*_BOTH, *_checks("shards", "fused0", "rs", "half")),
+        fp8=True,
+        fully_sharded=True,
+        graphs=True,
+        since=_FP8_SINCE,
+    ),
+    Case("glm16-fp8-graphs", "glm16", _BOTH, fp8=True, graphs=True, since=_FP8_SINCE),
+    Case("glm16-graphs", "glm16", (*_BOTH, *_checks("shards", "fused0")), graphs=True),
+    Case(
+        "glm16g2-rr-fp8-fs-graphs",
+        "glm16g2",
+        (*_checks("plain", *_E), *_checks("shards-rr", *_E)),
+        fp8=True,
+        fully_sharded=True,
+        graphs=True,
+        engine=_ROUND_ROBIN,
+        since=_FP8_SINCE,
+    ),
+    Case(
+        "glm16-eplb",
+        "glm16",
+        _checks("plain", *_E),
+        warmup_tokens=32,
+        refused="LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE",
+        engine={"enable_eplb": True, "eplb_config": {"window_size": 8, "step_interval": 4}},
+    ),
+    Case(
+        "glm16",
+        "glm16",
+        (
+            *_BOTH,
+            *_checks("shards", "fused0", "rs", "half"),
+            _OTHER_EP_SIZE,
+            *_checks("plain", "rs", "half", "half_padded", "fused0"),
+        ),
+        max_cpu_loras=16,
+    ),
+    Case("glm15", "glm15", (*_BOTH, *_checks("shards", "fused0", "half")), max_cpu_loras=16),
+    Case(
+        "glm16g2-rr",
+        "glm16g2",
+        (
+            *_checks("plain", *_E),
+            *_checks("shards-rr", *_E, "fused0", "half"),
+            _OTHER_PLACEMENT,
+        ),
+        engine=_ROUND_ROBIN,
+        max_cpu_loras=16,
+    ),
+    Case(
+        "glm16-fs",
+        "glm16",
+        (*_BOTH, *_checks("shards", "fused0", "half")),
+        fully_sharded=True,
+        max_cpu_loras=16,
+    ),
+    Case(
+        "glm15-fs",
+        "glm15",
+        _BOTH,
+        fully_sharded=True,
+    ),
+    Case("glm16-fp8", "glm16", _BOTH, fp8=True, since=_FP8_SINCE),
+    Case("glm15-fp8", "glm15", _BOTH, fp8=True, since=_FP8_SINCE),
+    Case(
+        "glm16g2-rr-fp8",
+        "glm16g2",
+        (*_checks("plain", *_E), *_checks("shards-rr", *_E)),
+        fp8=True,
+        engine=_ROUND_ROBIN,
+        since=_FP8_SINCE,
+    ),
+    Case(
+        "glm16-swap",
+        "glm16",
+        (Check("e0", "shards"), Check("e1"), Check("e2", "shards"), Check("e3")),
+        max_loras=2,
+        max_cpu_loras=4,
+        rounds=2,
+    ),
+    Case(
+        "glm16-evict",
+        "glm16",
+        (
+            Check("e0", "shards"),
+            Check("fused0", "shards"),
+            Check("half", "shards"),
+            Check("e1", "shards"),
+        ),
+        max_loras=1,
+        max_cpu_loras=2,
+        rounds=2,
+    ),
+    Case(
+        "glm16-mixed-format",
+        "glm16",
+        (
+            Check("fused0", is_3d=True),
+            Check("fused0", "shards"),
+            Check("e0"),
+            Check("e1", "shards"),
+        ),
+        engine={"enable_mixed_moe_lora_format": True},
+    ),
+    Case(
+        "glm16-no-ep",
+        "glm16",
+        (*_checks("plain", *_E), *_checks("shards", *_E, optional=True)),
+        ep=False,
+    ),
+    # Releases that give the LoRA of FP8 experts quantised activations.
+    Case(
+        "glm16-fp8-refused",
+        "glm16",
+        _checks("plain", *_E),
+        fp8=True,
+        until=_FP8_SINCE,
+        refused="LORASHARD_RISK_LORA_ON_FP8_ACTIVATIONS",
+    ),
+    Case(
+        "gpt_oss",
+        "gpt_oss",
+        (*_checks("plain", "fused0", "fused1"), *_checks("shards", "fused0", "fused1")),
+    ),
+    Case(
+        "gpt_oss-fs",
+        "gpt_oss",
+        (*_checks("plain", "fused0"), *_checks("shards", "fused0", "fused1")),
+        fully_sharded=True,
+    ),
+    Case(
+        "nemotron_h",
+        "nemotron_h",
+        (*_checks("plain", "e0", "e1"), *_checks("shards", "e0", "e1", "fused0")),
+        optional=True,
+        since="0.26.0",
+    ),
+)
+
+
+def release_key(release: str) -> tuple[int, ...]:
+    """0.33.0 -> (0, 33, 0), so that releases compare."""
+    return tuple(int(part) for part in release.split(".") if part.isdigit())
+
+
+def applying(release: str, only: Sequence[str] = ()) -> list[Case]:
+    """The cases that a release can run."""
+    unknown = set(only) - {case.name for case in CASES}
+    if unknown:
+        raise SystemExit(f"unknown cases: {', '.join(sorted(unknown))}")
+    key = release_key(release)
+    return [
+        case
+        for case in CASES
+        if release_key(case.since) <= key < release_key(case.until)
+        and (not only or case.name in only)
+    ]
+
+
+def as_stock(case: Case) -> Case:
+    """The same engine without the plugin: plain adapters, each once."""
+    checks: list[Check] = []
+    for check in case.checks:
+        plain = replace(check, form=PLAIN, optional=False, log="")
+        if plain.adapter not in {seen.adapter for seen in checks}:
+            checks.append(plain)
+    # A failing adapter can leave the engine in a bad way, so the unusual ones go last.
+    checks.sort(key=lambda check: not check.adapter.startswith(("e", "half_padded")))
+    return replace(case, checks=tuple(checks), refused="")

@@ -1,0 +1,82 @@
+"""The two parts of a checkpoint that transformers does not write here: FP8 weights, a tokenizer."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.gpu.reference import VOCABULARY
+
+_LARGEST_E4M3 = 448.0
+
+
+def _is_quantised(weight: str) -> bool:
+    leaf = weight.rsplit(".", 1)[-1]
+    return leaf.endswith("_proj") and leaf != "gate_up_proj"
+
+
+def quantise_views(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Round every projection to FP8 in place; returns the scale of each output channel `[out, 1]`."""
+    scales: dict[str, Tensor] = {}
+    for weight, view in views.items():
+        # Gate and up are quantised one by one; the view of both would do it a second time.
+        if _is_quantised(weight):
+            exact = (view.abs().amax(dim=1, keepdim=True) / _LARGEST_E4M3).clamp(min=1e-8)
+            scale = exact.to(torch.bfloat16)
+            view.copy_((view / scale.float()).to(torch.float8_e4m3fn).float() * scale.float())
+            scales[weight] = scale
+    return scales
+
+
+def save_fp8(source: Path, target: Path, scales: Mapping[str, Tensor]) -> None:
+    """Write `source` again with the projections in compressed-tensors' FP8."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    state = load_file(source / "model.safetensors")
+    for weight, scale in scales.items():
+        # KeyError here: transformers no longer saves one tensor for each expert.
+        exact = state[f"{weight}.weight"].float() / scale.float()
+        state[f"{weight}.weight"] = exact.to(torch.float8_e4m3fn)
+        state[f"{weight}.weight_scale"] = scale
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = _compressed_tensors(config["num_hidden_layers"])
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def _compressed_tensors(num_layers: int) -> dict[str, Any]:
+    eight_bits = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "ignore": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(num_layers))],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": eight_bits
+                | {"strategy": "channel", "dynamic": False, "observer": "minmax"},
+                "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+                "output_activations": None,
+            }
+        },
+    }
+
+
+def save_tokenizer(directory: Path) -> None:
+    """One word for each token id, so that a server can start; requests are token ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{token}": token for token in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="t0", bos_token="t1", eos_token="t2", unk_token="t0"
+    ).save_pretrained(directory)

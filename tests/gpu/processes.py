@@ -1,0 +1,89 @@
+"""Child processes: their environment, their time limit, and their end."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def child_environment(stock: bool, changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a vLLM process of ours gets; `stock` makes the plugin inert."""
+    environment = dict(os.environ)
+    environment.update(
+        VLLM_USE_FLASHINFER_SAMPLER="0",
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+        PYTHONUNBUFFERED="1",
+        # No NVLink multicast, in NCCL, PyTorch and NVSHMEM: a program that uses it can take GPUs
+        # out of service that other machines share. vLLM's symmetric-memory all-reduce wants it.
+        NCCL_NVLS_ENABLE="0",
+        TORCH_SYMM_MEM_DISABLE_MULTICAST="1",
+        NVSHMEM_DISABLE_NVLS="1",
+        VLLM_ALLREDUCE_USE_SYMM_MEM="0",
+        # The checkout by its path, because vLLM's workers start with other sys.path entries.
+        PYTHONPATH=os.pathsep.join([str(ROOT), *_split(environment.get("PYTHONPATH", ""))]),
+    )
+    # vLLM picks free ports by itself; a fixed VLLM_PORT would make engines fight over one.
+    environment.pop("VLLM_PORT", None)
+    environment.pop("LORASHARD_DISABLE", None)
+    if stock:
+        environment["LORASHARD_DISABLE"] = "1"
+    return environment | dict(changes or {})
+
+
+def _split(path: str) -> list[str]:
+    return [entry for entry in path.split(os.pathsep) if entry and entry != str(ROOT)]
+
+
+def start(
+    command: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """A process group of its own, writing to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=dict(environment),
+            cwd=ROOT,
+            start_new_session=True,
+        )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End what `start` started, workers included."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run(command: Sequence[str], log: Path, environment: Mapping[str, str], timeout_s: float) -> str:
+    """Run to the end or to the limit; returns "" or why it did not end well."""
+    started = time.monotonic()
+    process = start(command, log, environment)
+    try:
+        status = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"no end after {time.monotonic() - started:.0f} s"
+    finally:
+        end(process)
+    return "" if status == 0 else f"exit status {status}"
+
+
+def end_children() -> None:
+    """End all descendants of this process: vLLM's workers can outlive it."""
+    import psutil
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
