@@ -19,6 +19,9 @@ from typing import Any
 
 RELEASES_DIR = Path(__file__).resolve().parents[1] / ".venv" / "vllm"
 
+# What the plugin is tested against: LORASHARD_RELEASES="0.24.0 0.26.0", or the ends of the range.
+PLUGIN_RELEASES = tuple(os.environ.get("LORASHARD_RELEASES", "0.33.0 0.22.1").split())
+
 # What `vllm.lora.worker_manager` and `vllm.model_executor.layers.fused_moe` of 0.16.0, 0.20.2 and
 # 0.33.0 import at module level, beyond torch, transformers and safetensors (and what these bring).
 # Torch comes first and on its own (CPU wheel). xgrammar brings triton (1 GB unpacked) on Linux

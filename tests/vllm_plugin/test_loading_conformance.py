@@ -1,0 +1,88 @@
+"""The loader inside real vLLM releases, on the CPU: what lands in the LoRA buffers is right.
+
+The releases are those that are prepared (`make test`: the first and the last of the supported
+range; `make compat`: one of every minor release). Nothing of vLLM above the layer is replaced:
+see harness.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.tiny import REPO
+from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+
+pytestmark = pytest.mark.parametrize("release", PLUGIN_RELEASES)
+
+
+SCRIPT = f"""
+import sys; sys.path.insert(0, {str(REPO)!r})
+from tests.vllm_plugin import loading
+answer(loading.run_all())
+"""
+
+
+@cache
+def findings(release: str) -> dict[str, Any]:
+    """What loading.py finds in a release: one process, because importing vLLM takes seconds."""
+    found: dict[str, Any] = run_in_release(release, SCRIPT, timeout_s=900)
+    return found
+
+
+def test_every_layout_on_every_rank(release: str) -> None:
+    assert findings(release)["all_layouts"] == {
+        "2d": ["1476 checked"],
+        "3d uneven": ["1476 checked"],
+        "2d non-gated uneven": ["410 checked"],
+    }
+
+
+@pytest.mark.parametrize(
+    "check",
+    ["bits_of_stock", "partly_trained", "other_dtypes", "only_needed_files", "stays_inert",
+     "interleaved_rows", "shared_factors", "model_names", "fully_sharded", "slots_and_eviction", "experts_classes", "found_by_vllm"],
+)  # fmt: skip
+def test_nothing_is_wrong(release: str, check: str) -> None:
+    assert findings(release)[check] == []
+
+
+REFUSALS = {
+    "truncated": "the file at 2000",
+    "swapped": "was written as ep-00001-of-00002.safetensors",
+    "missing": "ep-00000-of-00002.safetensors: No such file",
+    "config": "not the file that the shards were made from",
+    "flipped": "its bytes are not those that were written",
+    "wrong model": "the adapter has 8 experts",
+    "wrong size": "has 16 features",
+    "r too large": "9",
+    "stray": "extra_proj.lora_A.weight: no module of the model takes this tensor",
+    "strict": "cut for 4 ranks",
+}
+
+
+def test_what_is_damaged_or_foreign_is_refused_and_the_engine_lives_on(release: str) -> None:
+    messages = findings(release)["refused"]
+    assert set(messages) == set(REFUSALS)
+    for name, part in REFUSALS.items():
+        assert part in messages[name], name
+
+
+ENGINE_REFUSALS = {
+    "eplb": "LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE",
+    "data parallel": "LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL",
+    "experts without lora": "LORASHARD_RISK_IGNORED_EXPERT_LORA",
+    "packing changed": "LORASHARD_RISK_UNKNOWN_VLLM",
+    "signature changed": "LORASHARD_RISK_UNKNOWN_VLLM",
+}
+
+
+def test_what_would_be_silently_wrong_is_refused_at_start(release: str) -> None:
+    found = findings(release)["engine_refusals"]
+    assert set(found) == set(ENGINE_REFUSALS)
+    for name, variable in ENGINE_REFUSALS.items():
+        refused, overridden = found[name]
+        assert variable in refused, name
+        assert overridden == "started", name
