@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorashard.adapter import WEIGHTS_NAME
 from lorashard.blocks import Block, CopyBlock, split_into_blocks
-from lorashard.errors import NoExpertsError
 from lorashard.header import TensorEntry
+from lorashard.keys import ExpertKey, parse_key
 from lorashard.layout import AdapterLayout, detect_layout
 from lorashard.options import LayoutOptions
 from lorashard.pipeline import describe_module, opened_adapter
 from lorashard.placement import Placement
 from lorashard.plan import FilePlan, build_plan
+from lorashard.read import read_header
 from lorashard.rearrange import rearrange_block, scratch_bytes
 from lorashard.sources import ByteSource, LocalFile
 from lorashard.vllm_plugin.assembly import Stack
@@ -46,12 +48,14 @@ def open_plain_adapter(
     options: what the model says about its experts. take: gives so many bytes of memory, of any
     content, for as long as the contents are held. Raises AdapterError.
     """
+    weights_path = path / WEIGHTS_NAME
+    if weights_path.is_file() and not _has_experts(read_header(weights_path)[1].tensors):
+        return None  # before anything is said against it: it is vLLM's own business
     # vLLM itself reads adapter_model.bin with weights_only=True, so a pickle is taken here too.
     source = stack.enter_context(opened_adapter(path, allow_pickle=True))
-    try:
-        layout = detect_layout(source.index, options, str(path))
-    except NoExpertsError:
+    if not _has_experts(source.index.tensors):
         return None
+    layout = detect_layout(source.index, options, str(path))
     placement = _own_and_rest(layout, local_experts)
     plan = build_plan(layout, placement, None)
     weights = LocalFile(source.weights_path)
@@ -70,6 +74,15 @@ def open_plain_adapter(
         modules=_modules(layout, placement),
         dense=_dense(plan.files[0], layout),
         sources={REPLICATED: images[0], 0: images[1]},
+    )
+
+
+def _has_experts(tensors: Sequence[TensorEntry]) -> bool:
+    """Whether a tensor is an expert's, or at least calls itself so."""
+    return any(
+        "experts" in entry.name.split(".")
+        or isinstance(parse_key(entry.name, len(entry.shape)), ExpertKey)
+        for entry in tensors
     )
 
 

@@ -315,6 +315,24 @@ def stays_inert() -> list[str]:
     return wrong
 
 
+def without_experts() -> list[str]:
+    """An adapter without expert weights is vLLM's own business, also with names unknown to us."""
+    wrong = []
+    built = adapter_of("L1")
+    attention = {name: t for name, t in built.tensors.items() if "self_attn" in name}
+    renamed = {name.removeprefix("base_model.model."): t for name, t in attention.items()}
+    for tensors in (attention, renamed):
+        path = type(built)(built.spec, tensors, built.config, {}, {}).write(
+            Path(tempfile.mkdtemp())
+        )
+        engine = harness.make_engine(**SIZES, ep_rank=1, module_names=modules())
+        engine.add_adapter(harness.request(engine, path))
+        wrong += wrong_attention(engine, harness.slot_of(engine), built)
+        if engine._lorashard_loader.last_report is not None:
+            wrong.append("the loader was used")
+    return wrong
+
+
 def interleaved_rows() -> list[str]:
     """gpt-oss: rows alternate in the 3-D class; in the 2-D class they are taken apart."""
     wrong = []
@@ -555,6 +573,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     check.__name__: check
     for check in (
         all_layouts, bits_of_stock, partly_trained, other_dtypes, only_needed_files, stays_inert,
+        without_experts,
         interleaved_rows, shared_factors, model_names, fully_sharded, slots_and_eviction, refused,
         experts_classes, found_by_vllm,
         engine_refusals,
