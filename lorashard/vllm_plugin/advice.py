@@ -18,12 +18,12 @@ def resplit_advice(
     if all(_is_own_file(live, ranks, layer) for ranks, layer in zip(cut_for, layers)):
         return None
     other = sorted({run.ep_rank for layer in layers for run in layer.runs})
-    name = shlex.quote(str(path))
+    name, merged = shlex.quote(str(path)), shlex.quote(f"{path}-merged")
     return (
         f"cut for {len(cut_for[0])} ranks otherwise than this engine places the experts "
         f"(ep_size {live.ep_size}); the right ones were gathered from rank files "
         f"{', '.join(map(str, other[:8]))}{', …' if len(other) > 8 else ''}. A directory that "
-        f"loads faster: lorashard merge {name} -o adapter && lorashard split adapter "
+        f"loads faster: lorashard merge {name} -o {merged} && lorashard split {merged} "
         f"--ep-size {live.ep_size}{_placement_flag(live)}"
     )
 
@@ -50,4 +50,4 @@ def _placement_flag(live: LiveExperts) -> str:
     ):
         if strategy(live.num_experts, live.ep_size).ranks[live.ep_rank] == live.local_experts:
             return flag
-    return " --expert-map MAP.json (docs/format.md)"
+    return " --expert-map MAP.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,11 +17,10 @@ def config_facts(vllm_config: Any) -> EngineFacts:
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
     count = getattr(model, "get_num_experts", None)
-    world_size = int(getattr(parallel, "tensor_parallel_size", 1)) * int(
-        getattr(parallel, "data_parallel_size", 1)
-    )
+    sizes = ("tensor_parallel_size", "prefill_context_parallel_size", "data_parallel_size")
+    ranks = math.prod(int(getattr(parallel, name, 1)) for name in sizes)
     return EngineFacts(
-        expert_parallel=bool(parallel.enable_expert_parallel) and world_size > 1,
+        expert_parallel=bool(parallel.enable_expert_parallel) and ranks > 1,
         data_parallel_size=int(getattr(parallel, "data_parallel_size", 1)),
         eplb=bool(getattr(parallel, "enable_eplb", False)),
         num_experts=int(count()) if count is not None else None,
@@ -34,7 +34,7 @@ def module_facts(
     facts = config_facts(vllm_config)
     facts = dataclasses.replace(
         facts,
-        num_experts=facts.num_experts if wrappers else 0,
+        num_experts=None if wrappers else 0,  # vLLM does not know the count of every model
         contract_breaks=tuple(contract_breaks),
     )
     for wrapper in wrappers.values():

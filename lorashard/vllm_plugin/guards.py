@@ -20,8 +20,8 @@ class EngineFacts:
     """
 
     expert_parallel: bool
-    data_parallel_size: int
-    eplb: bool
+    data_parallel_size: int = 1
+    eplb: bool = False
     num_experts: int | None = None
     experts_class: str | None = None
     reads_lora: bool = True

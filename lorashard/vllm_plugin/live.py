@@ -5,7 +5,6 @@ The placement is read from each layer's own `_expert_map`, never worked out from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lorashard.errors import PlacementError
@@ -97,11 +96,6 @@ def interleaves(manager: Any) -> bool:
     architectures = getattr(config, "architectures", None) or ()
     model_type = str(getattr(text, "model_type", "") or "")
     return "GptOssForCausalLM" in architectures or gate_up_of(model_type) == "interleaved"
-
-
-def expert_parallel_size(experts: Mapping[str, LiveExperts]) -> int:
-    """The largest ep_size among the layers; 1 without expert parallelism."""
-    return max((live.ep_size for live in experts.values()), default=1)
 
 
 def slot_bytes(manager: Any) -> int:

@@ -42,7 +42,6 @@ from lorashard.vllm_plugin.fill import (
     make_jobs,
 )
 from lorashard.vllm_plugin.live import (
-    expert_parallel_size,
     interleaves,
     live_experts,
     moe_wrappers,
@@ -82,15 +81,17 @@ class _Matched:
 class AdapterLoader:
     """Loads adapters for one LoRA manager, into regions of host memory that it keeps."""
 
-    def __init__(self, manager: Any, worker_manager: Any) -> None:
+    def __init__(self, manager: Any, stock: Any) -> None:
+        """manager: vLLM's LoRAModelManager. stock: vLLM's LoRAModel, a class."""
         self._manager = manager
-        self._stock = worker_manager._lora_model_cls  # noqa: SLF001 - vLLM's LoRAModel
+        self._stock = stock
         interleaved = interleaves(manager)
         self.experts = {
             name: live_experts(name, wrapper, interleaved=interleaved)
             for name, wrapper in moe_wrappers(manager).items()
         }
-        self.ep_size = expert_parallel_size(self.experts)
+        self.ep_size = max((live.ep_size for live in self.experts.values()), default=1)
+        self.ep_rank = max((live.ep_rank for live in self.experts.values()), default=0)
         self._dtype = _safetensors_name(manager.lora_config.lora_dtype)
         self._threads = reader_threads(settings.reader_threads())
         # Two more than vLLM keeps: it loads an adapter before it evicts another, and a plain one is
@@ -170,7 +171,7 @@ class AdapterLoader:
             num_layers=len(layers),
             num_bytes=num_bytes,
             seconds=time.perf_counter() - began,
-            ep_rank=max((m.live.ep_rank for m in matched), default=0),
+            ep_rank=self.ep_rank,
             ep_size=self.ep_size,
             advice=advice,
         )

@@ -63,19 +63,25 @@ class Outcome:
 
 
 outcomes: dict[str, Outcome] = {}
+_asked_for: dict[str, Patch] = {}
 
 
 def broken() -> tuple[Outcome, ...]:
-    """The patches that this vLLM does not take, because something that they rely on is not there."""
-    return tuple(outcome for outcome in outcomes.values() if outcome.state == "broken")
+    """The patches that did not get into a module that is imported, with the reason."""
+    missed = (
+        Outcome(patch, "broken", "its module was imported without the patch")
+        for target, patch in _asked_for.items()
+        if target not in outcomes and _is_imported(patch.module)
+    )
+    return (*(o for o in outcomes.values() if o.state == "broken"), *missed)
 
 
 def apply_patch(patch: Patch) -> Outcome:
     """Replace the method if its module has what the patch relies on. Does nothing twice."""
     owner = getattr(sys.modules[patch.module], patch.owner, None)
     method = vars(owner).get(patch.method) if isinstance(owner, type) else None
-    if method is not None and hasattr(method, _MARK):
-        return outcomes[patch.target]
+    if hasattr(method, _MARK):
+        return outcomes.setdefault(patch.target, Outcome(patch, "applied"))
     outcome = _applied(patch, owner, method)
     outcomes[patch.target] = outcome
     if outcome.state == "broken":
@@ -91,6 +97,8 @@ def _applied(patch: Patch, owner: Any, method: Any) -> Outcome:
         return Outcome(patch, "broken", f"there is no class {patch.owner}")
     if method is None:
         return Outcome(patch, "broken", f"{patch.owner} has no method {patch.method} of its own")
+    if not inspect.isfunction(method):
+        return Outcome(patch, "broken", f"{patch.method} is a {type(method).__name__}")
     found = tuple(inspect.signature(method).parameters)
     if found[: len(patch.parameters)] != patch.parameters:
         return Outcome(patch, "broken", f"its parameters are {', '.join(found)}")
@@ -107,33 +115,34 @@ def apply_when_imported(patches: Sequence[Patch]) -> None:
 
     So that the API server, which never loads a LoRA, imports no LoRA code.
     """
-    waiting: dict[str, list[Patch]] = {}
     for patch in patches:
-        waiting.setdefault(patch.module, []).append(patch)
-    for name in list(waiting):
-        module = sys.modules.get(name)
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
-            for patch in waiting.pop(name):
-                apply_patch(patch)
-    if waiting and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(waiting))
+        _asked_for[patch.target] = patch
+        if _is_imported(patch.module):
+            apply_patch(patch)
+    all_there = all(_is_imported(patch.module) for patch in patches)
+    if not all_there and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _is_imported(name: str) -> bool:
+    """Whether a module is there and executed to its end."""
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module, and applies its patches once it is executed."""
-
-    def __init__(self, waiting: dict[str, list[Patch]]) -> None:
-        self._waiting = waiting
+    """Lets the other finders find a module, and has its patches applied once it is executed."""
 
     def find_spec(
         self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in self._waiting:
+        patches = [patch for patch in _asked_for.values() if patch.module == fullname]
+        if not patches:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = _PatchingLoader(spec.loader, self._waiting.pop(fullname))
+                spec.loader = _PatchingLoader(spec.loader, patches)
                 return spec
         return None
 

@@ -99,8 +99,8 @@ class RegionPool:
             )
 
     def take(self, size: int) -> Bytes:
-        """`size` bytes of a region, of any content. It is free again once the array and all views and
-        tensors on it are gone.
+        """`size` bytes of a region, of any content. It is free again once the array is gone, and its
+        slices, memoryviews and tensors. `numpy.asarray` of it does not hold it.
         """
         with self._lock:
             self._collect_returned()

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lorashard.errors import LorashardError
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.agreement import cpu_groups, load_together
+from lorashard.vllm_plugin.contents import is_shard_directory
 from lorashard.vllm_plugin.contracts import contract_breaks
 from lorashard.vllm_plugin.facts import config_facts, module_facts
 from lorashard.vllm_plugin.guards import EngineFacts, find_refusals
@@ -46,17 +48,13 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
         if vllm_config is not None:
             _refuse(config_facts(vllm_config))
         wrapped = original(self, model, vllm_config)
-        manager = self._adapter_manager
-        wrappers = moe_wrappers(manager)
-        if vllm_config is None or not wrappers:
-            return wrapped
-        breaks = contract_breaks(manager, self._lora_model_cls)
-        _refuse(module_facts(vllm_config, wrappers, breaks))
-        loader = AdapterLoader(manager, self)
-        setattr(self, _LOADER, loader)
-        if loader.ep_size > 1:
-            size = slot_bytes(manager)
-            loader.regions.warm(affordable_buffers(settings.warm_buffers(), size), size)
+        wrappers = moe_wrappers(self._adapter_manager)
+        if vllm_config is not None and config_facts(vllm_config).expert_parallel and wrappers:
+            breaks = contract_breaks(self._adapter_manager, self._lora_model_cls)
+            _refuse(module_facts(vllm_config, wrappers, breaks))
+            loader = AdapterLoader(self._adapter_manager, self._lora_model_cls)
+            setattr(self, _LOADER, loader)
+            _warm(loader, slot_bytes(self._adapter_manager))
         return wrapped
 
     return create_lora_manager
@@ -66,9 +64,10 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     """WorkerLoRAManager._load_adapter: vLLM's own steps, with our loader in place of LoRAModel."""
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
-        loader: AdapterLoader | None = getattr(self, _LOADER, None)
+        loader: AdapterLoader | _LoaderOnDemand | None = getattr(self, _LOADER, None)
         if loader is None:
-            return original(self, lora_request)
+            loader = _LoaderOnDemand(self)
+            setattr(self, _LOADER, loader)
 
         def load() -> Any:
             stock = self._lora_model_cls
@@ -76,11 +75,8 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return original(self, lora_request)
             except LorashardError as err:  # to the kind that vLLM raises for an adapter
-                record_failure(_ep_rank(loader))
+                record_failure(loader.ep_rank)
                 raise ValueError(f"LoRA adapter {lora_request.lora_name!r}: {err}") from err
-            except Exception:
-                record_failure(_ep_rank(loader))
-                raise
             finally:
                 self._lora_model_cls = stock
 
@@ -90,6 +86,36 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return load_adapter
+
+
+class _LoaderOnDemand:
+    """Without expert parallelism: vLLM's own loading, until a shard directory is asked for."""
+
+    ep_rank, ep_size = 0, 1
+
+    def __init__(self, worker_manager: Any) -> None:
+        self._manager = worker_manager._adapter_manager  # noqa: SLF001 - vLLM gives no other way
+        self._stock = worker_manager._lora_model_cls  # noqa: SLF001
+        self._loader: AdapterLoader | None = None
+
+    @property
+    def last_report(self) -> LoadReport | None:
+        return self._loader.last_report if self._loader else None
+
+    def from_local_checkpoint(self, lora_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if self._loader is None and is_shard_directory(Path(lora_dir)):
+            breaks = contract_breaks(self._manager, self._stock)
+            _refuse(EngineFacts(expert_parallel=True, contract_breaks=breaks))
+            self._loader = AdapterLoader(self._manager, self._stock)
+        return (self._loader or self._stock).from_local_checkpoint(lora_dir, *args, **kwargs)
+
+
+def _warm(loader: AdapterLoader, size: int) -> None:
+    """Prepare buffers for adapters of `size` bytes; without them a first load takes longer."""
+    try:
+        loader.regions.warm(affordable_buffers(settings.warm_buffers(), size), size)
+    except OSError as err:
+        logger.warning("lorashard: no buffers of %.2f GB prepared: %s", size / 1e9, err)
 
 
 def wrap_create_lora_weights(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,7 +157,3 @@ def _report(report: LoadReport, lora_request: Any) -> None:
     if report.advice:
         logger.warning("lorashard: %s: %s", report.path, report.advice)
     record_load(report.ep_rank, report.kind, report.seconds, report.num_bytes)
-
-
-def _ep_rank(loader: AdapterLoader) -> int:
-    return max((live.ep_rank for live in loader.experts.values()), default=0)

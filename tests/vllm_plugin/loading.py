@@ -121,6 +121,9 @@ def every_layout(wrapper: str, num_experts: int, *, gated: bool) -> list[str]:
 
 def bits_of_stock() -> list[str]:
     """Where stock vLLM is right, the loaded bits are the same: also with an odd scaling."""
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    unpatched = WorkerLoRAManager._load_adapter._lorashard_original
     wrong = []
     cases = (("L1", "2d"), ("L2", "3d"))
     for (layout, wrapper), rslora in itertools.product(cases, (False, True)):
@@ -134,6 +137,7 @@ def bits_of_stock() -> list[str]:
                 )
                 if stock:
                     del engine._lorashard_loader
+                    engine._load_adapter = unpatched.__get__(engine)
                 engine.add_adapter(harness.request(engine, path))
                 loaded.append(harness.buffers(engine, harness.slot_of(engine)))
             ours, theirs = loaded
@@ -310,8 +314,11 @@ def stays_inert() -> list[str]:
     wrong += mismatches(engine, harness.slot_of(engine), expected_of(built))
     if engine._lorashard_loader.last_report is not None:
         wrong.append("the loader was used")
-    if engine._lorashard_loader.regions.sizes():
-        wrong.append("buffers were prepared")
+    if engine._lorashard_loader._loader is not None:
+        wrong.append("a loader was made")
+    shards = on_disk("L1", 8, True, "own shards", 2, "linear")
+    engine.add_adapter(harness.request(engine, shards, "shards", 2))
+    wrong += mismatches(engine, harness.slot_of(engine, 2), expected_of(adapter("L1", 8)))
     return wrong
 
 
