@@ -42,17 +42,6 @@ def python_path(tmp_path: Path) -> str:
     return installed(tmp_path, ENTRY_POINT)
 
 
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return save_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def shards(adapter: Path) -> Path:
-    run_cli("split", adapter, "--ep-size", 2)
-    return adapter.with_name("adapter-ep2")
-
-
 def installed(folder: Path, entry_points: str) -> str:
     """A PYTHONPATH on which lorashard has these entry points."""
     site = folder / "site"

@@ -13,17 +13,6 @@ from tests.tiny import RANK_FILES, contents, flip_bit, run_cli, save_adapter, sa
 ESCAPE = "\x1b"
 
 
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return save_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def shards(adapter: Path) -> Path:
-    run_cli("split", adapter, "--ep-size", 2)
-    return adapter.with_name("adapter-ep2")
-
-
 def test_inspect_of_an_adapter_is_an_interface(adapter: Path, tmp_path: Path) -> None:
     check_golden("inspect_adapter", run_cli("inspect", adapter, "--json").stdout, tmp_path)
 
