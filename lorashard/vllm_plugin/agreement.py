@@ -1,4 +1,4 @@
-"""All workers of an engine load an adapter, or none does.
+"""All tensor-parallel workers of an engine load an adapter, or none does.
 
 If one rank's file is damaged and the others' are not, the others would keep the adapter, and a
 second try under the same id would find it there: some ranks with the old bytes, one with the new.
@@ -49,19 +49,19 @@ def _failures_elsewhere(error: Exception | None, groups: list[Any]) -> str:
 
 
 def cpu_groups() -> list[Any]:
-    """The tensor- and the pipeline-parallel group of this worker, as far as they have others in."""
+    """The tensor-parallel group of this worker, if it has others in it.
+
+    Not the pipeline-parallel one: a stage may load an adapter in the middle of a step, while the
+    next one waits for its output, and both would wait for each other.
+    """
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return []
     from vllm.distributed import parallel_state
 
-    groups = []
-    for get_group in ("get_tp_group", "get_pp_group"):
-        try:
-            coordinator = getattr(parallel_state, get_group)()
-        except AssertionError:  # not initialised
-            continue
-        if coordinator.world_size > 1:
-            groups.append(coordinator.cpu_group)
-    return groups
+    try:
+        group = parallel_state.get_tp_group()
+    except AssertionError:  # not initialised
+        return []
+    return [group.cpu_group] if group.world_size > 1 else []

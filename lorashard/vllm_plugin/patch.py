@@ -140,7 +140,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         if not patches:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find(fullname, path, target) if find is not None else None
             if spec is not None and spec.loader is not None:
                 spec.loader = _PatchingLoader(spec.loader, patches)
                 return spec
