@@ -141,7 +141,9 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
-            spec = find(fullname, path, target) if find is not None else None
+            spec: importlib.machinery.ModuleSpec | None = (
+                find(fullname, path, target) if find is not None else None
+            )
             if spec is not None and spec.loader is not None:
                 spec.loader = _PatchingLoader(spec.loader, patches)
                 return spec
