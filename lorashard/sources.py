@@ -18,6 +18,17 @@ class ByteSource(Protocol):
         """Fill `buffer` from byte `offset`; raise HeaderError if the source ends before."""
 
 
+def read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from byte `offset`; how many bytes there were. Several threads may do this."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
 class LocalFile:
     """A ByteSource over an open file descriptor."""
 
@@ -35,15 +46,12 @@ class LocalFile:
         """Fill `buffer` from byte `offset`; raise HeaderError if the file ends before."""
         if offset == self._expected:
             self._read_ahead(offset + len(buffer))
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            except OSError as err:
-                raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
-            if count == 0:
-                raise HeaderError(self._path, f"it ended at byte {offset + done} while being read")
-            done += count
+        try:
+            done = read_at(self._fd, buffer, offset)
+        except OSError as err:
+            raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
+        if done < len(buffer):
+            raise HeaderError(self._path, f"it ended at byte {offset + done} while being read")
         self._expected = offset + done
 
     def close(self) -> None:

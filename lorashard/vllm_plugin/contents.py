@@ -24,6 +24,7 @@ from lorashard.placement import Ranks
 from lorashard.plan import REPLICATED_NAME, rank_file_name
 from lorashard.read import read_config
 from lorashard.shard import check_file
+from lorashard.sources import read_at
 from lorashard.vllm_plugin.assembly import Stack
 from lorashard.vllm_plugin.fill import REPLICATED, Scaling, TensorSource
 from lorashard.vllm_plugin.settings import verifies_fully
@@ -77,6 +78,7 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
     shared = _stacks_in(manifest.files[REPLICATED_NAME], manifest, shared=True)
     # Every rank file has the same tensors but for dimension 0, so the first describes them all.
     ranked = _stacks_in(manifest.files[rank_file_name(0, manifest.placement.ep_size)], manifest)
+    _check_slots(path, manifest, ranked)
     modules = tuple(
         ModuleContents(
             name, info.gate_up, info.scaling,
@@ -118,6 +120,22 @@ def _stacks_in(
                     Stack(entry.name, projection, matrix, entry.dtype, *entry.shape[1:], shared)
                 )
     return found
+
+
+def _check_slots(path: Path, manifest: Manifest, ranked: Mapping[str, list[Stack]]) -> None:
+    """Raise ManifestError unless every rank file has one slot for each expert of its rank."""
+    ep_size = manifest.placement.ep_size
+    for ep_rank in range(ep_size):
+        file = manifest.files[rank_file_name(ep_rank, ep_size)]
+        entries = {entry.name: (entry.dtype, entry.shape) for entry in file.tensors}
+        for module, stacks in ranked.items():
+            slots = len(manifest.placement.ranks_of(module)[ep_rank])
+            for stack in stacks:
+                expected = (stack.dtype, (slots, stack.rows, stack.cols))
+                if entries.get(stack.name) != expected:
+                    raise ManifestError(
+                        path / MANIFEST_NAME, f"{stack.name} of rank {ep_rank} is not {expected}"
+                    )
 
 
 class ShardFiles(Mapping[int, TensorSource]):
@@ -178,15 +196,12 @@ class RankFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset`; safe to call from several threads."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            if count == 0:
-                raise ShardError(
-                    f"rank file {self._path.name}: it ended at byte {offset + done} while being read.",
-                    hint=_COPY_AGAIN,
-                )
-            done += count
+        done = read_at(self._fd, buffer, offset)
+        if done < len(buffer):
+            raise ShardError(
+                f"rank file {self._path.name}: it ended at byte {offset + done} while being read.",
+                hint=_COPY_AGAIN,
+            )
 
     def close(self) -> None:
         """Close the file."""

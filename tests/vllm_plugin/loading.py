@@ -6,6 +6,7 @@ Each function returns what went wrong, as lines; test_loading_conformance.py cal
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import tempfile
 import traceback
@@ -269,6 +270,12 @@ def refused() -> dict[str, str]:
     os.environ["LORASHARD_VERIFY"] = "full"
     load("flipped", flipped)
     del os.environ["LORASHARD_VERIFY"]
+    forged = shards("forged")
+    manifest = json.loads((forged / "lorashard.json").read_text())
+    manifest["placement"]["ranks"] = [[0, 1, 2, 3, 4], [5, 6, 7]]
+    manifest["placement"]["strategy"] = "explicit"
+    (forged / "lorashard.json").write_text(json.dumps(manifest))
+    load("forged placement", forged)
     load("wrong model", shards("wrong"), num_experts=16)
     load("wrong size", shards("size"), hidden_size=32)
     load("r too large", adapter_of("L1", lora_ranks={0: 9}).write(FOLDER / "rank"))
