@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorashard.placement import Ranks, linear_placement, round_robin_placement
+from lorashard.placement import Placement, Ranks, linear_placement, round_robin_placement
 from lorashard.vllm_plugin.assembly import LiveExperts
 from lorashard.vllm_plugin.fill import LayerPlan
 
@@ -30,12 +30,11 @@ def resplit_advice(
 
 def is_first_concerned(live: LiveExperts, cut_for: Ranks) -> bool:
     """Whether this is the first rank whose experts do not stand in its own file: it tells."""
-    for strategy in (linear_placement, round_robin_placement):
-        placed = strategy(live.num_experts, live.ep_size).ranks
-        if placed[live.ep_rank] == live.local_experts:
-            fits = len(cut_for) == live.ep_size
-            return all(fits and cut_for[k] == placed[k] for k in range(live.ep_rank))
-    return True
+    placement = _engine_placement(live)
+    if placement is None:
+        return True
+    fits = len(cut_for) == live.ep_size
+    return all(fits and cut_for[k] == placement.ranks[k] for k in range(live.ep_rank))
 
 
 def _is_own_file(live: LiveExperts, ranks: Ranks, layer: LayerPlan) -> bool:
@@ -44,10 +43,16 @@ def _is_own_file(live: LiveExperts, ranks: Ranks, layer: LayerPlan) -> bool:
 
 
 def _placement_flag(live: LiveExperts) -> str:
-    for flag, strategy in (
-        ("", linear_placement),
-        (" --placement round_robin", round_robin_placement),
-    ):
-        if strategy(live.num_experts, live.ep_size).ranks[live.ep_rank] == live.local_experts:
-            return flag
-    return " --expert-map MAP.json"
+    placement = _engine_placement(live)
+    if placement is None:
+        return " --expert-map MAP.json"
+    return "" if placement.strategy == "linear" else f" --placement {placement.strategy}"
+
+
+def _engine_placement(live: LiveExperts) -> Placement | None:
+    """The placement by rule that gives this rank its experts; None if no rule does."""
+    for strategy in (linear_placement, round_robin_placement):
+        placement = strategy(live.num_experts, live.ep_size)
+        if placement.ranks[live.ep_rank] == live.local_experts:
+            return placement
+    return None

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from lorashard.errors import LayoutError
 from lorashard.keys import Matrix, Projection
-
-Wrapper = Literal["2d", "3d"]
+from lorashard.memory import Wrapper
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +210,9 @@ def _straight(live: LiveExperts, stacks: _Stacks, projection: Projection, where:
         hidden, inner = live.hidden_size, live.intermediate_size
         inputs, outputs = (inner, hidden) if projection == "down_proj" else (hidden, inner)
         slots_a, slots_b = (
-            1 if live.shared_outer and (projection == "down_proj") == (matrix == "lora_B")
-            else len(live.local_experts)
+            1 if _is_shared_on_device(live, projection, matrix) else len(live.local_experts)
             for matrix in ("lora_A", "lora_B")
-        )  # fmt: skip
+        )
         return DeviceFactor(slots_a, 0, inputs, ()), DeviceFactor(slots_b, outputs, 0, ())
     lora_a, lora_b = stacks[projection, "lora_A"], stacks[projection, "lora_B"]
     return _whole(live, lora_a, where), _whole(live, lora_b, where)
@@ -236,8 +233,7 @@ def _move(stack: Stack, src: range, dst: range, dst_col: int = 0) -> Piece:
 
 def _slots(live: LiveExperts, stack: Stack, where: str) -> int:
     """Dimension 0 on the device: E_local, or 1 for the factors that the engine shares."""
-    outer = (stack.projection == "down_proj") == (stack.matrix == "lora_B")
-    if not (live.shared_outer and outer):
+    if not _is_shared_on_device(live, stack.projection, stack.matrix):
         return len(live.local_experts)
     if not stack.shared:
         raise LayoutError(
@@ -246,6 +242,11 @@ def _slots(live: LiveExperts, stack: Stack, where: str) -> int:
             hint="Start vLLM without --enable-moe-shared-loras.",
         )
     return 1
+
+
+def _is_shared_on_device(live: LiveExperts, projection: Projection, matrix: str) -> bool:
+    """Whether the engine keeps one such factor for all experts: gate/up's A and down's B."""
+    return live.shared_outer and (projection == "down_proj") == (matrix == "lora_B")
 
 
 def _gate_and_up_rows(rows: int, *, interleaved: bool) -> tuple[range, range]:

@@ -31,25 +31,20 @@ def module_facts(
     vllm_config: Any, wrappers: Mapping[str, Any], contract_breaks: Sequence[str]
 ) -> EngineFacts:
     """The same with what the loaded model's MoE layers add."""
-    facts = config_facts(vllm_config)
-    facts = dataclasses.replace(
-        facts,
+    kernels = (getattr(wrapper, "_moe_kernel", None) for wrapper in wrappers.values())
+    experts = [
+        e for e in (getattr(kernel, "fused_experts", None) for kernel in kernels) if e is not None
+    ]
+    classes = dict.fromkeys(map(type, experts))  # one for all layers, mostly: source is read once
+    return dataclasses.replace(
+        config_facts(vllm_config),
         num_experts=None if wrappers else 0,  # vLLM does not know the count of every model
         contract_breaks=tuple(contract_breaks),
+        experts_class=type(experts[-1]).__name__ if experts else None,
+        reads_lora=all(map(reads_lora_context, classes)),
+        lora_sees_fp8=any(map(_lora_sees_quantized, experts)),
+        leaves_rows=any(map(_leaves_rows, classes)),
     )
-    for wrapper in wrappers.values():
-        kernel = getattr(wrapper, "_moe_kernel", None)
-        experts = getattr(kernel, "fused_experts", None)
-        if experts is None:
-            continue
-        facts = dataclasses.replace(
-            facts,
-            experts_class=type(experts).__name__,
-            reads_lora=facts.reads_lora and reads_lora_context(type(experts)),
-            lora_sees_fp8=facts.lora_sees_fp8 or _lora_sees_quantized(experts),
-            leaves_rows=facts.leaves_rows or _leaves_rows(type(experts)),
-        )
-    return facts
 
 
 def reads_lora_context(experts_class: type) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol, Union
 
+from lorashard.blocks import BLOCK_BYTES
 from lorashard.errors import LayoutError
 from lorashard.header import ELEMENT_SIZE
 from lorashard.keys import Projection
@@ -21,7 +22,6 @@ from lorashard.vllm_plugin.assembly import Assembly, Piece, Stack
 from lorashard.vllm_plugin.rows import Run
 
 REPLICATED = -1  # the source that holds what every rank needs
-BLOCK_BYTES = 4 * 2**20
 _ALIGNMENT = 256
 
 Scaling = Union[float, tuple[float, ...]]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.adapter import LoraConfig
+from lorashard.blocks import BLOCK_BYTES
 from lorashard.errors import LayoutError, PlacementError
 from lorashard.header import ELEMENT_SIZE, TensorEntry
 from lorashard.keys import LoraKey, parse_key
@@ -32,7 +33,6 @@ from lorashard.vllm_plugin.contents import (
     open_shard_directory,
 )
 from lorashard.vllm_plugin.fill import (
-    BLOCK_BYTES,
     REPLICATED,
     CopyJob,
     Filler,

@@ -15,11 +15,12 @@ from typing import Any
 
 from lorashard.adapter import WEIGHTS_NAME
 from lorashard.blocks import Block, CopyBlock, split_into_blocks
+from lorashard.errors import AdapterError
 from lorashard.header import TensorEntry
 from lorashard.keys import ExpertKey, parse_key
 from lorashard.layout import AdapterLayout, detect_layout
 from lorashard.options import LayoutOptions
-from lorashard.pipeline import describe_module, opened_adapter
+from lorashard.pipeline import opened_adapter
 from lorashard.placement import Placement
 from lorashard.plan import FilePlan, build_plan
 from lorashard.read import read_header
@@ -48,11 +49,14 @@ def open_plain_adapter(
     options: what the model says about its experts. take: gives so many bytes of memory, of any
     content, for as long as the contents are held. Raises AdapterError.
     """
-    weights_path = path / WEIGHTS_NAME
-    if weights_path.is_file() and not _has_experts(read_header(weights_path)[1].tensors):
-        return None  # before anything is said against it: it is vLLM's own business
-    # vLLM itself reads adapter_model.bin with weights_only=True, so a pickle is taken here too.
-    source = stack.enter_context(opened_adapter(path, allow_pickle=True))
+    try:
+        # vLLM reads adapter_model.bin with weights_only=True, so a pickle is taken here too.
+        source = stack.enter_context(opened_adapter(path, allow_pickle=True))
+    except AdapterError:
+        weights_path = path / WEIGHTS_NAME
+        if weights_path.is_file() and not _has_experts(read_header(weights_path)[1].tensors):
+            return None  # whatever is said against it: it is vLLM's own business
+        raise
     if not _has_experts(source.index.tensors):
         return None
     layout = detect_layout(source.index, options, str(path))
@@ -101,7 +105,7 @@ def _modules(layout: AdapterLayout, placement: Placement) -> tuple[ModuleContent
         ModuleContents(
             module.name,
             module.gate_up,
-            describe_module(module).scaling,
+            module.scaling,
             tuple(
                 Stack(s.name, s.projection, s.matrix, s.dtype, s.rows, s.cols, s.shared)
                 for s in module.stacks

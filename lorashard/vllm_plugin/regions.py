@@ -2,7 +2,7 @@
 
 A first read into fresh memory costs more for page faults and for registering the pages with CUDA
 than for the bytes themselves, so a region outlives its adapter. PyTorch's own pinned allocator is
-not used: it rounds every block up to a power of two (docs/benchmarks.md).
+not used: it rounds every block up to a power of two (lorashard/memory.py has the figures).
 """
 
 from __future__ import annotations
