@@ -5,8 +5,8 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-VLLM   ?= 0.33.0 0.22.1 0.20.2
-COMPAT ?= 0.22.1 0.23.0 0.24.0 0.25.1 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
+VLLM   ?= 0.33.0 0.22.1 0.20.2 0.16.0
+COMPAT ?= 0.16.0 0.17.1 0.18.1 0.19.1 0.20.2 0.21.0 0.22.1 0.23.0 0.24.0 0.25.1 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check compat resolve gpu-test fmt lint type bench golden docs clean
@@ -22,9 +22,9 @@ test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm ## set up everything and run t
 
 check: lint type test ## what CI runs, and lint and types
 
-compat: $(VENV)/.test $(VENV)/.vllm ## the plugin in one vLLM of every minor release, on the CPU
+compat: $(VENV)/.test $(VENV)/.vllm ## the plugin in one vLLM of every minor release, on the CPU; writes docs/compat
 	$(BIN)/python tests/vllm_release.py $(COMPAT)
-	LORASHARD_RELEASES="$(COMPAT)" LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q tests/vllm_plugin/test_loading_conformance.py
+	LORASHARD_RECORD=docs/compat LORASHARD_RELEASES="$(COMPAT)" LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q tests/vllm_plugin/test_loading_conformance.py tests/vllm_plugin/test_layers_conformance.py
 
 resolve: $(VENV)/.base ## what pip would change in the environment of each vLLM release: nothing
 	$(PIP) --group resolve

@@ -28,7 +28,8 @@ PLUGIN = (
         f"vllm_plugin.{name}" for name in (
             "settings", "assembly", "rows", "threads", "fill", "live", "names", "contents", "plain",
             "regions", "advice", "loader", "patch", "guards", "facts", "contracts", "agreement",
-            "metrics", "host_memory", "seams", "patches", "survey", "diagnosis",
+            "metrics", "host_memory", "seams", "expert_parallel", "warm_up", "punica", "activations",
+            "patches", "survey", "diagnosis",
         )
     ),
     "vllm_plugin",  # imports its patches, inside `register`

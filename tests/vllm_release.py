@@ -19,8 +19,10 @@ from typing import Any
 
 RELEASES_DIR = Path(__file__).resolve().parents[1] / ".venv" / "vllm"
 
-# What the plugin is tested against: LORASHARD_RELEASES="0.24.0 0.26.0", or the ends of the range.
-PLUGIN_RELEASES = tuple(os.environ.get("LORASHARD_RELEASES", "0.33.0 0.22.1").split())
+# What the plugin is tested against: LORASHARD_RELEASES="0.24.0 0.26.0", or the ends of the range
+# and two between, where much changes.
+_RELEASES = os.environ.get("LORASHARD_RELEASES", "0.33.0 0.22.1 0.20.2 0.16.0")
+PLUGIN_RELEASES = tuple(_RELEASES.split())
 
 # What `vllm.lora.worker_manager` and `vllm.model_executor.layers.fused_moe` of 0.16.0, 0.20.2 and
 # 0.33.0 import at module level, beyond torch, transformers and safetensors (and what these bring).
@@ -31,7 +33,7 @@ VLLM_LIGHT_PACKAGES = (
     "cachetools",
     "cbor2",
     "cloudpickle",
-    "diskcache",  # 0.16.0 only
+    "diskcache",  # up to 0.19.1
     "einops",
     "fastapi",  # 0.33.0 only
     "gguf",  # up to 0.20.2
@@ -107,6 +109,15 @@ def run_in_release(release: str, script: str, *, timeout_s: float = 300) -> Any:
         )  # fmt: skip
         assert ended.returncode == 0, f"vLLM {release}: {ended.stderr[-3000:]}"
         return json.loads(result.read_text())
+
+
+def record(release: str, name: str, findings: dict[str, Any]) -> None:
+    """Keep what was found, for the table of docs/releases.md, if LORASHARD_RECORD names a folder."""
+    if folder := os.environ.get("LORASHARD_RECORD"):
+        kept = {k: v for k, v in findings.items() if isinstance(v, list) or k == "all_layouts"}
+        path = Path(folder).absolute() / f"{release}-{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def prepare_release(release: str) -> Path:

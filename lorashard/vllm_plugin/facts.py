@@ -31,10 +31,7 @@ def module_facts(
     vllm_config: Any, wrappers: Mapping[str, Any], contract_breaks: Sequence[str]
 ) -> EngineFacts:
     """The same with what the loaded model's MoE layers add."""
-    kernels = (getattr(wrapper, "_moe_kernel", None) for wrapper in wrappers.values())
-    experts = [
-        e for e in (getattr(kernel, "fused_experts", None) for kernel in kernels) if e is not None
-    ]
+    experts = [e for e in map(_experts_of, wrappers.values()) if e is not None]
     classes = dict.fromkeys(map(type, experts))  # one for all layers, mostly: source is read once
     return dataclasses.replace(
         config_facts(vllm_config),
@@ -42,17 +39,45 @@ def module_facts(
         contract_breaks=tuple(contract_breaks),
         experts_class=type(experts[-1]).__name__ if experts else None,
         reads_lora=all(map(reads_lora_context, classes)),
-        lora_sees_fp8=any(map(_lora_sees_quantized, experts)),
         leaves_rows=any(map(_leaves_rows, classes)),
+        rearranged_for=next(filter(None, map(_rearranged_for, wrappers.values())), None),
     )
+
+
+def _experts_of(wrapper: Any) -> Any:
+    """The object that computes a layer's experts: what each release calls its kernel."""
+    method = getattr(wrapper.base_layer, "quant_method", None)
+    kernel = (
+        getattr(wrapper, "_moe_kernel", None)  # from 0.21.0
+        or getattr(method, "moe_kernel", None)  # 0.17 to 0.20
+        or getattr(method, "moe_mk", None)  # 0.16
+    )
+    return getattr(getattr(kernel, "impl", kernel), "fused_experts", None)
+
+
+def _rearranged_for(wrapper: Any) -> str | None:
+    """The kernel whose weight layout an unquantised layer has, if LoRA takes another kernel.
+
+    Up to 0.19 LoRA makes a Triton kernel whatever the method chose (0.19.1 oracle/unquantized.py);
+    with expert parallelism VLLM_USE_FLASHINFER_MOE_FP16 chooses one that swaps gate and up.
+    """
+    method = getattr(wrapper.base_layer, "quant_method", None)
+    method = getattr(method, "old_quant_method", method)
+    backend = getattr(method, "unquantized_backend", None)
+    if backend is None or getattr(method, "supports_internal_mk", False):
+        return None
+    return None if backend.name == "TRITON" else str(backend.value)
 
 
 def reads_lora_context(experts_class: type) -> bool:
     """Whether `apply` of an experts class looks at its LoRA context.
 
-    A class can inherit `supports_lora() -> True` and override `apply` without it: TritonWNA16Experts
+    Up to 0.19 there is no context: LoRA wraps the steps of any class that it accepts. Later a class
+    can inherit `supports_lora() -> True` and override `apply` without it: TritonWNA16Experts
     (0.20.2 fused_moe.py:2189, 0.33.0 experts/triton_moe.py:656).
     """
+    if not hasattr(experts_class, "supports_lora"):
+        return True
     for owner in experts_class.__mro__:
         method = vars(owner).get("apply")
         if method is None:
@@ -66,18 +91,6 @@ def reads_lora_context(experts_class: type) -> bool:
         if "super().apply(" not in source:
             return False
     return True
-
-
-def _lora_sees_quantized(experts: Any) -> bool:
-    """0.20.0 to 0.23: LoRA gets the activations after they were quantised (vLLM issue 42007)."""
-    mixin = next((c for c in type(experts).__mro__ if c.__name__ == "LoRAExpertsMixin"), None)
-    if mixin is None:
-        return False
-    context = getattr(sys.modules[mixin.__module__], "MoELoRAContext", None)
-    fields = {field.name for field in dataclasses.fields(context)} if context else set()
-    if not fields or "original_hidden_states" in fields:
-        return False
-    return getattr(getattr(experts, "quant_config", None), "quant_dtype", None) is not None
 
 
 def _leaves_rows(experts_class: type) -> bool:

@@ -15,8 +15,8 @@ class EngineFacts:
     """What decides whether LoRA on experts is right in this engine. None = not known yet.
 
     experts_class: the class that computes the experts. reads_lora: whether its code looks at the
-    LoRA context. lora_sees_fp8: LoRA is given quantised activations. leaves_rows: rows of experts
-    elsewhere are summed unwritten.
+    LoRA context. leaves_rows: rows of experts elsewhere are summed unwritten. rearranged_for: the
+    kernel whose weight layout the experts have, where LoRA computes them with another.
     """
 
     expert_parallel: bool
@@ -25,8 +25,8 @@ class EngineFacts:
     num_experts: int | None = None
     experts_class: str | None = None
     reads_lora: bool = True
-    lora_sees_fp8: bool = False
     leaves_rows: bool = False
+    rearranged_for: str | None = None
     contract_breaks: tuple[str, ...] = ()
 
 
@@ -85,12 +85,12 @@ _RULES: tuple[tuple[Callable[[EngineFacts], bool], Callable[[EngineFacts], Refus
         ),
     ),
     (
-        lambda facts: facts.lora_sees_fp8,
-        lambda _: Refusal(
-            "LORASHARD_RISK_LORA_ON_FP8_ACTIVATIONS",
-            "This vLLM gives the LoRA of FP8 experts quantised activations, which makes every "
-            "adapter wrong (vLLM issue 42007).",
-            "Use vLLM 0.24.0 or later, or a model that is not FP8.",
+        lambda facts: facts.rearranged_for is not None,
+        lambda facts: Refusal(
+            "LORASHARD_RISK_WEIGHTS_OF_ANOTHER_KERNEL",
+            f"The experts' weights are laid out for {facts.rearranged_for}, and this vLLM computes "
+            "experts with LoRA by its Triton kernel, which reads them otherwise.",
+            "Start without VLLM_USE_FLASHINFER_MOE_FP16 and with --moe-backend auto.",
         ),
     ),
     (

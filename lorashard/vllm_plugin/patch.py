@@ -93,21 +93,29 @@ def apply_patch(patch: Patch) -> Outcome:
 
 
 def _applied(patch: Patch, owner: Any, method: Any) -> Outcome:
-    if not isinstance(owner, type):
-        return Outcome(patch, "broken", f"there is no class {patch.owner}")
-    if method is None:
-        return Outcome(patch, "broken", f"{patch.owner} has no method {patch.method} of its own")
+    if absent := _absent(patch, owner, method):
+        # What mends releases until some release has nothing to do where its target is gone.
+        return Outcome(patch, "broken" if patch.until is None else "not needed", absent)
     if not inspect.isfunction(method):
         return Outcome(patch, "broken", f"{patch.method} is a {type(method).__name__}")
+    try:
+        if not patch.needed(owner):
+            return Outcome(patch, "not needed", "this release does it itself")
+    except OSError as err:  # `needed` reads source
+        return Outcome(patch, "broken", f"what it does cannot be read: {err}")
     found = tuple(inspect.signature(method).parameters)
     if found[: len(patch.parameters)] != patch.parameters:
         return Outcome(patch, "broken", f"its parameters are {', '.join(found)}")
-    if not patch.needed(owner):
-        return Outcome(patch, "not needed", "this release does it itself")
     replacement = functools.wraps(method)(patch.wrap(method))
     setattr(replacement, _MARK, method)
     setattr(owner, patch.method, replacement)
     return Outcome(patch, "applied")
+
+
+def _absent(patch: Patch, owner: Any, method: Any) -> str:
+    if not isinstance(owner, type):
+        return f"there is no class {patch.owner}"
+    return f"{patch.owner} has no method {patch.method} of its own" if method is None else ""
 
 
 def apply_when_imported(patches: Sequence[Patch]) -> None:

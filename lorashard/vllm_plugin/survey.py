@@ -32,7 +32,7 @@ from lorashard.vllm_plugin.patches import PATCHES
 
 # The vLLM releases that the plugin is tested with, inclusive.
 Release = tuple[int, int, int]
-FIRST_KNOWN: Release = (0, 22, 1)
+FIRST_KNOWN: Release = (0, 16, 0)
 LAST_KNOWN: Release = (0, 33, 0)
 
 NOT_INSTALLED = "vLLM is not installed"
@@ -220,6 +220,13 @@ def _import_failure(module: str) -> str | None:
     return None
 
 
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor has it the package
+        return False
+
+
 def _patch_states(
     failures: Mapping[str, str | None], not_checked: str | None
 ) -> tuple[PatchState, ...]:
@@ -229,6 +236,8 @@ def _patch_states(
         failure = failures.get(patch.module)
         if not_checked is not None:
             state, reason = "not checked", not_checked
+        elif outcome is None and patch.until is not None and not _exists(patch.module):
+            state, reason = "not needed", "this release has no such module"
         elif outcome is None:
             state, reason = "broken", failure or f"{patch.module} was imported before"
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lorashard.vllm_plugin.patches import PATCHES
 from tests.goldens import check_golden
 from tests.tiny import (
     CONFIG,
@@ -289,17 +290,17 @@ def test_a_vllm_that_cannot_be_imported_is_told_and_keeps_stdout_clean(
     path = f"{python_path}{os.pathsep}{package.parent}"
     found = examine(PYTHONPATH=path)
     assert (found["installation"]["vllm"], found["vllm_known"]) == ("0.99.0", False)
-    assert "vLLM 0.99.0 is not known to lorashard, 0.22.1 to 0.33.0 are." in found["notes"]
+    assert "vLLM 0.99.0 is not known to lorashard, 0.16.0 to 0.33.0 are." in found["notes"]
     assert all("cannot be imported: ModuleNotFoundError" in p for p in problems(found, "patches"))
-    assert len(problems(found, "patches")) == len(found["patches"])
+    assert len(problems(found, "patches")) == len([p for p in PATCHES if p.until is None])
 
 
 def test_a_vllm_older_than_the_first_known_is_a_problem(tmp_path: Path) -> None:
     package = tmp_path / "path" / "vllm"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("__version__ = '0.20.2'\n")
+    (package / "__init__.py").write_text("__version__ = '0.15.1'\n")
     found = examine(PYTHONPATH=f"{REPO}{os.pathsep}{package.parent}")
-    assert problems(found, "vllm") == ["vLLM 0.20.2 is too old for lorashard (0.22.1 to 0.33.0)."]
+    assert problems(found, "vllm") == ["vLLM 0.15.1 is too old for lorashard (0.16.0 to 0.33.0)."]
 
 
 def test_all_patches_apply_to_the_last_known_release(shards: Path, python_path: str) -> None:
@@ -307,6 +308,9 @@ def test_all_patches_apply_to_the_last_known_release(shards: Path, python_path: 
     found = examine(shards, "-tp", 2, EP, code=0, PYTHONPATH=path)
     assert found["ok"] is True
     assert (found["installation"]["vllm"], found["vllm_known"]) == ("0.33.0", True)
-    assert {patch["state"] for patch in found["patches"]} == {"applied"}
+    assert [patch["target"] for patch in found["patches"] if patch["state"] != "applied"] == [
+        patch.target for patch in PATCHES if patch.until is not None
+    ]
+    assert {patch["state"] for patch in found["patches"]} == {"applied", "not needed"}
     assert found["problems"] == []
     assert not any("FP8" in fact for fact in found["known_once_loaded"])

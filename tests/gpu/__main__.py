@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.cases import Case, applying, as_stock
+from tests.gpu.engine import LEAK_ROOM
 from tests.gpu.models import MODELS, build_all
 from tests.gpu.prepare import split_all
 from tests.gpu.processes import child_environment, run
@@ -44,9 +45,11 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stock", action="store_true", help="without the plugin, for comparison")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     parser.add_argument("--prepare", action="store_true", help="only make models and shards")
-    parser.add_argument("--no-matrix", action="store_true", help="only --http or --load")
+    parser.add_argument("--no-matrix", action="store_true", help="only --http, --load or --align")
     parser.add_argument("--http", action="store_true", help="also a real server")
     parser.add_argument("--load", action="store_true", help="also load times")
+    parser.add_argument("--align", action="store_true", help="also the op that sorts tokens")
+    parser.add_argument("--kernels", help="whose kernels these are, if not the release's own")
     return parser.parse_args()
 
 
@@ -126,6 +129,8 @@ def _describe(line: Result) -> str:
     name = f"{line['adapter']} {line['form']}"
     if "failure" in line:
         return f"{name}: {line['failure'].splitlines()[0][:200]}"
+    if line.get("leak", 0.0) >= LEAK_ROOM:
+        return f"{name}: the base model's answer changed by {line['leak']} afterwards"
     return f"{name}: error {line['error']} > {line['limit']} or correlation {line['correlation']}"
 
 
@@ -144,8 +149,10 @@ def _summary(result: Result) -> str:
     return "\n       ".join([text, *result["problems"]])
 
 
-def _run_matrix(args: argparse.Namespace) -> list[Result]:
+def _run_matrix(args: argparse.Namespace, document: dict[str, Any]) -> None:
+    """Run the cases; every result is written as soon as it is there."""
     results: list[Result] = []
+    document["cases"] = results
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = [
             pool.submit(_run_case, args, case) for case in applying(args.release_label, args.only)
@@ -153,15 +160,19 @@ def _run_matrix(args: argparse.Namespace) -> list[Result]:
         for future in as_completed(futures):
             results.append(future.result())
             print(_summary(results[-1]), flush=True)
-    return results
+            _write(args, document)
+
+
+def _write(args: argparse.Namespace, document: dict[str, Any]) -> None:
+    if args.out:
+        args.out.write_text(json.dumps(document, indent=1))
 
 
 def _run_extra(args: argparse.Namespace, module: str, limit_s: float) -> Result:
-    """`server` or `load_time`: each writes one JSON document with `as_expected`."""
+    """`server`, `load_time` or `align`: each writes one JSON document with `as_expected`."""
     log, out = _place(args, module, ".log"), _place(args, module, ".json")
     out.unlink(missing_ok=True)
     command = ["-m", f"tests.gpu.{module}", "--work", str(args.work), "--out", str(out)]
-    command += ["--release", args.release_label]
     ended = run(command, log, child_environment(args.stock), limit_s)
     document: Result = json.loads(out.read_text()) if out.exists() else {"as_expected": False}
     document |= {"name": module, "ended": ended}
@@ -184,19 +195,24 @@ def main() -> int:
     if args.prepare:
         return 0
     document: dict[str, Any] = {"release": args.release_label, "stock": args.stock}
-    document["cases"] = [] if args.no_matrix else _run_matrix(args)
+    if args.kernels:
+        document["kernels"] = args.kernels
+    document["cases"] = []
+    if not args.no_matrix:
+        _run_matrix(args, document)
     if args.http:
         document["http"] = _run_extra(args, "server", 420.0)
     if args.load:
         document["load"] = _run_extra(args, "load_time", 560.0)
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1))
+    if args.align:
+        document["align"] = _run_extra(args, "align", 120.0)
+    _write(args, document)
     wrong = [
         case["case"]
         for case in document["cases"]
         if not case["as_expected"] and not case["optional"]
     ]
-    extras = [document[key] for key in ("http", "load") if key in document]
+    extras = [document[key] for key in ("http", "load", "align") if key in document]
     return int(bool(wrong) or not all(extra["as_expected"] for extra in extras))
 
 

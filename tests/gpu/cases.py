@@ -46,7 +46,6 @@ class Case:
     engine: Mapping[str, Any] = field(default_factory=dict)
     refused: str = ""
     since: str = "0"
-    until: str = "99"  # the first release that it is not for
     # A model that stock vLLM may not be able to start: reported, not failed.
     optional: bool = False
     # Tokens to generate before the checks, without an adapter.
@@ -74,7 +73,7 @@ def _checks(form: str, *adapters: str, optional: bool = False) -> tuple[Check, .
 _E = ("e0", "e1", "e2")
 _BOTH = (*_checks("plain", *_E), *_checks("shards", *_E))
 _ROUND_ROBIN = {"expert_placement_strategy": "round_robin"}
-_FP8_SINCE = "0.24.0"
+_ONE_EXPERT = {"worker_extension_cls": "tests.gpu.one_expert.OneExpert"}
 _OTHER_EP_SIZE = Check("e1", "shards-ep4", log=r"lorashard: .*shards-ep4: cut for 4 ranks")
 _OTHER_PLACEMENT = Check("e0", "shards", log=r"lorashard: .*e0\.shards: cut for 2 ranks otherwise")
 
@@ -87,9 +86,8 @@ CASES: tuple[Case, ...] = (
         fp8=True,
         fully_sharded=True,
         graphs=True,
-        since=_FP8_SINCE,
     ),
-    Case("glm16-fp8-graphs", "glm16", _BOTH, fp8=True, graphs=True, since=_FP8_SINCE),
+    Case("glm16-fp8-graphs", "glm16", _BOTH, fp8=True, graphs=True),
     Case("glm16-graphs", "glm16", (*_BOTH, *_checks("shards", "fused0")), graphs=True),
     Case(
         "glm16g2-rr-fp8-fs-graphs",
@@ -99,7 +97,6 @@ CASES: tuple[Case, ...] = (
         fully_sharded=True,
         graphs=True,
         engine=_ROUND_ROBIN,
-        since=_FP8_SINCE,
     ),
     Case(
         "glm16-eplb",
@@ -145,15 +142,14 @@ CASES: tuple[Case, ...] = (
         _BOTH,
         fully_sharded=True,
     ),
-    Case("glm16-fp8", "glm16", _BOTH, fp8=True, since=_FP8_SINCE),
-    Case("glm15-fp8", "glm15", _BOTH, fp8=True, since=_FP8_SINCE),
+    Case("glm16-fp8", "glm16", _BOTH, fp8=True),
+    Case("glm15-fp8", "glm15", _BOTH, fp8=True),
     Case(
         "glm16g2-rr-fp8",
         "glm16g2",
         (*_checks("plain", *_E), *_checks("shards-rr", *_E)),
         fp8=True,
         engine=_ROUND_ROBIN,
-        since=_FP8_SINCE,
     ),
     Case(
         "glm16-swap",
@@ -186,6 +182,7 @@ CASES: tuple[Case, ...] = (
             Check("e1", "shards"),
         ),
         engine={"enable_mixed_moe_lora_format": True},
+        since="0.22.1",
     ),
     Case(
         "glm16-no-ep",
@@ -193,14 +190,30 @@ CASES: tuple[Case, ...] = (
         (*_checks("plain", *_E), *_checks("shards", *_E, optional=True)),
         ep=False,
     ),
-    # Releases that give the LoRA of FP8 experts quantised activations.
     Case(
-        "glm16-fp8-refused",
+        "glm16-no-ep-fp8",
         "glm16",
-        _checks("plain", *_E),
+        (*_checks("plain", *_E), *_checks("shards", *_E, optional=True)),
         fp8=True,
-        until=_FP8_SINCE,
-        refused="LORASHARD_RISK_LORA_ON_FP8_ACTIVATIONS",
+        ep=False,
+    ),
+    # One expert for two ranks: the second has none.
+    Case(
+        "qwen1",
+        "qwen1",
+        (*_checks("plain", "e0", "fused0"), *_checks("shards", "e0")),
+        engine=_ONE_EXPERT,
+        optional=True,
+    ),
+    Case(
+        "qwen1-fp8-fs-graphs",
+        "qwen1",
+        (*_checks("plain", "e0"), *_checks("shards", "e0", "e1")),
+        fp8=True,
+        fully_sharded=True,
+        graphs=True,
+        engine=_ONE_EXPERT,
+        optional=True,
     ),
     Case(
         "gpt_oss",
@@ -235,10 +248,7 @@ def applying(release: str, only: Sequence[str] = ()) -> list[Case]:
         raise SystemExit(f"unknown cases: {', '.join(sorted(unknown))}")
     key = release_key(release)
     return [
-        case
-        for case in CASES
-        if release_key(case.since) <= key < release_key(case.until)
-        and (not only or case.name in only)
+        case for case in CASES if release_key(case.since) <= key and (not only or case.name in only)
     ]
 
 

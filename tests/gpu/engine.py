@@ -25,6 +25,8 @@ from tests.gpu.cases import CASES, PLAIN, Case, Check, as_stock
 # with merged weights, is 0.022 to 0.041 from its float32 self for glm16's adapters. Half of the
 # experts wrong gives 0.137 and more.
 ERROR_FACTOR, ERROR_ROOM, MIN_CORRELATION = 1.35, 0.035, 0.9
+# The base model's answer to two tokens, before and after a request with an adapter.
+LEAK_ROOM = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,11 @@ def prompt_log_probs(prompts: Tensor, answers: list[list[Any]]) -> Tensor:
     return torch.tensor(rows)
 
 
+def as_input(prompts: Tensor) -> Any:
+    """What `LLM.generate` takes."""
+    return [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
+
+
 def adapter_path(work: Path, case: Case, check: Check) -> Path:
     """Where `__main__` keeps the adapter in this form."""
     suffix = "" if check.form == PLAIN else f".{check.form}"
@@ -103,11 +110,17 @@ def engine_arguments(work: Path, case: Case) -> dict[str, Any]:
 def run_checks(
     case: Case,
     expected: Expected,
-    ask: Callable[[Check | None, int], Tensor],
+    ask: Callable[[Check | None, int, Tensor], Tensor],
     report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Ask for the base model and every adapter, `case.rounds` times, and report each."""
-    base = ask(None, 0)
+    """Ask for the base model and every adapter, `case.rounds` times, and report each.
+
+    Two tokens of one request are a batch that vLLM's LoRA kernels assign otherwise without expert
+    parallelism; the base model is asked about them too, before any adapter and after each.
+    """
+    prompts, short = expected.prompts, expected.prompts[:1, :2]
+    base = ask(None, 0, prompts)
+    base_short = ask(None, 0, short)
     error = (base - expected.of("base")).abs().mean().item()
     report({"base": True, "error": round(error, 4)})
     for number in range(case.rounds):
@@ -120,13 +133,18 @@ def run_checks(
             }
             started = time.perf_counter()
             try:
-                line |= expected.judge(check.adapter, ask(check, place + 1), base)
+                line |= expected.judge(check.adapter, ask(check, place + 1, prompts), base)
+                ask(check, place + 1, short)
+                leak = (ask(None, 0, short) - base_short).abs().mean().item()
+                line |= {"leak": round(leak, 4), "right": line["right"] and leak < LEAK_ROOM}
             except Exception as err:  # noqa: BLE001 - whatever the engine raises is the result
                 line |= {"right": False, "failure": f"{type(err).__name__}: {err}"[:2000]}
             report(line | {"seconds": round(time.perf_counter() - started, 2)})
-    after = ask(None, 0)
+    after = ask(None, 0, prompts)
     drift = (after - base).abs().mean().item()
-    report({"base": True, "after": True, "error": round(drift, 4), "right": drift < ERROR_ROOM})
+    # FP8 without any adapter is not the same twice: up to 0.036 with stock vLLM's kernels.
+    room = max(ERROR_ROOM, (ERROR_FACTOR - 1) * error)
+    report({"base": True, "after": True, "error": round(drift, 4), "right": drift < room})
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -147,7 +165,6 @@ def _main() -> None:
     if args.stock:
         case = as_stock(case)
     expected = Expected.load(args.work, case)
-    prompts: Any = [{"prompt_token_ids": prompt.tolist()} for prompt in expected.prompts]
     ask_for = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
 
     def report(line: dict[str, Any]) -> None:
@@ -159,23 +176,24 @@ def _main() -> None:
     llm = LLM(**engine_arguments(args.work, case))
     report({"started": round(time.perf_counter() - started, 1)})
 
-    def ask(check: Check | None, adapter_id: int) -> Tensor:
+    def ask(check: Check | None, adapter_id: int, prompts: Tensor) -> Tensor:
         request = None
         if check is not None:
             path = adapter_path(args.work, case, check)
             name = f"{check.adapter}-{check.form}-{adapter_id}"
-            request = LoRARequest(name, adapter_id, str(path), is_3d_lora_weight=check.is_3d)
+            options = {"is_3d_lora_weight": True} if check.is_3d else {}
+            request = LoRARequest(name, adapter_id, str(path), **options)
             # Loading on its own first: an adapter that fails here fails alone, while one that
             # fails inside a step takes the engine with it.
             llm.llm_engine.add_lora(request)
-        outputs = llm.generate(prompts, ask_for, lora_request=request, use_tqdm=False)
-        return prompt_log_probs(expected.prompts, [output.prompt_logprobs for output in outputs])
+        outputs = llm.generate(as_input(prompts), ask_for, lora_request=request, use_tqdm=False)
+        return prompt_log_probs(prompts, [output.prompt_logprobs for output in outputs])
 
     if case.warmup_tokens:
         warm = SamplingParams(
             max_tokens=case.warmup_tokens, temperature=0, ignore_eos=True, detokenize=False
         )
-        llm.generate(prompts, warm, use_tqdm=False)
+        llm.generate(as_input(expected.prompts), warm, use_tqdm=False)
     run_checks(case, expected, ask, report)
     report({"finished": True})
 

@@ -1,6 +1,6 @@
 """Time loading, slot swaps and requests without LoRA: stock vLLM beside the plugin, on one host.
 
-    python -m tests.gpu.load_time --work DIR --release 0.33.0 --out FILE
+    python -m tests.gpu.load_time --work DIR --out FILE
 
 The model has GLM-4.5-Air's shapes with 8 MoE layers and dummy weights. Stock loads the plain
 adapters, the plugin the shard directories of the same adapters.
@@ -210,7 +210,6 @@ def _orchestrate(args: argparse.Namespace) -> None:
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.load_time")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--release")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--engine", choices=["stock", "plugin"])
     args = parser.parse_args()

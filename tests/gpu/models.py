@@ -9,6 +9,7 @@ OUT/<model>/reference.safetensors   log-probabilities: base, base_fp8, <adapter>
 """
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -66,6 +67,31 @@ def _glm4_moe(num_experts: int, num_groups: int = 1) -> Any:
             use_qk_norm=False,
             attention_bias=False,
             partial_rotary_factor=0.5,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def _qwen3_moe(num_experts: int) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            intermediate_size=1024,
+            moe_intermediate_size=INTERMEDIATE,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=64,
+            num_experts=num_experts,
+            num_experts_per_tok=min(4, num_experts),
+            norm_topk_prob=True,
+            max_position_embeddings=2048,
+            tie_word_embeddings=False,
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
@@ -132,6 +158,7 @@ MODELS: Mapping[str, TinyModel] = {
     ),
     "glm15": TinyModel(lambda: _glm4_moe(15), (*_PER_EXPERT, "half", "fused0")),
     "glm16g2": TinyModel(lambda: _glm4_moe(16, num_groups=2), (*_PER_EXPERT, "half", "fused0")),
+    "qwen1": TinyModel(lambda: _qwen3_moe(1), ("e0", "e1", "fused0"), optional=True),
     "gpt_oss": TinyModel(_gpt_oss, ("fused0", "fused1"), fp8=False, transposed=True),
     "nemotron_h": TinyModel(_nemotron_h, ("e0", "e1", "fused0"), fp8=False, optional=True),
 }
@@ -149,6 +176,13 @@ def _randomise(model: Any) -> None:
             torch.nn.init.normal_(buffer, std=0.01)
 
 
+def _name_experts_as_transformers_4(config: Path) -> None:
+    """What vLLM up to 0.18 reads the file with calls Qwen3-MoE's count `num_experts`."""
+    values = json.loads(config.read_text())
+    if values["model_type"] == "qwen3_moe":
+        config.write_text(json.dumps(values | {"num_experts": values["num_local_experts"]}))
+
+
 @torch.no_grad()
 def build(name: str, out: Path) -> None:
     """Make one model with all that belongs to it."""
@@ -159,6 +193,7 @@ def build(name: str, out: Path) -> None:
     model = recipe.make().eval()
     _randomise(model)
     model.to(torch.bfloat16).save_pretrained(directory / "model")
+    _name_experts_as_transformers_4(directory / "model" / "config.json")
     save_tokenizer(directory / "model")
     reference = Reference(model.to(torch.float32), transposed=recipe.transposed)
     adapters = {adapter: RECIPES[adapter](reference.views) for adapter in recipe.adapters}

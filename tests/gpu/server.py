@@ -1,6 +1,6 @@
 """A real `vllm serve` with four adapters, spoken to over HTTP; then damaged shard directories.
 
-python -m tests.gpu.server --work DIR --release 0.33.0 --out FILE
+python -m tests.gpu.server --work DIR --out FILE
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.gpu.cases import CASES, release_key
+from tests.gpu.cases import CASES
 from tests.gpu.engine import Expected
 from tests.gpu.processes import child_environment, end, start
 
@@ -229,19 +229,17 @@ def run_session(
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.server")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--release", required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    fp8 = release_key(args.release) >= release_key("0.24.0")
-    case = next(c for c in CASES if c.name == ("glm16-fp8" if fp8 else "glm16"))
+    case = next(c for c in CASES if c.name == "glm16-fp8")
     directory = args.work / "models" / "glm16"
 
     def shards(adapter: str) -> Path:
         return Path(directory / f"{adapter}.shards")
 
     log = args.out.with_name("vllm-serve.log")
-    server = Server(directory / ("model_fp8" if fp8 else "model"), shards, log)
-    document: dict[str, Any] = {"fp8": fp8, "checks": []}
+    server = Server(directory / "model_fp8", shards, log)
+    document: dict[str, Any] = {"checks": []}
     try:
         document["started"] = round(server.wait(), 1)
         document["checks"] = run_session(

@@ -1,18 +1,17 @@
 """vLLM's own LoRA manager on the CPU, around MoE layers that hold no weights.
 
 Imported inside a process that has one release's vllm on its path (tests/vllm_release.py), never
-by pytest itself. For releases 0.22.1 to 0.33.0, and 0.20.2 with one ep rank, as stock refuses
-more. What a release lacks or names otherwise is asked of it, not of its version.
+by pytest itself. For releases 0.16.0 to 0.33.0; up to 0.20.2 stock refuses to wrap the layers of
+more than one ep rank. What a release lacks or names otherwise is asked of it, not of its version.
 
 Real: the manager's __init__, `create_lora_manager`, `_create_lora_modules`, `add_adapter` and all
 below it; `FusedMoEWithLoRA` and `FusedMoE3DWithLoRA` from __init__ on; attention's linear layers
-and their LoRA classes; `FusedMoEConfig`, `ExpertMapManager`, `FusedMoEKernel`, `TritonExperts`.
-Stand-ins are marked below: the platform, vllm_config, the model and the MoE layer's own __init__.
+and their LoRA classes. Stand-ins are marked below: the platform, vllm_config and the model; and
+the MoE layer, in moe_stand_in.py.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,7 +33,6 @@ _PLATFORM.get_punica_wrapper = classmethod(
 _PLATFORM.is_pin_memory_available = classmethod(lambda cls: False)
 
 import vllm.lora.layers.fused_moe as lora_moe  # noqa: E402
-import vllm.lora.utils as lora_utils  # noqa: E402
 from transformers import PretrainedConfig  # noqa: E402
 from vllm.config import CompilationConfig, set_current_vllm_config  # noqa: E402
 from vllm.config.lora import LoRAConfig  # noqa: E402
@@ -43,24 +41,24 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager  # noqa: E402
 from vllm.model_executor import parameter  # noqa: E402
 from vllm.model_executor.layers import linear  # noqa: E402
-from vllm.model_executor.layers.fused_moe import config as moe_configs  # noqa: E402
-from vllm.model_executor.layers.fused_moe import layer as moe_layer  # noqa: E402
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation  # noqa: E402
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (  # noqa: E402
-    FusedMoEMethodBase,
-)
-from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel  # noqa: E402
-from vllm.model_executor.layers.fused_moe.prepare_finalize import (  # noqa: E402
-    MoEPrepareAndFinalizeNoDPEPModular,
-)
 from vllm.model_executor.models.interfaces import SupportsLoRA  # noqa: E402
 from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
 from vllm.utils import platform_utils  # noqa: E402
 
-try:
-    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-except ImportError:  # 0.20
-    from vllm.model_executor.layers.fused_moe.fused_moe import TritonExperts
+from tests.vllm_plugin.moe_stand_in import (  # noqa: E402
+    HAS_RUNNER,
+    ROUTED_EXPERTS_KNOW_THE_MAPPING,
+    MoEShape,
+    Strategy,
+    TritonExperts,
+    expert_params_mapping,
+    moe_stand_in,
+)
+
+__all__ = [
+    "FusedMoE3DWithLoRA", "FusedMoEWithLoRA", "TritonExperts",
+    "buffers", "deltas", "global_experts", "layers", "make_engine", "request", "slot_of",
+]  # fmt: skip
 
 # What vllm asked the platform before that, and handed on by name.
 platform_utils.is_pin_memory_available.cache_clear()
@@ -68,13 +66,8 @@ for _name, _module in list(sys.modules.items()):
     if _name.startswith("vllm.") and hasattr(_module, "PIN_MEMORY"):
         _module.PIN_MEMORY = False
 
-# What the LoRA manager wraps: MoERunner holds RoutedExperts (>= 0.24), FusedMoE is both (0.22).
-HAS_RUNNER = hasattr(lora_utils, "MoERunner")
-MOE_CLASS = lora_utils.MoERunner if HAS_RUNNER else lora_utils.FusedMoE
-
 Pair = tuple[Tensor, Tensor]  # lora_A, lora_B
 Wrapper = Literal["2d", "3d"]
-Strategy = Literal["linear", "round_robin"]
 
 
 def make_engine(
@@ -101,31 +94,37 @@ def make_engine(
     attention_tp_size: int = 1,
     target_modules: list[str] | None = None,
     parallel: Mapping[str, Any] | None = None,
+    own_kernel: bool = True,
 ) -> LRUCacheWorkerLoRAManager:
     """A worker's LoRA manager whose `create_lora_manager` has run, on ep rank `ep_rank`.
 
     wrapper: "3d" makes a model with is_3d_moe_weight; it still gets the 2D layers with
     `mixed_format` or `shared_loras`. module_names: the MoE modules as vLLM names them; layers are
     placed beside them. mapper: the model's hf_to_vllm_mapper, or its fields. attention_tp_size:
-    1, or ep_size as in a real engine (then attention's buffers hold one rank's part). parallel:
+    1, or ep_size as in a real engine (then attention's buffers hold one rank's part). With ep_size
+    1 it is tensor parallelism alone: of the experts, too, and ep_rank is the rank in it. parallel:
     fields of vllm_config.parallel_config to add or change (data_parallel_size, enable_eplb).
-    Raises ValueError where the release has no such LoRA option.
+    own_kernel: the quant method has its own kernel, as FP8's; False: LoRA has to make one of what
+    the quant method selects, as for unquantized experts up to 0.19.
+    Raises ValueError where the release has no such LoRA option, or no such quant methods.
     """
     flags = {
         "fully_sharded_loras": fully_sharded,
         "enable_mixed_moe_lora_format": mixed_format,
         "enable_moe_shared_loras": shared_loras,
     }
-    lacking = [name for name, on in flags.items() if on and name not in _names(LoRAConfig)]
+    options: dict[str, Any] = {name: True for name, on in flags.items() if on}
+    if target_modules is not None:
+        options["target_modules"] = target_modules
+    lacking = options.keys() - {field.name for field in fields(LoRAConfig)}
     if lacking:
-        raise ValueError(f"this vLLM has no LoRAConfig.{lacking[0]}")
+        raise ValueError(f"this vLLM has no LoRAConfig.{min(lacking)}")
     lora_config = LoRAConfig(
         max_lora_rank=max_lora_rank,
         max_loras=max_loras,
         max_cpu_loras=max_cpu_loras,
         lora_dtype=lora_dtype,
-        target_modules=target_modules,
-        **{name: True for name, on in flags.items() if on},
+        **options,
     )
     hf_config = PretrainedConfig(
         architectures=[architecture],
@@ -138,7 +137,7 @@ def make_engine(
         **{
             "enable_expert_parallel": ep_size > 1,
             "enable_eplb": False,
-            "tensor_parallel_size": ep_size,
+            "tensor_parallel_size": max(ep_size, attention_tp_size),
             "pipeline_parallel_size": 1,
             "prefill_context_parallel_size": 1,
             "data_parallel_size": 1,
@@ -166,14 +165,23 @@ def make_engine(
             get_vocab_size=lambda: 64,
         ),
     )
-    moe_config = _moe_config(
-        gated, num_experts, ep_size, ep_rank, hidden_size, intermediate_size, parallel_config
+    tp_rank = ep_rank % attention_tp_size
+    shape = MoEShape(
+        gated=gated,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        ep_size=ep_size,
+        ep_rank=ep_rank % ep_size,
+        strategy=strategy,
+        tp_size=attention_tp_size if ep_size == 1 else 1,
+        tp_rank=tp_rank if ep_size == 1 else 0,
     )
     with set_current_vllm_config(vllm_config):
         model = _model(architecture, wrapper, gated, num_experts, hf_config, mapper)
-        with _tensor_parallel(attention_tp_size, ep_rank % attention_tp_size):
+        with _tensor_parallel(attention_tp_size, tp_rank):
             for name in module_names:
-                _put(model, name, _moe_stand_in(moe_config, strategy, name))
+                _put(model, name, moe_stand_in(name, shape, parallel_config, own_kernel))
                 if attention:
                     _put_attention(model, name.rpartition(".")[0].rpartition(".")[0], hidden_size)
             engine = LRUCacheWorkerLoRAManager(vllm_config, torch.device("cpu"), {})
@@ -278,142 +286,6 @@ def _expert_stacks(layer: Any) -> dict[str, Pair]:
     return dict(zip(names, w13, strict=True)) | {"down_proj": w2}
 
 
-def _moe_config(
-    gated: bool,
-    num_experts: int,
-    ep_size: int,
-    ep_rank: int,
-    hidden_size: int,
-    intermediate_size: int,
-    parallel_config: Any,
-) -> Any:
-    """The real FusedMoEConfig that a TP + EP engine gives its MoE layers."""
-    parallel = _build(
-        moe_configs.FusedMoEParallelConfig,
-        {
-            "tp_size": 1,  # expert parallelism takes the tensor-parallel ranks
-            "tp_rank": 0,
-            "pcp_size": 1,
-            "pcp_rank": 0,
-            "dp_size": parallel_config.data_parallel_size,
-            "dp_rank": parallel_config.data_parallel_rank,
-            "ep_size": ep_size,
-            "ep_rank": ep_rank,
-            "sp_size": 1,
-            "use_ep": ep_size > 1,
-            "all2all_backend": parallel_config.all2all_backend,
-            "enable_eplb": parallel_config.enable_eplb,
-        },
-    )
-    routing = moe_configs.RoutingMethodType
-    values = {
-        "num_experts": num_experts,
-        "experts_per_token": min(2, num_experts),
-        "hidden_dim": hidden_size,
-        "intermediate_size": intermediate_size,
-        "intermediate_size_per_partition": intermediate_size,
-        "num_local_experts": num_experts // ep_size + (ep_rank < num_experts % ep_size),
-        "num_logical_experts": num_experts,
-        "activation": MoEActivation.SILU if gated else MoEActivation.RELU2_NO_MUL,
-        "device": "cpu",
-        "routing_method": routing.Renormalize,
-        "moe_parallel_config": parallel,
-        "in_dtype": torch.bfloat16,
-        "is_lora_enabled": True,
-    }
-    if "is_act_and_mul" in _names(moe_configs.FusedMoEConfig):  # a property later
-        values["is_act_and_mul"] = gated
-    # Stand-in: FusedMoEConfig refuses experts without a gate on other platforms than CUDA.
-    with mock.patch.object(_PLATFORM, "is_cuda_alike", return_value=True):
-        return _build(moe_configs.FusedMoEConfig, values)
-
-
-class _QuantMethod(FusedMoEMethodBase):
-    """Stand-in for UnquantizedFusedMoEMethod, which picks its kernel by the device."""
-
-    def __init__(self, moe_config: Any) -> None:
-        super().__init__(moe_config)
-        self.moe_quant_config = moe_configs.FUSED_MOE_UNQUANTIZED_CONFIG
-        # Real kernel classes, as TP + EP with data_parallel_size 1 uses them; never run here.
-        self.moe_kernel = FusedMoEKernel(
-            MoEPrepareAndFinalizeNoDPEPModular(), TritonExperts(moe_config, self.moe_quant_config)
-        )
-
-    def create_weights(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def get_fused_moe_quant_config(self, layer: nn.Module) -> Any:
-        return self.moe_quant_config
-
-    def apply(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise NotImplementedError
-
-
-def _moe_stand_in(moe_config: Any, strategy: Strategy, name: str) -> nn.Module:
-    """vLLM's MoE layer class without its __init__ (router, weights, process groups).
-
-    It has the attributes that LoRA reads; methods and properties are the class's own.
-    """
-    layer = _bare(MOE_CLASS)
-    holder = layer
-    if HAS_RUNNER:
-        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-
-        holder = _bare(RoutedExperts)
-        layer.routed_experts = holder
-        layer._shared_experts = None
-        layer.moe_config = moe_config
-        layer.layer_name = name
-    else:
-        layer.runner = SimpleNamespace(_replace_quant_method=lambda method: None)
-    if hasattr(MOE_CLASS, "update_expert_map_info") or HAS_RUNNER:
-        holder.expert_map_manager = _expert_map_manager(moe_config, strategy)
-        holder.update_expert_map_info()  # real: local_num_experts and the `_expert_map` buffer
-    else:  # 0.20, where __init__ does it
-        parallel = moe_config.moe_parallel_config
-        holder.local_num_experts, expert_map, _ = moe_layer.determine_expert_map(
-            parallel.ep_size, parallel.ep_rank, moe_config.num_experts, strategy
-        )
-        holder.register_buffer("_expert_map", expert_map)
-    assert holder.local_num_experts == moe_config.num_local_experts
-    holder.w13_weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    holder.w2_weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    for key, value in {
-        "layer_name": name,
-        "moe_config": moe_config,
-        "moe_parallel_config": moe_config.moe_parallel_config,
-        "quant_method": _QuantMethod(moe_config),
-        "top_k": moe_config.experts_per_token,
-        "global_num_experts": moe_config.num_experts,
-        "logical_num_experts": moe_config.num_logical_experts,
-        "hidden_size": moe_config.hidden_dim,
-        "intermediate_size_per_partition": moe_config.intermediate_size_per_partition,
-        "ckpt_gate_proj_name": "gate_proj" if moe_config.is_act_and_mul else "up_proj",
-        "ckpt_down_proj_name": "down_proj",
-        "ckpt_up_proj_name": "up_proj" if moe_config.is_act_and_mul else _no_projection(),
-        "lora_base_layer_prefix": "",
-    }.items():
-        if not isinstance(getattr(type(holder), key, None), property):
-            setattr(holder, key, value)
-    return layer
-
-
-def _expert_map_manager(moe_config: Any, strategy: Strategy) -> Any:
-    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
-
-    return ExpertMapManager(
-        max_num_batched_tokens=64,
-        top_k=moe_config.experts_per_token,
-        global_num_experts=moe_config.num_experts,
-        num_redundant_experts=0,
-        # vLLM keeps round_robin only for models with expert groups, and falls back to linear.
-        num_expert_group=2 if strategy == "round_robin" else None,
-        moe_parallel_config=moe_config.moe_parallel_config,
-        placement_strategy=strategy,
-        enable_eplb=moe_config.moe_parallel_config.enable_eplb,
-    )
-
-
 def _model(
     architecture: str,
     wrapper: Wrapper,
@@ -433,35 +305,15 @@ def _model(
     if mapper is not None:
         given = mapper if isinstance(mapper, WeightsMapper) else WeightsMapper(**mapper)
         members["hf_to_vllm_mapper"] = given
-    if not _routed_experts_know_the_mapping():
+    if not ROUTED_EXPERTS_KNOW_THE_MAPPING:
 
         def get_expert_mapping(self: nn.Module) -> list[tuple[str, str, int, str]]:
-            return moe_layer.fused_moe_make_expert_params_mapping(
-                self,
-                ckpt_gate_proj_name="gate_proj" if gated else "up_proj",
-                ckpt_down_proj_name="down_proj",
-                ckpt_up_proj_name="up_proj" if gated else _no_projection(),
-                num_experts=num_experts,
-            )
+            return expert_params_mapping(self, gated, num_experts)
 
         members["get_expert_mapping"] = get_expert_mapping
     model = type(architecture, (nn.Module, SupportsLoRA), members)()
     model.config = hf_config
     return model
-
-
-def _no_projection() -> str | None:
-    """How this release's models say that their experts have no w3: None later, "" before."""
-    mapping = inspect.signature(moe_layer.fused_moe_make_expert_params_mapping)
-    return "" if mapping.parameters["ckpt_up_proj_name"].annotation is str else None
-
-
-def _routed_experts_know_the_mapping() -> bool:
-    if not HAS_RUNNER:
-        return False
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-
-    return hasattr(RoutedExperts, "get_expert_mapping")
 
 
 def _put_attention(model: nn.Module, block: str, hidden_size: int) -> None:
@@ -499,18 +351,3 @@ def _tensor_parallel(tp_size: int, tp_rank: int) -> Iterator[None]:
                     )
                 )
         yield
-
-
-def _bare(cls: type[nn.Module]) -> Any:
-    instance = nn.Module.__new__(cls)
-    nn.Module.__init__(instance)
-    return instance
-
-
-def _build(cls: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass from those of `values` that this release has."""
-    return cls(**{key: value for key, value in values.items() if key in _names(cls)})
-
-
-def _names(cls: type) -> set[str]:
-    return {field.name for field in fields(cls)}

@@ -34,7 +34,10 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         {"experts_class": "TritonWNA16Experts", "reads_lora": False},
         "TritonWNA16Experts",
     ),
-    "LORASHARD_RISK_LORA_ON_FP8_ACTIVATIONS": ({"lora_sees_fp8": True}, "FP8"),
+    "LORASHARD_RISK_WEIGHTS_OF_ANOTHER_KERNEL": (
+        {"rearranged_for": "FlashInfer CUTLASS"},
+        "FlashInfer CUTLASS",
+    ),
     "LORASHARD_RISK_STALE_ROWS_OF_REMOTE_EXPERTS": (
         {"experts_class": "UnfusedOAITritonExperts", "leaves_rows": True},
         "UnfusedOAITritonExperts",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+from tests.vllm_release import PLUGIN_RELEASES, record, run_in_release
 
 pytestmark = pytest.mark.parametrize("release", PLUGIN_RELEASES)
 
@@ -29,15 +29,19 @@ answer(loading.run_all())
 def findings(release: str) -> dict[str, Any]:
     """What loading.py finds in a release: one process, because importing vLLM takes seconds."""
     found: dict[str, Any] = run_in_release(release, SCRIPT, timeout_s=900)
+    record(release, "loading", found)
     return found
 
 
 def test_every_layout_on_every_rank(release: str) -> None:
-    assert findings(release)["all_layouts"] == {
-        "2d": ["1476 checked"],
-        "3d uneven": ["1476 checked"],
-        "2d non-gated uneven": ["410 checked"],
+    found = findings(release)["all_layouts"]
+    assert {name: kind["wrong"] for name, kind in found.items()} == {name: [] for name in found}
+    assert {name: kind["checked"] for name, kind in found.items()} == {
+        "2d": 1476,
+        "3d uneven": 1476,
+        "2d non-gated uneven": 410,
     }
+    assert max(kind["largest_difference"] for kind in found.values()) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -82,8 +86,10 @@ ENGINE_REFUSALS = {
 
 def test_what_would_be_silently_wrong_is_refused_at_start(release: str) -> None:
     found = findings(release)["engine_refusals"]
-    assert set(found) == set(ENGINE_REFUSALS)
-    for name, variable in ENGINE_REFUSALS.items():
-        refused, overridden = found[name]
-        assert variable in refused, name
-        assert overridden == "started", name
+    assert set(ENGINE_REFUSALS) - set(found) <= {"experts without lora"}  # a fault since 0.20 only
+    for name, (refused, overridden) in found.items():
+        assert ENGINE_REFUSALS[name] in refused, name
+        # Up to 0.20.2 vLLM itself has no kernel for data-parallel dispatch with LoRA.
+        assert overridden == "started" or (
+            name == "data parallel" and "EP support" in overridden
+        ), name

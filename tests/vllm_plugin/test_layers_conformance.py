@@ -1,0 +1,63 @@
+"""MoE layers with LoRA inside real vLLM releases, on the CPU: kernels, warm-up, what LoRA reads.
+
+The releases are those of test_loading_conformance.py; see layers.py for the checks.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from lorashard.vllm_plugin.patches import PATCHES
+from tests.tiny import REPO
+from tests.vllm_release import PLUGIN_RELEASES, record, run_in_release
+
+pytestmark = pytest.mark.parametrize("release", PLUGIN_RELEASES)
+
+SCRIPT = f"""
+import sys; sys.path.insert(0, {str(REPO)!r})
+from tests.vllm_plugin import layers
+answer(layers.run_all())
+"""
+
+
+@cache
+def findings(release: str) -> dict[str, Any]:
+    """What layers.py finds in a release."""
+    found: dict[str, Any] = run_in_release(release, SCRIPT, timeout_s=600)
+    record(release, "layers", found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "selects_its_kernel",
+        "cuts_for_tensor_parallelism",
+        "warms_up",
+        "loads_on_ranks_without_experts",
+        "refuses_data_parallel_dispatch",
+        "rearranged_weights",
+        "lora_reads_what_the_layer_was_given",
+        "asks_the_op_for_global_experts",
+        "adds_nothing_where_there_is_nothing",
+    ],
+)
+def test_nothing_is_wrong(release: str, check: str) -> None:
+    assert findings(release)[check] == []
+
+
+def number(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
+
+
+def test_a_patch_is_applied_in_the_releases_that_its_record_names(release: str) -> None:
+    expected = {
+        patch.target: number(patch.since) <= number(release) <= number(patch.until or release)
+        for patch in PATCHES
+    }
+    states = findings(release)["patch_states"]
+    assert {target: state == "applied" for target, state in states.items()} == expected
+    assert set(states.values()) <= {"applied", "not needed", "no such module"}
