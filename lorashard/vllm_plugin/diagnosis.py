@@ -243,8 +243,11 @@ def _known_once_loaded(release: Release | None) -> Iterator[str]:
         "Which class computes the experts (quantization and --moe-backend decide), and whether it "
         "applies LoRA. If not, the start is refused."
     )
-    if release is None or release < (0, 24, 0):
-        yield "Whether the experts are FP8. Before vLLM 0.24.0 that is refused."
+    if release is None or release < (0, 20, 0):
+        yield (
+            "Up to vLLM 0.19.1, whether unquantised experts were laid out for FlashInfer. "
+            "That is refused."
+        )
     if release is None or release < (0, 25, 1):
         yield "Whether gpt-oss runs in the unfused Triton experts. Before 0.25.1 that is refused."
     yield "Whether vLLM's LoRA manager does what the plugin relies on; that is tried out at start."

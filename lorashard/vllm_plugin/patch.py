@@ -100,7 +100,7 @@ def _applied(patch: Patch, owner: Any, method: Any) -> Outcome:
         return Outcome(patch, "broken", f"{patch.method} is a {type(method).__name__}")
     try:
         if not patch.needed(owner):
-            return Outcome(patch, "not needed", "this release does it itself")
+            return Outcome(patch, "not needed", "this release has no need of it")
     except OSError as err:  # `needed` reads source
         return Outcome(patch, "broken", f"what it does cannot be read: {err}")
     found = tuple(inspect.signature(method).parameters)

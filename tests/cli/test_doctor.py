@@ -137,7 +137,7 @@ def test_eplb_on_one_rank_is_what_vllm_refuses() -> None:
 
 
 def test_what_a_loaded_model_decides_is_said_with_expert_parallel_only() -> None:
-    assert any("FP8" in fact for fact in examine("-tp", 2, EP)["known_once_loaded"])
+    assert any("FlashInfer" in fact for fact in examine("-tp", 2, EP)["known_once_loaded"])
     assert examine("-tp", 2)["known_once_loaded"] == []
 
 
@@ -313,4 +313,4 @@ def test_all_patches_apply_to_the_last_known_release(shards: Path, python_path: 
     ]
     assert {patch["state"] for patch in found["patches"]} == {"applied", "not needed"}
     assert found["problems"] == []
-    assert not any("FP8" in fact for fact in found["known_once_loaded"])
+    assert not any("FlashInfer" in fact for fact in found["known_once_loaded"])
