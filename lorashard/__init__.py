@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lorashard.options import LayoutOptions
     from lorashard.pipeline import SplitRequest, split_adapter
     from lorashard.placement import Placement
+    from lorashard.pull import pull_shards
+    from lorashard.reshard import reshard_shards
     from lorashard.shard import ShardDirectory, TensorFile, open_shards
     from lorashard.verify import verify_shards
 
@@ -32,6 +34,8 @@ _HOMES = {
     "TensorFile": "shard",
     "merge_shards": "merge",
     "open_shards": "shard",
+    "pull_shards": "pull",
+    "reshard_shards": "reshard",
     "split_adapter": "pipeline",
     "verify_shards": "verify",
 }
@@ -46,6 +50,8 @@ __all__ = [
     "__version__",
     "merge_shards",
     "open_shards",
+    "pull_shards",
+    "reshard_shards",
     "split_adapter",
     "verify_shards",
 ]

@@ -53,16 +53,32 @@ def execute_plan(
     source_header: the source's bytes up to its data, read already.
     progress: called with the number of source bytes done since the last call.
     """
+    digest = blake3(source_header)
+    files = write_files(plan, source, directory, progress, digest.update)
+    return Digests(digest.hexdigest(), files)
+
+
+def write_files(
+    plan: ShardPlan,
+    source: ByteSource,
+    directory: Path,
+    progress: Progress,
+    seen: Callable[[memoryview], object] = lambda _: None,
+) -> tuple[str, ...]:
+    """The same for a source whose digest is not wanted; returns those of the files.
+
+    seen: called with each piece of the source, in order, while it is in the processor's cache.
+    """
     with ExitStack() as stack:
         fds = [stack.enter_context(_created(directory / file.name)) for file in plan.files]
         for fd, file in zip(fds, plan.files):
             reserve(fd, file.size_bytes)  # what nothing is written to reads as zeros
             write_all(fd, memoryview(file.header), 0)
         behind = stack.enter_context(TrailingDigests(fds, plan))
-        source_digest = _copy_blocks(plan, source, source_header, fds, behind, progress)
+        _copy_blocks(plan, source, fds, behind, progress, seen)
         files = behind.finish()
         sync_all(fds)
-    return Digests(source_digest, files)
+    return files
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -90,12 +106,11 @@ def _created(path: Path) -> Iterator[int]:
 def _copy_blocks(
     plan: ShardPlan,
     source: ByteSource,
-    source_header: bytes,
     fds: Sequence[int],
     behind: TrailingDigests,
     progress: Progress,
-) -> str:
-    digest = blake3(source_header)
+    seen: Callable[[memoryview], object],
+) -> None:
     buffers = BufferPool(_BUFFERS, BLOCK_BYTES)
     done = _InOrder(behind.advance)
     scratch = threading.local()
@@ -107,15 +122,14 @@ def _copy_blocks(
             for step in range(0, len(data), _READ_STEP):
                 piece = data[step : step + _READ_STEP]
                 source.read_into(piece, block.begin + step)
-                digest.update(piece)  # while it is in the processor's cache
+                seen(piece)
             future = pool.submit(_write_block, block, data, fds, scratch)
-            # Only now may the buffer go back: the digest has read it too.
+            # Only now may the buffer go back: `seen` is done with it too.
             future.add_done_callback(_release(number, block.end, buffer, buffers, done))
             progress(block.end - block.begin)
             futures = _drop_finished([*futures, future])
         for future in futures:
             future.result()
-    return digest.hexdigest()
 
 
 def _release(

@@ -24,7 +24,8 @@ from lorashard.writeback import exchange
 
 _STAGING_INSIDE = ".lorashard-partial"
 _MOVING = ".moving"  # stands in it while files are moved, and lists them
-_IGNORED_IN_MOUNTS = frozenset({"lost+found", _STAGING_INSIDE})
+WORK_INSIDE = ".lorashard-pull"  # pull.py's, where it keeps what an interrupted one has fetched
+_IGNORED_IN_MOUNTS = frozenset({"lost+found", _STAGING_INSIDE, WORK_INSIDE})
 
 # Says of a directory, given the names in it, whether it may be replaced.
 Replaceable = Callable[[Path, frozenset[str]], bool]

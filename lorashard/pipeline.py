@@ -6,7 +6,7 @@ The page to read first. Nothing is decided here; every stage is one call.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from lorashard.placement import (
 )
 from lorashard.plan import ShardPlan, build_plan
 from lorashard.read import AdapterSource, find_adapter, read_adapter, read_json, read_model_facts
-from lorashard.sources import LocalFile
+from lorashard.remote import Place, RemoteFolder, locate
 
 Strategy = Literal["linear", "round_robin"]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -53,14 +53,14 @@ class SplitRequest:
     """What the user asks for. `options` are the flags that decide between layouts.
 
     expert_map: a JSON file with an explicit placement; it wins over `strategy`.
-    model: a base model's directory or config.json, to check against.
+    model: a base model's directory or config.json, or its id on the Hub, to check against.
     dtype: torch name to cast every float tensor to, or None.
     """
 
     ep_size: int
     strategy: Strategy = "linear"
     expert_map: Path | None = None
-    model: Path | None = None
+    model: str | os.PathLike[str] | None = None
     dtype: str | None = None
     options: LayoutOptions = field(default_factory=LayoutOptions)
     allow_pickle: bool = False
@@ -88,21 +88,22 @@ def split_adapter(
 ) -> Manifest:
     """Write the shard directory `out`. It appears whole or not at all.
 
+    adapter: a directory, or hf://owner/name[@revision] or another URL, which is streamed.
     progress: called with source bytes done since the last call.
     Raises AdapterError, PlacementError or ShardError.
     """
     target = Path(out)
     check_target(target, force=force, replaceable=is_shard_directory)
-    with prepared_split(Path(adapter), request) as prepared:
+    with prepared_split(locate(adapter), request) as prepared:
         return write_shards(prepared, target, request, force=force, progress=progress)
 
 
 @contextmanager
-def prepared_split(adapter: Path, request: SplitRequest) -> Iterator[PreparedSplit]:
+def prepared_split(adapter: Place, request: SplitRequest) -> Iterator[PreparedSplit]:
     """Read headers and decide everything. The source stays readable inside the block."""
     with opened_adapter(adapter, allow_pickle=request.allow_pickle) as source:
         facts, options, layout = read_layout(source, adapter, request)
-        placement = _placement(request, layout)
+        placement = place_experts(layout, request.ep_size, request.strategy, request.expert_map)
         if request.dtype not in (None, *DTYPES):
             raise AdapterError(f"dtype {request.dtype!r} is not one of {', '.join(DTYPES)}.")
         dtype = DTYPES[request.dtype] if request.dtype else None
@@ -113,17 +114,20 @@ def prepared_split(adapter: Path, request: SplitRequest) -> Iterator[PreparedSpl
 
 
 def read_layout(
-    source: AdapterSource, adapter: Path, request: SplitRequest
+    source: AdapterSource, adapter: Place, request: SplitRequest
 ) -> tuple[ModelFacts | None, LayoutOptions, AdapterLayout]:
     """What the model says, the options that follow, and the layout that they lead to."""
-    facts = read_model_facts(request.model) if request.model else None
+    facts = read_model_facts(locate(request.model)) if request.model else None
     options = merge_facts(request.options, facts)
     return facts, options, detect_layout(source.index, options, str(adapter))
 
 
 @contextmanager
-def opened_adapter(adapter: Path, *, allow_pickle: bool) -> Iterator[AdapterSource]:
-    """Read an adapter's headers; a pickled one is converted into a temporary file first."""
+def opened_adapter(adapter: Place, *, allow_pickle: bool) -> Iterator[AdapterSource]:
+    """Read an adapter's headers; a local pickle is converted into a temporary file first."""
+    if isinstance(adapter, RemoteFolder):
+        yield read_adapter(adapter)
+        return
     directory = find_adapter(adapter)
     if (
         allow_pickle
@@ -144,19 +148,21 @@ def write_shards(
     with staged_directory(
         out, last=MANIFEST_NAME, force=force, replaceable=is_shard_directory
     ) as staging:
-        weights = LocalFile(source.weights_path)
-        try:
+        with source.opened() as weights:
             digests = execute_plan(prepared.plan, weights, source.header, staging, progress)
-        finally:
-            weights.close()
         manifest = _manifest(prepared, request, digests)
         write_synced(staging / CONFIG_NAME, source.config_bytes)
         write_synced(staging / MANIFEST_NAME, format_manifest(manifest))
     return manifest
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Place) -> Manifest:
     """The manifest of a shard directory. Raises ManifestError if it has none, or a damaged one."""
+    if isinstance(directory, RemoteFolder):
+        file = directory.file(MANIFEST_NAME)
+        if file is None:
+            raise ManifestError(f"{directory}/{MANIFEST_NAME}", "not a finished shard directory")
+        return parse_manifest(file.read(0, file.size_bytes), file.name)
     path = directory / MANIFEST_NAME
     try:
         raw = path.read_bytes()
@@ -164,6 +170,13 @@ def read_manifest(directory: Path) -> Manifest:
         reason = "not a finished shard directory" if directory.is_dir() else "no such directory"
         raise ManifestError(path, reason) from err
     return parse_manifest(raw, str(path))
+
+
+def has_manifest(place: Place) -> bool:
+    """Whether a place is a shard directory rather than an adapter."""
+    if isinstance(place, RemoteFolder):
+        return place.file(MANIFEST_NAME) is not None
+    return (place / MANIFEST_NAME).exists()
 
 
 def is_shard_directory(path: Path, names: frozenset[str]) -> bool:
@@ -200,15 +213,18 @@ def merge_facts(options: LayoutOptions, facts: ModelFacts | None) -> LayoutOptio
     )
 
 
-def _placement(request: SplitRequest, layout: AdapterLayout) -> Placement:
-    num_experts, ep_size = layout.num_experts, request.ep_size
-    if request.strategy not in ("linear", "round_robin"):
-        raise PlacementError(f"Placement strategy {request.strategy!r} is not known.")
-    if request.expert_map is not None:
-        spec = read_json(request.expert_map)
+def place_experts(
+    layout: AdapterLayout, ep_size: int, strategy: Strategy, expert_map: Path | None
+) -> Placement:
+    """The placement that is asked for; `expert_map` wins over `strategy`. Raises PlacementError."""
+    num_experts = layout.num_experts
+    if strategy not in ("linear", "round_robin"):
+        raise PlacementError(f"Placement strategy {strategy!r} is not known.")
+    if expert_map is not None:
+        spec = read_json(expert_map)
         placement = explicit_placement(spec, num_experts, ep_size)
         return bind_layers(placement, [module.name for module in layout.modules])
-    if request.strategy == "round_robin":
+    if strategy == "round_robin":
         return round_robin_placement(num_experts, ep_size)
     return linear_placement(num_experts, ep_size)
 
@@ -240,23 +256,28 @@ def _manifest(prepared: PreparedSplit, request: SplitRequest, digests: Digests) 
     source = prepared.source
     weights = FileDigest(source.index.file_size, digests.source)
     config = FileDigest(len(source.config_bytes), blake3(source.config_bytes).hexdigest())
-    pickled = pickle_digest(source.config_path.parent)
+    pickled = pickle_digest(source.place) if isinstance(source.place, Path) else None
     files = {CONFIG_NAME: config, WEIGHTS_NAME: weights} | (
         {PICKLE_NAME: FileDigest(*pickled)} if pickled else {}
     )
     return Manifest(
         lorashard_version=__version__,
-        source=SourceInfo(repo=None, revision=None, files=files, header=source.header),
+        source=SourceInfo(source.repo, source.revision, files=files, header=source.header),
         options=prepared.options,
         dtype=DTYPES[request.dtype] if request.dtype else None,
         gate_up_known=prepared.layout.gate_up_known,
         placement=prepared.placement,
         modules={module.name: describe_module(module) for module in prepared.layout.modules},
-        files={
-            file.name: ShardFile(FileDigest(file.size_bytes, digest), file.tensors)
-            for file, digest in zip(prepared.plan.files, digests.files)
-        },
+        files=describe_files(prepared.plan, digests.files),
     )
+
+
+def describe_files(plan: ShardPlan, digests: Sequence[str]) -> dict[str, ShardFile]:
+    """What the manifest says about the files of `plan`; digests: BLAKE3 in hex, in plan order."""
+    return {
+        file.name: ShardFile(FileDigest(file.size_bytes, digest), file.tensors)
+        for file, digest in zip(plan.files, digests)
+    }
 
 
 def describe_module(module: ExpertModule) -> ModuleInfo:

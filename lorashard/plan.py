@@ -126,12 +126,12 @@ def build_plan(layout: AdapterLayout, placement: Placement, dtype: str | None) -
                 target = Target(0, places[0][stack.name])
                 reads.extend(_whole_tensor(stack.sources[0].entry, target, cast))
             else:
-                slots = _slots(stack, ranks, places, cast)
+                slots = expert_slots(stack, ranks, places, cast)
                 zeros.extend(_untrained_slots(stack, slots, cast))
                 for source in stack.sources:
                     _plan_source(source, stack, slots, cast, reads, zeros)
     reads.sort(key=lambda op: op.begin)
-    return ShardPlan(files, tuple(_merge_copies(reads)), tuple(zeros))
+    return ShardPlan(files, tuple(merge_copies(reads)), tuple(zeros))
 
 
 def _plan_files(
@@ -194,13 +194,16 @@ def _whole_tensor(entry: TensorEntry, target: Target, dtype: str) -> Iterator[Re
     )
 
 
-def _slots(
+def expert_slots(
     stack: FactorStack,
     ranks: Sequence[Sequence[int]],
     places: Sequence[Mapping[str, int]],
     dtype: str,
 ) -> dict[int, tuple[Target, ...]]:
-    """Expert -> its places in the rank files; several for a redundant expert."""
+    """Expert -> its places in the rank files, in rank order; several for a redundant expert.
+
+    places: per file, where each tensor begins. dtype: that of the stack in the files.
+    """
     slot_bytes = stack.rows * stack.cols * ELEMENT_SIZE[dtype]
     slots: dict[int, list[Target]] = {}
     for ep_rank, experts in enumerate(ranks):
@@ -252,7 +255,7 @@ def _plan_source(
             zeros.extend(ZeroFill(Target(t.file, t.offset + size), rest) for t in expert_targets)
 
 
-def _merge_copies(reads: Sequence[ReadOp]) -> Iterator[ReadOp]:
+def merge_copies(reads: Sequence[ReadOp]) -> Iterator[ReadOp]:
     """Join copies that are neighbours in the source and, target by target, in the output."""
     pending: CopyRange | None = None
     for op in reads:

@@ -1,9 +1,11 @@
-"""The files of an adapter directory -> AdapterIndex. The only reader of source headers."""
+"""The files of an adapter, here or remote -> AdapterIndex. The only reader of source headers."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,35 +20,91 @@ from lorashard.adapter import (
 from lorashard.errors import AdapterError, UnsupportedAdapterError
 from lorashard.header import LENGTH_BYTES, Header, header_length, parse_header
 from lorashard.options import ModelFacts, parse_model_config
+from lorashard.remote import Place, RemoteFile, RemoteFolder
+from lorashard.sources import ByteSource, LocalFile
 
+_MODEL_CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter on disk. `header` is the raw start of `weights`, up to its data."""
+    """An adapter, its tensor data not read yet.
 
-    config_path: Path
+    header: the raw start of the weights, up to their data. repo, revision: on the Hub, else None.
+    """
+
+    place: Place
     config_bytes: bytes
-    weights_path: Path
+    weights: Path | RemoteFile
     header: bytes
     index: AdapterIndex
+    repo: str | None = None
+    revision: str | None = None
+
+    def opened(self) -> AbstractContextManager[ByteSource]:
+        """The weights' bytes, from their data on. Raises HeaderError."""
+        if isinstance(self.weights, Path):
+            return closing(LocalFile(self.weights))
+        return self.weights.opened(self.index.data_begin)
 
 
-def read_adapter(path: Path) -> AdapterSource:
-    """Read config and header of the adapter in directory `path`; no tensor data.
+def read_adapter(place: Place) -> AdapterSource:
+    """Read config and header of the adapter in `place`; no tensor data.
 
     Raises AdapterError (HeaderError for a damaged file).
     """
-    directory = find_adapter(path)
+    if isinstance(place, RemoteFolder):
+        return _read_remote(find_remote_adapter(place))
+    directory = find_adapter(place)
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     config_bytes = read_config(config_path)
     if not weights_path.is_file():
-        raise _no_weights(directory)
+        raise _no_weights(directory, has_pickle=(directory / PICKLE_NAME).is_file())
     raw, header = read_header(weights_path)
-    config = parse_config(config_bytes, str(config_path))
-    index = AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
-    return AdapterSource(config_path, config_bytes, weights_path, raw, index)
+    index = _index(config_bytes, header, str(config_path))
+    return AdapterSource(directory, config_bytes, weights_path, raw, index)
+
+
+def _read_remote(folder: RemoteFolder) -> AdapterSource:
+    weights = folder.file(WEIGHTS_NAME)
+    config = read_small(folder, CONFIG_NAME)
+    if weights is None:
+        raise _no_weights(folder, has_pickle=folder.file(PICKLE_NAME) is not None)
+    prefix = weights.read(0, min(LENGTH_BYTES, weights.size_bytes))
+    length = header_length(prefix, weights.size_bytes, weights.name)
+    text = weights.read(LENGTH_BYTES, LENGTH_BYTES + length)
+    index = _index(config, parse_header(text, weights.size_bytes, weights.name), str(folder))
+    return AdapterSource(
+        folder, config, weights, prefix + text, index, folder.repo, folder.revision
+    )
+
+
+def _index(config_bytes: bytes, header: Header, where: str) -> AdapterIndex:
+    config = parse_config(config_bytes, where)
+    return AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
+
+
+def find_remote_adapter(folder: RemoteFolder) -> RemoteFolder:
+    """The folder that holds the adapter: `folder`, or its one named adapter in a sub-folder."""
+    if folder.file(CONFIG_NAME) is not None:
+        return folder
+    named = [child for child in map(folder.child, folder.folders()) if child.file(CONFIG_NAME)]
+    if len(named) == 1:
+        return named[0]
+    raise _no_adapter(folder, named)
+
+
+def read_small(folder: RemoteFolder, name: str) -> bytes:
+    """A small remote file. Raises AdapterError if it is missing or absurdly large."""
+    file = folder.file(name)
+    if file is None:
+        raise AdapterError(f"{folder}: no {name}.", hint="Check the path.")
+    if file.size_bytes > _MAX_CONFIG_BYTES:
+        raise AdapterError(
+            f"{file.name}: larger than {_MAX_CONFIG_BYTES} bytes.", hint="Save again."
+        )
+    return file.read(0, file.size_bytes)
 
 
 def find_adapter(path: Path) -> Path:
@@ -62,13 +120,17 @@ def find_adapter(path: Path) -> Path:
     named = sorted(child for child in path.iterdir() if (child / CONFIG_NAME).is_file())
     if len(named) == 1:
         return named[0]
+    raise _no_adapter(path, named)
+
+
+def _no_adapter(place: Place, named: Sequence[Place]) -> AdapterError:
     if named:
         listed = ", ".join(str(child) for child in named[:5])
-        raise AdapterError(
-            f"{path} holds {len(named)} adapters: {listed}.", hint="Name one of them."
+        return AdapterError(
+            f"{place} holds {len(named)} adapters: {listed}.", hint="Name one of them."
         )
-    raise AdapterError(
-        f"{path}: no {CONFIG_NAME}.", hint="Is this a PEFT adapter, saved with save_pretrained?"
+    return AdapterError(
+        f"{place}: no {CONFIG_NAME}.", hint="Is this a PEFT adapter, saved with save_pretrained?"
     )
 
 
@@ -95,9 +157,12 @@ def read_config(path: Path) -> bytes:
         ) from err
 
 
-def read_model_facts(path: Path) -> ModelFacts:
-    """What the base model's config.json says; `path` is the model's directory or that file."""
-    file = path / "config.json" if path.is_dir() else path
+def read_model_facts(model: Place) -> ModelFacts:
+    """What the base model's config.json says; `model` is its place, or locally that file."""
+    if isinstance(model, RemoteFolder):
+        raw = read_small(model, _MODEL_CONFIG)
+        return parse_model_config(_json_object(raw, model), f"{model}/{_MODEL_CONFIG}")
+    file = model / _MODEL_CONFIG if model.is_dir() else model
     return parse_model_config(_json_object(read_config(file), file), str(file))
 
 
@@ -106,22 +171,28 @@ def read_json(path: Path) -> Any:
     return _parse_json(read_config(path), path)
 
 
-def _json_object(raw: bytes, path: Path) -> dict[str, Any]:
+def _json_object(raw: bytes, path: Place) -> dict[str, Any]:
     parsed = _parse_json(raw, path)
     if not isinstance(parsed, dict):
         raise AdapterError(f"{path}: not a JSON object.", hint="Check the path.")
     return parsed
 
 
-def _parse_json(raw: bytes, path: Path) -> Any:
+def _parse_json(raw: bytes, path: Place) -> Any:
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as err:
         raise AdapterError(f"{path}: not JSON ({err}).", hint="Check the path.") from err
 
 
-def _no_weights(directory: Path) -> AdapterError:
-    if (directory / PICKLE_NAME).is_file():
+def _no_weights(directory: Place, *, has_pickle: bool) -> AdapterError:
+    if has_pickle and isinstance(directory, RemoteFolder):
+        return UnsupportedAdapterError(
+            f"{PICKLE_NAME} (a pickle)",
+            str(directory),
+            hint="Download it, for example with `hf download`, and see --allow-pickle.",
+        )
+    if has_pickle:
         return UnsupportedAdapterError(
             f"{PICKLE_NAME} (a pickle)",
             str(directory),

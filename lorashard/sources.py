@@ -1,4 +1,4 @@
-"""Where bytes are read from. A local file now; what is remote gets the same three methods."""
+"""Where bytes are read from: a local file here, what is remote in fetch.py."""
 
 from __future__ import annotations
 

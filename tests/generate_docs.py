@@ -157,7 +157,7 @@ def _value_name(kind: Any) -> str:
     """What `--help` calls a value: its choices, or its type; nothing for a flag."""
     if get_origin(kind) is Literal:
         return "\\|".join(get_args(kind))
-    return {int: "N", bool: "", Path: "PATH"}[kind]
+    return {int: "N", list[int]: "N", bool: "", Path: "PATH"}[kind]
 
 
 def _without_none(kind: Any) -> Any:

@@ -18,7 +18,7 @@ PACKAGE = REPO / "lorashard"
 # Every module imports only what stands before it. Pure modules turn values into values.
 PURE = (
     "header", "options", "adapter", "keys", "fused", "factors", "experts", "layout", "placement",
-    "plan", "memory", "blocks", "manifest", "summary",
+    "plan", "moves", "memory", "blocks", "manifest", "summary",
 )  # fmt: skip
 REFERENCE = tuple(
     f"reference.{name}" for name in ("pieces", "files", "fused", "projections", "compare")
@@ -38,9 +38,10 @@ PURE_OF_PLUGIN = tuple(
     f"vllm_plugin.{name}" for name in ("assembly", "rows", "guards", "diagnosis")
 )
 ORDER = (
-    "errors", *PURE, "buffers", "writeback", "sources", "rearrange", "digest", "read", "output",
-    "execute", "pickled", "pipeline", "shard", "merge", "reference", *REFERENCE, "verify",
-    *PLUGIN, "cli", "cli.render", "cli.options", "cli.look", "cli.split", "cli.check", "cli.doctor",
+    "errors", *PURE, "buffers", "writeback", "sources", "rearrange", "digest", "fetch",
+    "remote", "read", "output",
+    "execute", "pickled", "pipeline", "pull", "shard", "merge", "reshard", "reference", *REFERENCE, "verify",
+    *PLUGIN, "cli", "cli.render", "cli.options", "cli.look", "cli.split", "cli.reshard", "cli.fetch", "cli.check", "cli.doctor",
     "cli.app",
 )  # fmt: skip
 TOUCHING = frozenset({

@@ -63,7 +63,7 @@ def test_a_pickle_alone_is_refused_with_the_option_that_reads_it(tmp_path: Path)
 def test_safetensors_win_over_a_pickle_beside_them(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     (adapter / "adapter_model.bin").write_bytes(b"not a pickle")
-    assert read_adapter(adapter).weights_path.name == "adapter_model.safetensors"
+    assert Path(read_adapter(adapter).weights).name == "adapter_model.safetensors"
 
 
 def test_a_named_adapter_is_found_in_its_sub_folder(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_cut_off_weights_are_refused(tmp_path: Path, keep: int) -> None:
 def test_weights_cut_off_after_their_header_was_read_are_refused(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     with prepared_split(adapter, REQUEST) as prepared:
-        weights = prepared.source.weights_path
+        weights = prepared.source.weights
         os.truncate(weights, weights.stat().st_size - 10)
         with pytest.raises(HeaderError, match="while being read"):
             write_shards(prepared, tmp_path / "out", REQUEST, force=False, progress=lambda _: None)
@@ -109,7 +109,7 @@ def test_weights_cut_off_after_their_header_was_read_are_refused(tmp_path: Path)
 def test_weights_that_vanish_after_their_header_was_read_are_named(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     with prepared_split(adapter, REQUEST) as prepared:
-        prepared.source.weights_path.unlink()
+        prepared.source.weights.unlink()
         with pytest.raises(HeaderError, match=r"adapter_model\.safetensors.*No such file"):
             write_shards(prepared, tmp_path / "out", REQUEST, force=False, progress=lambda _: None)
     assert os.listdir(tmp_path) == ["adapter"]

@@ -53,8 +53,12 @@ def _root(
 @app.command()
 def split(
     adapters: Annotated[
-        list[Path],
-        typer.Argument(metavar="ADAPTER", help="PEFT adapter directories.", show_default=False),
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER",
+            help="PEFT adapters: directories, hf://owner/name[@revision], or other URLs.",
+            show_default=False,
+        ),
     ],
     ep_size: opt.EpSize,
     out: _Out = None,
@@ -90,9 +94,14 @@ def split(
 
 @app.command()
 def verify(
-    shards: opt.Shards,
+    shards: Annotated[
+        str,
+        typer.Argument(
+            metavar="SHARDS", help="A shard directory, here or remote.", show_default=False
+        ),
+    ],
     against: Annotated[
-        Optional[Path],
+        Optional[str],
         typer.Option(
             "--against",
             metavar="ADAPTER",
@@ -113,9 +122,11 @@ def verify(
 @app.command()
 def inspect(
     path: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="ADAPTER_OR_SHARDS", help="An adapter or a shard directory.", show_default=False
+            metavar="ADAPTER_OR_SHARDS",
+            help="An adapter or a shard directory, here or remote.",
+            show_default=False,
         ),
     ],
     model: opt.Model = None,
@@ -186,6 +197,86 @@ def merge(
         render.print_json(result)
     elif not quiet:
         render.print_line(str(out))
+
+
+@app.command()
+def reshard(
+    shards: opt.Shards,
+    ep_size: opt.EpSize,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            help="Target directory. [default: SHARDS, its name ending in -epN]",
+            show_default=False,
+        ),
+    ] = None,
+    placement: opt.Placement = "linear",
+    expert_map: opt.ExpertMap = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Place the experts of a shard directory anew, bit for bit, without the source adapter."""
+    from lorashard.cli.reshard import run_reshard, target  # noqa: PLC0415
+
+    opt.refuse_two_placements(placement, expert_map)
+    out = target(shards, out, ep_size)
+    result = run_reshard(shards, out, ep_size, placement, expert_map, force=force, quiet=quiet)
+    if as_json:
+        render.print_json(result)
+    elif not quiet:
+        render.print_line(str(out))
+
+
+@app.command()
+def pull(
+    shards: Annotated[
+        str,
+        typer.Argument(
+            metavar="SHARDS",
+            help="A shard directory: hf://owner/name[@revision], another URL, or a directory.",
+            show_default=False,
+        ),
+    ],
+    ep_rank: Annotated[
+        Optional[list[int]],
+        typer.Option("--ep-rank", min=0, help="A rank to fetch; repeatable.", show_default=False),
+    ] = None,
+    node_ranks: Annotated[
+        Optional[str],
+        typer.Option(
+            "--node-ranks",
+            metavar="A-B",
+            help="A node's ranks, 0-7 for example.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            help="Target directory. [default: SHARDS' name]",
+            show_default=False,
+        ),
+    ] = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Fetch what some ranks need of a shard directory: no other rank's bytes."""
+    from lorashard.cli.fetch import run_pull  # noqa: PLC0415
+
+    ranks = opt.chosen_ranks(ep_rank, node_ranks)
+    result = run_pull(shards, ranks, out, force=force, quiet=quiet)
+    if as_json:
+        render.print_json(result)
+    elif not quiet:
+        render.print_line(result["out"])
 
 
 @app.command()

@@ -13,6 +13,7 @@ from lorashard.errors import LorashardError
 from lorashard.options import LayoutOptions
 from lorashard.pipeline import merge_facts
 from lorashard.read import read_model_facts
+from lorashard.remote import locate
 from lorashard.vllm_plugin.diagnosis import EngineFlags, Report, diagnose
 from lorashard.vllm_plugin.survey import has_vllm, survey, survey_adapter
 
@@ -25,9 +26,9 @@ class NotReadyError(LorashardError):
     exit_code = 5
 
 
-def run_doctor(path: Path | None, flags: EngineFlags, model: Path | None, *, as_json: bool) -> None:
+def run_doctor(path: Path | None, flags: EngineFlags, model: str | None, *, as_json: bool) -> None:
     """Look, decide, print. Raises NotReadyError if anything would be refused or is broken."""
-    facts = read_model_facts(model) if model else None
+    facts = read_model_facts(locate(model)) if model else None
     if has_vllm():
         render.say("importing vLLM ...")
     installation, patches = survey()

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lorashard.cli import render
-from lorashard.manifest import MANIFEST_NAME
 from lorashard.pipeline import (
     SplitRequest,
+    has_manifest,
     opened_adapter,
     prepared_split,
     read_layout,
     read_manifest,
 )
+from lorashard.remote import locate
 from lorashard.summary import summarize_adapter, summarize_plan, summarize_shards
 
 
-def run_inspect(path: Path, request: SplitRequest, *, as_json: bool) -> None:
+def run_inspect(path: str, request: SplitRequest, *, as_json: bool) -> None:
     """Show an adapter or a shard directory."""
-    if (path / MANIFEST_NAME).exists():
-        summary = summarize_shards(read_manifest(path))
+    place = locate(path)
+    if has_manifest(place):
+        summary = summarize_shards(read_manifest(place))
     else:
-        with opened_adapter(path, allow_pickle=request.allow_pickle) as source:
-            _, _, layout = read_layout(source, path, request)
+        with opened_adapter(place, allow_pickle=request.allow_pickle) as source:
+            _, _, layout = read_layout(source, place, request)
             summary = summarize_adapter(source.index.config, source.index.tensors, layout)
     if as_json:
-        render.print_json({"path": str(path), **summary})
+        render.print_json({"path": path, **summary})
     elif summary["kind"] == "shards":
         _show_shards(path, summary)
     else:
@@ -35,7 +36,7 @@ def run_inspect(path: Path, request: SplitRequest, *, as_json: bool) -> None:
 
 
 def run_plan(
-    adapter: Path,
+    adapter: str,
     request: SplitRequest,
     max_loras: int,
     max_lora_rank: int | None,
@@ -43,7 +44,7 @@ def run_plan(
     as_json: bool,
 ) -> None:
     """Show what each rank would hold and cost."""
-    with prepared_split(adapter, request) as prepared:
+    with prepared_split(locate(adapter), request) as prepared:
         lora_rank = max(module.lora_rank for module in prepared.layout.modules)
         summary = summarize_plan(
             prepared.layout,
@@ -53,7 +54,7 @@ def run_plan(
             max_lora_rank or lora_rank,
         )
     if as_json:
-        render.print_json({"adapter": str(adapter), **summary})
+        render.print_json({"adapter": adapter, **summary})
         return
     for note in prepared.notes:
         render.say(f"note: {note}")
@@ -82,12 +83,12 @@ def run_plan(
     )
 
 
-def _show_adapter(path: Path, summary: Mapping[str, Any]) -> None:
+def _show_adapter(path: str, summary: Mapping[str, Any]) -> None:
     replicated = summary["replicated"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in replicated["by_kind"].items())
     scaled = "alpha / sqrt(r)" if summary["use_rslora"] else "alpha / r"
     render.print_facts({
-        "adapter": str(path),
+        "adapter": path,
         "experts": f"{summary['num_experts']} in {summary['num_modules']} modules",
         "LoRA": f"r={summary['lora_rank']}, alpha={summary['lora_alpha']:g}, scaling {scaled}",
         "dtype": ", ".join(summary["dtypes"]),
@@ -101,10 +102,10 @@ def _show_adapter(path: Path, summary: Mapping[str, Any]) -> None:
     _show_modules(summary["modules"])
 
 
-def _show_shards(path: Path, summary: Mapping[str, Any]) -> None:
+def _show_shards(path: str, summary: Mapping[str, Any]) -> None:
     placement = summary["placement"]
     render.print_facts({
-        "shards": str(path),
+        "shards": path,
         "written by": f"lorashard {summary['lorashard_version']}",
         "experts": f"{summary['num_experts']} in {summary['num_modules']} modules",
         "placement": f"{placement['strategy']} on {placement['ep_size']} ranks"

@@ -18,7 +18,12 @@ LoraBLayoutName = Literal["rank_major", "grouped_by_expert"]
 OrientationName = Literal["standard", "transposed"]
 
 Adapter = Annotated[
-    Path, typer.Argument(metavar="ADAPTER", help="Directory of a PEFT adapter.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="A PEFT adapter: a directory, hf://owner/name[@revision], or another URL.",
+        show_default=False,
+    ),
 ]
 Shards = Annotated[
     Path, typer.Argument(metavar="SHARDS", help="A shard directory.", show_default=False)
@@ -41,11 +46,11 @@ ExpertMap = Annotated[
     ),
 ]
 Model = Annotated[
-    Optional[Path],
+    Optional[str],
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="Base model directory, or its config.json, to check against.",
+        help="Base model to check against: its directory, its config.json, or its id on the Hub.",
         show_default=False,
     ),
 ]
@@ -111,11 +116,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 
 
+def refuse_two_placements(placement: PlacementName, expert_map: Path | None) -> None:
+    """Raise PlacementError if both options say where experts go."""
+    if expert_map is not None and placement != "linear":
+        raise PlacementError(
+            "--expert-map and --placement both say where experts go.", hint="Leave one of them out."
+        )
+
+
 def split_request(
     ep_size: int,
     placement: PlacementName,
     expert_map: Path | None,
-    model: Path | None,
+    model: str | None,
     num_experts: int | None,
     lora_b_layout: LoraBLayoutName | None,
     orientation: OrientationName | None,
@@ -126,10 +139,7 @@ def split_request(
     from lorashard.options import LayoutOptions  # noqa: PLC0415 - keeps `--help` fast
     from lorashard.pipeline import SplitRequest  # noqa: PLC0415
 
-    if expert_map is not None and placement != "linear":
-        raise PlacementError(
-            "--expert-map and --placement both say where experts go.", hint="Leave one of them out."
-        )
+    refuse_two_placements(placement, expert_map)
     if num_experts is not None and model is not None:
         raise AdapterError("--model and --num-experts both count experts.", hint="Leave one out.")
     return SplitRequest(
@@ -143,3 +153,18 @@ def split_request(
         ),
         allow_pickle=allow_pickle,
     )
+
+
+def chosen_ranks(ep_rank: list[int] | None, node_ranks: str | None) -> tuple[int, ...]:
+    """The ranks that --ep-rank and --node-ranks name. Raises PlacementError if they name none."""
+    ranks = set(ep_rank or ())
+    if node_ranks is not None:
+        first, dash, last = node_ranks.partition("-")
+        if not (first.isdecimal() and dash and last.isdecimal() and int(first) <= int(last)):
+            raise PlacementError(
+                f"--node-ranks {node_ranks!r} is not a range.", hint="For example 0-7."
+            )
+        ranks |= set(range(int(first), int(last) + 1))
+    if not ranks:
+        raise PlacementError("No rank is named.", hint="--ep-rank 3, or --node-ranks 0-7.")
+    return tuple(sorted(ranks))

@@ -18,23 +18,28 @@ from lorashard.pipeline import (
     read_manifest,
     write_shards,
 )
+from lorashard.remote import Place, RemoteFolder, locate
 
 
 def targets(
-    adapters: list[Path], out: Path | None, ep_size: int, *, force: bool
-) -> list[tuple[Path, Path]]:
+    adapters: list[str], out: Path | None, ep_size: int, *, force: bool
+) -> list[tuple[Place, Path]]:
     """Each adapter with its target: OUT, OUT/NAME-epN for several, or ADAPTER-epN beside it.
+
+    A remote one's is in the current directory.
 
     Raises ShardError if two adapters would have the same target, or one is in the way: before
     any of them is written.
     """
-    if out is not None and len(adapters) == 1:
-        return [(adapters[0], out)]
-    jobs = []
-    for adapter in adapters:
-        absolute = Path(os.path.abspath(adapter))
-        jobs.append((adapter, (out or absolute.parent) / f"{absolute.name}-ep{ep_size}"))
-    taken: dict[Path, Path] = {}
+    places = [locate(adapter) for adapter in adapters]
+    if out is not None and len(places) == 1:
+        return [(places[0], out)]
+    jobs: list[tuple[Place, Path]] = []
+    for adapter in places:
+        remote = isinstance(adapter, RemoteFolder)
+        beside = Path(adapter.name if remote else os.path.abspath(str(adapter)))
+        jobs.append((adapter, (out or beside.parent) / f"{beside.name}-ep{ep_size}"))
+    taken: dict[Path, Place] = {}
     for adapter, target in jobs:
         if target in taken:
             raise ShardError(
@@ -47,7 +52,7 @@ def targets(
 
 
 def run_split(
-    adapter: Path, out: Path, request: SplitRequest, *, force: bool, dry_run: bool, quiet: bool
+    adapter: Place, out: Path, request: SplitRequest, *, force: bool, dry_run: bool, quiet: bool
 ) -> dict[str, Any]:
     """Split one adapter, or say what would happen; returns what `--json` prints."""
     check_target(out, force=force, replaceable=is_shard_directory)

@@ -25,7 +25,7 @@ from lorashard.placement import Placement
 from lorashard.plan import FilePlan, build_plan
 from lorashard.read import read_header
 from lorashard.rearrange import rearrange_block, scratch_bytes
-from lorashard.sources import ByteSource, LocalFile
+from lorashard.sources import ByteSource
 from lorashard.vllm_plugin.assembly import Stack
 from lorashard.vllm_plugin.contents import AdapterContents, ModuleContents
 from lorashard.vllm_plugin.fill import REPLICATED
@@ -62,8 +62,7 @@ def open_plain_adapter(
     layout = detect_layout(source.index, options, str(path))
     placement = _own_and_rest(layout, local_experts)
     plan = build_plan(layout, placement, None)
-    weights = LocalFile(source.weights_path)
-    stack.callback(weights.close)
+    weights = stack.enter_context(source.opened())
     images = _images(plan.files[:_KEPT_FILES], take)
     for zero in plan.zeros:
         if zero.target.file < _KEPT_FILES:

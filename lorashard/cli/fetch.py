@@ -1,0 +1,40 @@
+"""`pull`: one core call, with progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorashard.cli import render
+from lorashard.manifest import MANIFEST_NAME
+from lorashard.pipeline import read_manifest
+from lorashard.pull import as_folder, needed_files, pull_shards
+from lorashard.remote import locate
+
+
+def run_pull(
+    shards: str, ep_ranks: Sequence[int], out: Path | None, *, force: bool, quiet: bool
+) -> dict[str, Any]:
+    """Fetch some ranks' files; returns what `--json` prints."""
+    source = as_folder(locate(shards))
+    target = Path(source.name) if out is None else out
+    files = needed_files(read_manifest(source), ep_ranks, str(source))
+    total = sum(digest.size_bytes for digest in files.values())
+    with render.progress_bar(f"pull {source.name}", total, quiet=quiet) as progress:
+        manifest = pull_shards(source, target, ep_ranks, force=force, progress=progress)
+    experts = sorted({e for k in ep_ranks for e in manifest.placement.ranks[k]})
+    render.say(
+        f"{source}: experts {render.ids(experts)} of {manifest.placement.num_experts}, "
+        f"{render.size(total)}",
+        quiet=quiet,
+    )
+    return {
+        "shards": shards,
+        "revision": source.revision,
+        "out": str(target),
+        "ep_ranks": list(ep_ranks),
+        "ep_size": manifest.placement.ep_size,
+        "files": {name: digest.size_bytes for name, digest in files.items()}
+        | {MANIFEST_NAME: (target / MANIFEST_NAME).stat().st_size},
+    }

@@ -1,0 +1,173 @@
+"""Of a shard directory elsewhere, what some ranks need: manifest, replicated file, their rank files.
+
+Files are fetched into a work directory beside the target, by ranges and with a digest that grows
+with them, and the target appears when all are whole and proven. What an interrupted pull has
+fetched stays in the work directory, and the next one goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from blake3 import blake3
+
+from lorashard.adapter import CONFIG_NAME
+from lorashard.errors import OutputExistsError, ShardError
+from lorashard.execute import Progress
+from lorashard.fetch import FetchAhead
+from lorashard.manifest import MANIFEST_NAME, FileDigest, Manifest, parse_manifest
+from lorashard.output import WORK_INSIDE, check_target, staged_directory
+from lorashard.pipeline import is_shard_directory
+from lorashard.plan import REPLICATED_NAME, rank_file_name
+from lorashard.read import read_small
+from lorashard.remote import Place, RemoteFile, RemoteFolder, locate, over_local_files
+
+_STEP = 2**20
+_PART = ".part"
+
+
+def pull_shards(
+    shards: str | os.PathLike[str] | RemoteFolder,
+    out: str | os.PathLike[str],
+    ep_ranks: Sequence[int],
+    *,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> Manifest:
+    """Fetch what `ep_ranks` need into the directory `out`; its manifest.
+
+    A directory that has the same manifest gets the files that it lacks.
+    progress: called with bytes fetched since the last call.
+    Raises AdapterError for a place that does not answer, ShardError.
+    """
+    source = as_folder(locate(shards))
+    target = Path(os.path.abspath(out))
+    raw = read_small(source, MANIFEST_NAME)
+    manifest = parse_manifest(raw, f"{source}/{MANIFEST_NAME}")
+    wanted = needed_files(manifest, ep_ranks, str(source))
+    adds = _holds(target, raw)
+    if adds:
+        wanted = {name: d for name, d in wanted.items() if not _is_whole(target / name, d)}
+    else:
+        check_target(target, force=force, replaceable=is_shard_directory)
+    with _work_directory(target, raw) as work:
+        for name, digest in wanted.items():
+            _fetch(source, name, digest, work / name, progress)
+        if adds:
+            for name in wanted:
+                (work / name).replace(target / name)
+        else:
+            with staged_directory(
+                target, last=MANIFEST_NAME, force=force, replaceable=is_shard_directory
+            ) as staging:
+                for name in (*wanted, MANIFEST_NAME):
+                    os.rename(work / name, staging / name)
+    return manifest
+
+
+def needed_files(manifest: Manifest, ep_ranks: Sequence[int], where: str) -> dict[str, FileDigest]:
+    """The files beside the manifest that these ranks need. Raises ShardError for a wrong rank."""
+    ep_size = manifest.placement.ep_size
+    for ep_rank in ep_ranks:
+        if not 0 <= ep_rank < ep_size:
+            raise ShardError(
+                f"{where}: no ep rank {ep_rank}; it is cut for {ep_size}, 0 to {ep_size - 1}."
+            )
+    names = [REPLICATED_NAME, *(rank_file_name(k, ep_size) for k in sorted(set(ep_ranks)))]
+    config = manifest.source.files[CONFIG_NAME]
+    return {CONFIG_NAME: config} | {name: manifest.files[name].digest for name in names}
+
+
+def as_folder(place: Place) -> RemoteFolder:
+    """A local directory is read like any other."""
+    return over_local_files(place) if isinstance(place, Path) else place
+
+
+def _holds(target: Path, manifest: bytes) -> bool:
+    try:
+        return (target / MANIFEST_NAME).read_bytes() == manifest
+    except OSError:
+        return False
+
+
+def _is_whole(path: Path, digest: FileDigest) -> bool:
+    return path.is_file() and path.stat().st_size == digest.size_bytes
+
+
+@contextmanager
+def _work_directory(target: Path, manifest: bytes) -> Iterator[Path]:
+    """A locked directory that outlives a failure; begun anew for another manifest.
+
+    Raises OutputExistsError if another pull works on the same target.
+    """
+    beside = target.with_name(f".{target.name}.lorashard-pull")
+    work = target / WORK_INSIDE if os.path.ismount(target) else beside
+    work.mkdir(parents=True, exist_ok=True)
+    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            raise OutputExistsError(
+                target, reason="another lorashard is pulling it", hint="Wait for it, or end it."
+            ) from err
+        if not _holds(work, manifest):
+            for child in work.iterdir():
+                child.unlink()
+            (work / MANIFEST_NAME).write_bytes(manifest)
+        yield work
+        shutil.rmtree(work)
+    finally:
+        os.close(lock)
+
+
+def _fetch(
+    source: RemoteFolder, name: str, digest: FileDigest, path: Path, progress: Progress
+) -> None:
+    if _is_whole(path, digest):  # it got its name when it was proven
+        progress(digest.size_bytes)
+        return
+    file = source.file(name)
+    if file is None:
+        raise ShardError(f"{source}: no {name}.", hint="Upload the whole directory again.")
+    if file.size_bytes != digest.size_bytes:
+        raise ShardError(
+            f"{file.name}: {file.size_bytes} bytes, the manifest says {digest.size_bytes}.",
+            hint="Upload the whole directory again; its files belong together.",
+        )
+    part = path.with_name(path.name + _PART)
+    if _fetch_rest(file, part, progress) != digest.blake3:
+        part.unlink()
+        raise ShardError(
+            f"{file.name}: its bytes are not those that were written.",
+            hint="Pull again; if it stays so, upload the whole directory again.",
+        )
+    os.rename(part, path)
+
+
+def _fetch_rest(file: RemoteFile, part: Path, progress: Progress) -> str:
+    """Append what is missing to `part`; the digest of the whole."""
+    hasher = blake3()
+    with part.open("a+b") as out:
+        out.seek(0)
+        while fetched := out.read(_STEP):
+            hasher.update(fetched)
+            progress(len(fetched))
+        done = out.tell()
+        with closing(FetchAhead(file.read, done, file.size_bytes)) as source:
+            buffer = memoryview(bytearray(_STEP))
+            while done < file.size_bytes:
+                piece = buffer[: file.size_bytes - done]
+                source.read_into(piece, done)
+                out.write(piece)
+                hasher.update(piece)
+                progress(len(piece))
+                done += len(piece)
+        out.flush()
+        os.fsync(out.fileno())
+    return hasher.hexdigest()

@@ -1,0 +1,270 @@
+"""Folders that are not on this machine: the Hugging Face Hub, and what fsspec has a driver for.
+
+`locate` turns what a user named into a local path or a RemoteFolder. Of a remote file only the
+bytes that are asked for are fetched, by range requests; a Hub folder is pinned to the commit that
+its revision meant at the first look. The library's own caches of file content are not used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorashard.errors import AdapterError, HeaderError
+from lorashard.fetch import FetchAhead
+
+# What the Hub calls a repository, with a revision or a folder in it: owner/name[@revision][/folder].
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^/@]+)?(/[^@]+)?")
+_ATTEMPTS = 3  # for drivers that do not try again themselves; huggingface_hub does, for 20 s
+_FIRST_WAIT_S = 0.25
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file with a known size. `name` is for messages; `key` changes when the content does."""
+
+    name: str
+    path: str
+    size_bytes: int
+    key: str
+    fs: Any
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes [begin, end), exactly. Tried again when a connection breaks. Raises HeaderError."""
+        if begin >= end:
+            return b""
+        # Without a cache of its own: HfFileSystem reads 5 MiB further by default.
+        exact = {"cache_type": "none", "size": self.size_bytes} if _is_hub(self.fs) else {}
+        reason: object = ""
+        for attempt in range(1 if exact else _ATTEMPTS):
+            if attempt:
+                time.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1))
+            try:
+                data: bytes = self.fs.cat_file(self.path, start=begin, end=end, **exact)
+            except (FileNotFoundError, PermissionError) as err:
+                raise HeaderError(self.name, f"cannot be read ({_short(err)})") from err
+            except Exception as err:  # noqa: BLE001 - each driver has its own for a broken line
+                reason = _short(err)
+                continue
+            if len(data) == end - begin:
+                return data
+            reason = f"{len(data)} bytes came instead of {end - begin}"
+        raise HeaderError(self.name, f"cannot be read ({reason})")
+
+    @contextmanager
+    def opened(self, begin: int = 0) -> Iterator[FetchAhead]:
+        """A ByteSource of what follows `begin`, which fetches ahead of who reads front to back.
+
+        Raises HeaderError at the end if the file is another one than at the beginning.
+        """
+        with closing(FetchAhead(self.read, begin, self.size_bytes)) as source:
+            yield source
+        if _describe(self.fs, self.path, self.name, refresh=True) != (self.size_bytes, self.key):
+            raise HeaderError(self.name, "it changed while being read")
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder. `text` is what the user wrote; repo and revision (a commit) are the Hub's."""
+
+    text: str
+    path: str
+    fs: Any
+    repo: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def name(self) -> str:
+        """The last part of its name, without a revision: what a local copy would be called."""
+        return self.text.rstrip("/").rpartition("/")[2].partition("@")[0]
+
+    def child(self, name: str) -> RemoteFolder:
+        """A folder in it."""
+        return RemoteFolder(
+            f"{self.text}/{name}", f"{self.path}/{name}", self.fs, self.repo, self.revision
+        )
+
+    def file(self, name: str) -> RemoteFile | None:
+        """A file in it, None if there is none. Raises AdapterError if the place cannot be asked."""
+        path, shown = f"{self.path}/{name}", f"{self.text}/{name}"
+        try:
+            size, key = _describe(self.fs, path, shown)
+        except FileNotFoundError:
+            return None
+        return RemoteFile(shown, path, size, key, self.fs)
+
+    def folders(self) -> list[str]:
+        """Names of the folders in it, sorted."""
+        try:
+            entries = self.fs.ls(self.path, detail=True)
+        except FileNotFoundError:
+            return []
+        except Exception as err:
+            raise _unreachable(self.text, err) from err
+        names = [e["name"].rstrip("/") for e in entries if e.get("type") == "directory"]
+        return sorted(name.rpartition("/")[2] for name in names)
+
+
+Place = Path | RemoteFolder
+
+
+def locate(named: str | os.PathLike[str] | RemoteFolder) -> Place:
+    """A local path; hf://owner/name[@revision], or owner/name on the Hub; s3://, gs:// and so on.
+
+    `owner/name` is the Hub's only where no such local path exists. With HF_HUB_OFFLINE it is the
+    Hub's own local cache. Raises AdapterError for a place that does not answer.
+    """
+    if isinstance(named, RemoteFolder):
+        return named
+    text = os.fspath(named)
+    if "://" in text:
+        return _open_url(text)
+    path = Path(text)
+    on_hub = _HUB_ID.fullmatch(text) and not text.startswith((".", "-"))
+    if isinstance(named, str) and on_hub and not path.exists() and not path.parent.exists():
+        try:
+            return _open_url(f"hf://{text}")
+        except AdapterError as err:
+            raise AdapterError(
+                f"{text}: no such directory here, and {err.message}", hint=err.hint
+            ) from err
+    return path
+
+
+@contextmanager
+def local_copy(place: Place, names: Sequence[str]) -> Iterator[Path]:
+    """A directory with those files of a place, as far as it has them.
+
+    Of the Hub they are kept in its cache, of other places in a temporary directory.
+    """
+    if isinstance(place, Path):
+        yield place
+        return
+    found = [name for name in names if place.file(name) is not None]
+    if place.repo is not None:
+        from huggingface_hub import snapshot_download
+
+        folder = place.path.removeprefix(f"{place.repo}@{place.revision}").strip("/")
+        patterns = [f"{folder}/{name}".lstrip("/") for name in found]
+        try:
+            copy = snapshot_download(place.repo, revision=place.revision, allow_patterns=patterns)
+        except Exception as err:
+            raise _unreachable(place.text, err) from err
+        yield Path(copy) / folder
+        return
+    with tempfile.TemporaryDirectory(prefix="lorashard-") as temporary:
+        try:
+            for name in found:
+                place.fs.get_file(f"{place.path}/{name}", f"{temporary}/{name}")
+        except Exception as err:
+            raise _unreachable(place.text, err) from err
+        yield Path(temporary)
+
+
+def over_local_files(path: Path) -> RemoteFolder:
+    """A local directory in the same terms."""
+    from fsspec.implementations.local import LocalFileSystem  # noqa: PLC0415
+
+    return RemoteFolder(str(path), os.path.abspath(path), LocalFileSystem())
+
+
+def _open_url(text: str) -> Place:
+    import fsspec  # noqa: PLC0415 - takes 0.1 s, and only remote places need it
+
+    try:
+        fs, path = fsspec.url_to_fs(text)
+    except ImportError as err:
+        raise AdapterError(
+            f"{text}: needs a driver that is not installed ({err}).", hint="pip install it."
+        ) from err
+    except ValueError as err:
+        raise AdapterError(f"{text}: {err}.", hint="Is the part before :// right?") from err
+    if _is_hub(fs):
+        return _open_hub(text, fs, path)
+    return RemoteFolder(text.rstrip("/"), path.rstrip("/"), fs)
+
+
+def _open_hub(text: str, fs: Any, path: str) -> Place:
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    repo, revision, folder = _hub_parts(text, path)
+    shown = text.rstrip("/")
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True)) / folder
+        commit = HfApi().model_info(repo, revision=revision).sha
+    except Exception as err:
+        raise _unreachable(shown, err) from err
+    pinned = f"{repo}@{commit}/{folder}".rstrip("/")
+    return RemoteFolder(shown, pinned, fs, repo, commit)
+
+
+def _hub_parts(text: str, path: str) -> tuple[str, str | None, str]:
+    """(repository, revision, folder), by huggingface_hub's own parser where it has one (>= 1.0)."""
+    try:
+        from huggingface_hub import parse_hf_uri
+    except ImportError:
+        found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", path)
+        if found is None:
+            raise AdapterError(f"{text}: not hf://owner/name[@revision].") from None
+        return found[1], found[2], found[3] or ""
+    try:
+        parsed = parse_hf_uri(f"hf://{path}")
+    except Exception as err:
+        raise AdapterError(f"{text}: {_short(err)}.", hint="hf://owner/name[@revision]") from err
+    if getattr(parsed, "is_bucket", False) or parsed.type != "model":
+        raise AdapterError(f"{text}: not a model repository.", hint="hf://owner/name[@revision]")
+    return parsed.id, parsed.revision, parsed.path_in_repo or ""
+
+
+def _is_hub(fs: Any) -> bool:
+    protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
+    return "hf" in protocols
+
+
+def _describe(fs: Any, path: str, shown: str, *, refresh: bool = False) -> tuple[int, str]:
+    """(size, what changes with the content). Raises FileNotFoundError, or AdapterError."""
+    if refresh:
+        fs.invalidate_cache()
+    for attempt in range(_ATTEMPTS):
+        try:
+            found = fs.info(path)
+            break
+        except (FileNotFoundError, PermissionError, NotADirectoryError):
+            raise
+        except Exception as err:
+            if attempt == _ATTEMPTS - 1:
+                raise _unreachable(shown, err) from err
+            time.sleep(_FIRST_WAIT_S * 2**attempt)
+    if found.get("type") != "file" or found.get("size") is None:
+        raise FileNotFoundError(shown)
+    marks = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime")
+    return int(found["size"]), " ".join(f"{found[mark]}" for mark in marks if mark in found)
+
+
+def _unreachable(shown: str, err: Exception) -> AdapterError:
+    """Says what to do about what the Hub or a driver raises."""
+    hints = {
+        "RepositoryNotFoundError": "Is the name right? A private one needs HF_TOKEN or `hf auth login`.",
+        "GatedRepoError": "Ask for access on its page, and set HF_TOKEN or `hf auth login`.",
+        "RevisionNotFoundError": "Is the revision right? A branch, a tag or a commit.",
+        "LocalEntryNotFoundError": "HF_HUB_OFFLINE is set and the Hub's cache has it not, or not whole.",
+    }  # fmt: skip
+    names = [cls.__name__ for cls in type(err).__mro__]
+    hint = next((hints[name] for name in names if name in hints), "Is the place right, and up?")
+    return AdapterError(f"{shown}: {_short(err)}.", hint=hint)
+
+
+def _short(err: Exception) -> str:
+    first = str(err).strip().splitlines()[0] if str(err).strip() else ""
+    return f"{type(err).__name__}: {first}".rstrip(". :")[:300]

@@ -1,0 +1,355 @@
+"""Adapters and shards that are elsewhere: on a server like the Hub's, read by the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.hub_server import HubServer
+from tests.tiny import RANK_FILES, contents, per_expert_tensors, run_cli, save_adapter, save_config
+
+WEIGHTS = "adapter_model.safetensors"
+REPO = "owner/adapter"
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+def files_of(directory: Path) -> dict[str, bytes | Path]:
+    return {path.name: path for path in directory.iterdir()}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, hub: HubServer) -> Path:
+    directory = save_adapter(tmp_path / "adapter", per_expert_tensors(hidden=512, layers=3))
+    hub.add_repo(REPO, files_of(directory))
+    return directory
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "hf"
+
+
+def lorashard(hub: HubServer, home: Path, *args: object, **env: str) -> Any:
+    return run_cli(*args, **hub.environment(home) | env)
+
+
+def header_length(weights: Path) -> int:
+    return 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+
+
+def without_place(manifest: Path) -> dict[str, Any]:
+    document = json.loads(manifest.read_text())
+    document["source"] |= {"repo": None, "revision": None}
+    return document
+
+
+def split_locally(adapter: Path, out: Path) -> Path:
+    assert run_cli("split", adapter, "--ep-size", 2, "-o", out).returncode == 0
+    return out
+
+
+def test_inspect_and_plan_fetch_the_header_and_nothing_else(
+    tmp_path: Path, hub: HubServer, home: Path
+) -> None:
+    tensors = {
+        f"base_model.model.model.layers.{layer}.mlp.experts.{e}.{name}.lora_{m}.weight": torch.ones(
+            shape
+        )
+        for layer in range(45)
+        for e in range(128)
+        for name, (inner, out) in {
+            "gate_proj": (4, 2), "up_proj": (4, 2), "down_proj": (2, 4),
+        }.items()
+        for m, shape in (("A", (2, inner)), ("B", (out, 2)))
+    }  # fmt: skip
+    directory = tmp_path / "large"
+    save_config(directory)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    assert len(tensors) == 34_560
+    hub.add_repo("owner/large", files_of(directory))
+    wanted = [(0, 8), (8, header_length(directory / WEIGHTS))]
+    for command in (("inspect",), ("plan", "--ep-size", 8)):
+        hub.clear()
+        done = lorashard(hub, home, *command, "hf://owner/large")
+        assert done.returncode == 0, done.stderr
+        assert hub.ranges(WEIGHTS) == wanted
+        assert hub.sent_bytes(WEIGHTS) == header_length(directory / WEIGHTS)
+    assert not list(home.rglob(WEIGHTS))
+
+
+@pytest.mark.parametrize("name", ["hf://owner/adapter", "owner/adapter", "hf://owner/adapter@main"])
+def test_split_of_a_hub_adapter_streams_and_is_the_split_of_a_local_one(
+    tmp_path: Path, hub: HubServer, adapter: Path, home: Path, name: str
+) -> None:
+    out, local = tmp_path / "out", split_locally(adapter, tmp_path / "local")
+    done = lorashard(hub, home, "split", name, "--ep-size", 2, "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert {k: v for k, v in contents(out).items() if k != "lorashard.json"} == {
+        k: v for k, v in contents(local).items() if k != "lorashard.json"
+    }
+    assert without_place(out / "lorashard.json") == without_place(local / "lorashard.json")
+    source = json.loads((out / "lorashard.json").read_text())["source"]
+    assert (source["repo"], source["revision"]) == (REPO, hub.head(REPO))
+    assert not list(home.rglob(WEIGHTS)), "a copy of the adapter was kept"
+    assert hub.sent_bytes(WEIGHTS) == (adapter / WEIGHTS).stat().st_size
+
+
+def test_a_branch_that_moves_meanwhile_changes_nothing(
+    tmp_path: Path, hub: HubServer, adapter: Path, home: Path
+) -> None:
+    first = hub.head(REPO)
+    other = save_adapter(tmp_path / "other", per_expert_tensors(seed=9, hidden=512, layers=3))
+    hub.when(WEIGHTS, lambda: hub.commit(REPO, files_of(other)), nth=2)
+    out, local = tmp_path / "out", split_locally(adapter, tmp_path / "local")
+    assert lorashard(hub, home, "split", REPO, "--ep-size", 2, "-o", out).returncode == 0
+    assert hub.head(REPO) != first
+    assert json.loads((out / "lorashard.json").read_text())["source"]["revision"] == first
+    assert (out / RANK_FILES[0]).read_bytes() == (local / RANK_FILES[0]).read_bytes()
+
+
+def test_a_broken_connection_is_tried_again(
+    tmp_path: Path, hub: HubServer, adapter: Path, home: Path
+) -> None:
+    hub.cut_after(WEIGHTS, 1000, times=2)
+    done = lorashard(hub, home, "split", REPO, "--ep-size", 2, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_read_is_an_error_that_leaves_nothing(
+    tmp_path: Path, hub: HubServer, adapter: Path, home: Path
+) -> None:
+    # After a redirect and an answer for the header's length, and the same for the header.
+    hub.fail(WEIGHTS, status=404, times=None, method="GET", skip=4)
+    done = lorashard(hub, home, "split", REPO, "--ep-size", 2, "-o", tmp_path / "out")
+    assert done.returncode == 3
+    assert "cannot be read" in done.stderr
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_a_private_repository_needs_a_token(
+    tmp_path: Path, hub: HubServer, adapter: Path, home: Path
+) -> None:
+    hub.add_repo("owner/private", files_of(adapter), private=True)
+    refused = lorashard(hub, home, "inspect", "hf://owner/private")
+    assert refused.returncode == 3
+    assert "HF_TOKEN" in refused.stderr
+    assert lorashard(hub, home, "inspect", "hf://owner/private", HF_TOKEN=hub.token).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("hf://owner/missing", "Is the name right?"),
+        ("owner/missing", "no such directory here"),
+        ("hf://owner/adapter@gone", "Is the revision right?"),
+        ("hf://owner/adapter/sub", "no adapter_config.json"),
+        ("hf://owner", "hf://owner"),
+        ("s4://bucket/adapter", "Is the part before :// right?"),
+    ],
+)
+def test_what_is_not_there_is_told(
+    hub: HubServer, adapter: Path, home: Path, name: str, said: str
+) -> None:
+    done = lorashard(hub, home, "inspect", name)
+    assert done.returncode == 3, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_of_a_model_on_the_hub_only_its_config_is_fetched(
+    tmp_path: Path, hub: HubServer, adapter: Path, home: Path
+) -> None:
+    config = {"model_type": "qwen3_moe", "num_experts": 4, "hidden_size": 512,
+              "moe_intermediate_size": 6}  # fmt: skip
+    model = {"config.json": json.dumps(config).encode(), "model.safetensors": b"x" * 10_000}
+    hub.add_repo("owner/model", model)
+    done = lorashard(
+        hub, home, "split", REPO, "--ep-size", 2, "-o", tmp_path / "out", "--model", "owner/model"
+    )
+    assert done.returncode == 0, done.stderr
+    assert hub.sent_bytes("/config.json") == len(model["config.json"])
+    assert hub.sent_bytes("/model.safetensors") == 0
+    hub.commit("owner/model", {"config.json": json.dumps(config | {"num_experts": 2}).encode()})
+    wrong = lorashard(hub, home, "plan", REPO, "--ep-size", 2, "--model", "owner/model")
+    assert wrong.returncode == 3
+
+
+def test_shards_on_the_hub_are_verified_against_an_adapter_there(
+    tmp_path: Path, hub: HubServer, adapter: Path, home: Path
+) -> None:
+    shards = split_locally(adapter, tmp_path / "shards")
+    hub.add_repo("owner/shards", files_of(shards) | {"README.md": b"# a card"})
+    arguments = ("verify", "hf://owner/shards", "--against", "hf://owner/adapter")
+    done = lorashard(hub, home, *arguments)
+    assert done.returncode == 0, done.stderr
+    damaged = bytearray((shards / RANK_FILES[1]).read_bytes())
+    damaged[-1] ^= 1
+    hub.commit("owner/shards", {RANK_FILES[1]: bytes(damaged)})
+    assert lorashard(hub, home, *arguments).returncode == 5
+
+
+def test_offline_the_hubs_own_cache_is_read(
+    tmp_path: Path, hub: HubServer, adapter: Path, home: Path
+) -> None:
+    refused = lorashard(hub, home, "inspect", "hf://owner/adapter", HF_HUB_OFFLINE="1")
+    assert refused.returncode == 3
+    assert "HF_HUB_OFFLINE" in refused.stderr
+    shards = split_locally(adapter, tmp_path / "shards")
+    hub.add_repo("owner/shards", files_of(shards))
+    download = "from huggingface_hub import snapshot_download as d; d('owner/shards')"
+    subprocess.run([sys.executable, "-c", download], env=hub.environment(home), check=True)
+    hub.clear()
+    done = lorashard(hub, home, "inspect", "hf://owner/shards", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert hub.requests == []
+
+
+# pull
+
+
+@pytest.fixture
+def shards(tmp_path: Path, hub: HubServer, adapter: Path) -> Path:
+    directory = split_locally(adapter, tmp_path / "shards")
+    hub.add_repo("owner/shards", files_of(directory) | {"README.md": b"# a card"})
+    hub.clear()
+    return directory
+
+
+def test_pull_fetches_no_other_ranks_bytes(
+    tmp_path: Path, hub: HubServer, shards: Path, home: Path
+) -> None:
+    out = tmp_path / "out"
+    done = lorashard(hub, home, "pull", "hf://owner/shards", "--ep-rank", 1, "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    expected = contents(shards)
+    del expected[RANK_FILES[0]]
+    assert contents(out) == expected
+    assert hub.sent_bytes(RANK_FILES[0]) == 0
+    assert hub.sent_bytes(RANK_FILES[1]) == len(expected[RANK_FILES[1]])
+    assert json.loads(done.stdout)["revision"] == hub.head("owner/shards")
+    assert run_cli("inspect", out).returncode == 0
+
+
+def test_a_second_pull_adds_what_is_missing(
+    tmp_path: Path, hub: HubServer, shards: Path, home: Path
+) -> None:
+    out = tmp_path / "out"
+    for ranks in (("--ep-rank", 1), ("--node-ranks", "0-1")):
+        assert lorashard(hub, home, "pull", "owner/shards", *ranks, "-o", out).returncode == 0
+    assert contents(out) == contents(shards)
+    assert hub.sent_bytes(RANK_FILES[1]) == (shards / RANK_FILES[1]).stat().st_size
+    assert run_cli("verify", out).returncode == 0
+
+
+def test_an_interrupted_pull_goes_on_where_it_was(
+    tmp_path: Path, hub: HubServer, shards: Path, home: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("pull", "owner/shards", "--ep-rank", 0, "-o", out)
+    hub.fail(RANK_FILES[0], status=404, times=None)
+    assert lorashard(hub, home, *arguments).returncode != 0
+    assert not out.exists()
+    replicated = hub.sent_bytes("replicated.safetensors")
+    assert replicated > 0
+    hub.mend()
+    assert lorashard(hub, home, *arguments).returncode == 0
+    assert hub.sent_bytes("replicated.safetensors") == replicated
+    expected = contents(shards)
+    del expected[RANK_FILES[1]]
+    assert contents(out) == expected
+    assert not [path for path in tmp_path.iterdir() if "lorashard-pull" in path.name]
+
+
+def test_half_a_file_is_not_fetched_twice(
+    tmp_path: Path, hub: HubServer, shards: Path, home: Path
+) -> None:
+    work = tmp_path / ".out.lorashard-pull"
+    work.mkdir()
+    (work / "lorashard.json").write_bytes((shards / "lorashard.json").read_bytes())
+    whole = (shards / RANK_FILES[0]).read_bytes()
+    (work / f"{RANK_FILES[0]}.part").write_bytes(whole[:5000])
+    arguments = ("pull", "owner/shards", "--ep-rank", 0, "-o", tmp_path / "out")
+    assert lorashard(hub, home, *arguments).returncode == 0
+    assert hub.ranges(RANK_FILES[0]) == [(5000, len(whole))]
+    assert (tmp_path / "out" / RANK_FILES[0]).read_bytes() == whole
+
+
+def test_wrong_bytes_are_refused_and_fetched_again_next_time(
+    tmp_path: Path, hub: HubServer, shards: Path, home: Path
+) -> None:
+    hub.corrupt(RANK_FILES[0], 4000, times=None)
+    arguments = ("pull", "owner/shards", "--ep-rank", 0, "-o", tmp_path / "out")
+    done = lorashard(hub, home, *arguments)
+    assert done.returncode == 5
+    assert "its bytes are not those that were written" in done.stderr
+    assert not (tmp_path / "out").exists()
+    hub.mend()
+    assert lorashard(hub, home, *arguments).returncode == 0
+
+
+def test_another_version_begins_anew_and_does_not_mix(
+    tmp_path: Path, hub: HubServer, shards: Path, home: Path
+) -> None:
+    arguments = ("pull", "owner/shards", "--ep-rank", 0, "-o", tmp_path / "out")
+    hub.fail(RANK_FILES[0], status=404, times=None)
+    assert lorashard(hub, home, *arguments).returncode != 0
+    hub.mend()
+    other = save_adapter(tmp_path / "other", per_expert_tensors(seed=5, hidden=512, layers=3))
+    renewed = split_locally(other, tmp_path / "renewed")
+    hub.commit("owner/shards", files_of(renewed))
+    assert lorashard(hub, home, *arguments).returncode == 0
+    assert (tmp_path / "out" / "replicated.safetensors").read_bytes() == (
+        renewed / "replicated.safetensors"
+    ).read_bytes()
+    # A finished directory of another version is not touched without --force.
+    hub.commit("owner/shards", files_of(shards))
+    assert lorashard(hub, home, *arguments).returncode == 5
+    assert lorashard(hub, home, *arguments, "--force").returncode == 0
+    assert (tmp_path / "out" / RANK_FILES[0]).read_bytes() == (shards / RANK_FILES[0]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (("--ep-rank", 2), "no ep rank 2", 5),
+        ((), "No rank is named", 4),
+        (("--node-ranks", "3-1"), "is not a range", 4),
+        (("--node-ranks", "all"), "is not a range", 4),
+    ],
+)
+def test_ranks_that_are_not_there_are_told(
+    tmp_path: Path, shards: Path, arguments: tuple[object, ...], said: str, code: int
+) -> None:
+    done = run_cli("pull", shards, *arguments, "-o", tmp_path / "out")
+    assert done.returncode == code
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.lorashard-pull").exists()
+
+
+def test_a_place_that_is_no_shard_directory_is_told(
+    tmp_path: Path, hub: HubServer, adapter: Path, home: Path
+) -> None:
+    done = lorashard(hub, home, "pull", REPO, "--ep-rank", 0, "-o", tmp_path / "out")
+    assert done.returncode != 0
+    assert "lorashard.json" in done.stderr
+
+
+def test_a_local_directory_and_a_url_are_pulled_alike(tmp_path: Path, shards: Path) -> None:
+    for name in (str(shards), shards.as_uri()):
+        out = tmp_path / f"out-{len(name)}"
+        assert run_cli("pull", name, "--node-ranks", "0-1", "-o", out).returncode == 0
+        assert contents(out) == contents(shards)
