@@ -8,9 +8,10 @@
         assert hub.ranges("model.safetensors") == [(0, 8)]
 
 It keeps commits, branches, tags, private and gated repositories, answers with the Hub's headers and
-error codes, and takes uploads. As on the Hub, the content of a small file is behind a redirect to
+error codes, and takes uploads from who may write. As on the Hub, the content of a small file is behind a redirect to
 /api/resolve-cache, and that of a large one behind a signed link to another server, the CDN, which
-refuses a token. Xet, pull requests, datasets and multi-part uploads are left out.
+refuses a token. Xet, pull requests, datasets, multi-part uploads, and changing or deleting a
+repository are left out.
 
 Every request is logged. A fault is laid on all requests whose path holds a text; the path of a
 file's content, on whichever server, ends with the name of the file.
@@ -37,7 +38,7 @@ CHUNK_BYTES = 1 << 16
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".zip")
 REGULAR_LIMIT_BYTES = 10_000_000  # larger files go to LFS whatever their name
 DATE = "2026-01-01T00:00:00.000Z"
-OWNER = "owner"  # whose token reads and writes everything
+OWNER = "owner"  # who may read and write everything, with the right token
 
 Content = bytes | Path
 
@@ -159,6 +160,7 @@ class HubServer:
     """See the module. Names of repositories are `owner/name`; all of them are models."""
 
     token = "hf_" + "o" * 34
+    read_token = "hf_" + "r" * 34  # the owner's as well, without the right to write
     stranger_token = "hf_" + "s" * 34  # someone who may read what is public, and nothing else
 
     def __init__(self) -> None:
@@ -167,7 +169,7 @@ class HubServer:
         self.page_size = 1000  # entries of one page of a tree listing
         self._requests: list[Request] = []
         self._faults: list[_Fault] = []
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._signature = 0
         self._folder = tempfile.TemporaryDirectory(prefix="hub-server-")
         self._servers = {role: _Server(self, role) for role in ("hub", "cdn")}
@@ -232,7 +234,7 @@ class HubServer:
             path: None if content is None else StoredFile.store(path, content)
             for path, content in changes.items()
         }
-        with self._lock:
+        with self.lock:
             return self.repos[name].commit(stored, branch, title)
 
     def move_branch(self, name: str, branch: str, commit: str) -> None:
@@ -256,11 +258,11 @@ class HubServer:
     @property
     def requests(self) -> list[Request]:
         """All of them, in the order in which they came, from both servers."""
-        with self._lock:
+        with self.lock:
             return list(self._requests)
 
     def clear(self) -> None:
-        with self._lock:
+        with self.lock:
             self._requests.clear()
 
     def lines(self) -> list[str]:
@@ -325,24 +327,24 @@ class HubServer:
 
     def mend(self) -> None:
         """Take all faults away."""
-        with self._lock:
+        with self.lock:
             self._faults.clear()
 
     def _lay(
         self, kind: str, match: str, value: Any, times: int | None, method: str | None, skip: int
     ) -> None:
-        with self._lock:
+        with self.lock:
             self._faults.append(_Fault(kind, match, value, times, method, skip))
 
     # For the handler
 
     def log(self, request: Request) -> None:
-        with self._lock:
+        with self.lock:
             self._requests.append(request)
 
     def fault(self, kind: str, request: Request) -> Any:
         """The value of a fault that is due now, or None; True for one without a value."""
-        with self._lock:
+        with self.lock:
             for fault in self._faults:
                 if fault.kind != kind or fault.match not in request.path or fault.times == 0:
                     continue
@@ -362,6 +364,24 @@ class HubServer:
 
     def upload_path(self, sha256: str) -> Path:
         return Path(self._folder.name) / sha256
+
+    @property
+    def users(self) -> dict[str | None, str | None]:
+        """Who has which token; without one it is nobody in particular."""
+        return {
+            None: None,
+            self.token: OWNER,
+            self.read_token: OWNER,
+            self.stranger_token: "stranger",
+        }
+
+    def has_object(self, repo: str, sha256: str) -> Content | None:
+        """What was uploaded, or is in a commit already."""
+        if sha256 in self.uploads:
+            return self.uploads[sha256]
+        commits = self.repos[repo].commits.values()
+        stored = (file for commit in commits for file in commit.files.values())
+        return next((file.content for file in stored if file.lfs and file.sha256 == sha256), None)
 
     def make_repo(self, name: str, private: bool) -> None:
         attributes = "".join(f"*{suffix} filter=lfs\n" for suffix in LFS_SUFFIXES)
@@ -431,13 +451,15 @@ class _Handler(BaseHTTPRequestHandler):
         # A list of coding agents, asked for once a day by huggingface_hub whatever it is used for.
         if url.path != "/api/agent-harnesses":
             self.hub.log(self.request_log)
-        self.body = self.read_body() if self.command == "POST" else b""
+        self.chunks = self.body_chunks()
+        self.body = b"".join(self.chunks) if self.command == "POST" else b""
         try:
             self.misbehave()
             self.route(url.path)
         except _Refusal as refusal:
-            # A body that was not read would be taken for the next request.
-            self.close_connection |= self.command == "PUT"
+            # What was not read would be taken for the next request, and to close the connection
+            # on it would lose the answer.
+            self.drain()
             headers = {"X-Error-Message": refusal.message, **refusal.headers}
             self.send_json({"error": refusal.message}, refusal.status, headers)
         except ConnectionError:
@@ -471,8 +493,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Requests
 
-    def read_body(self) -> bytes:
-        return b"".join(self.body_chunks())
+    def drain(self) -> None:
+        for _ in self.chunks:
+            pass
 
     def body_chunks(self) -> Iterator[bytes]:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
@@ -489,19 +512,30 @@ class _Handler(BaseHTTPRequestHandler):
     def find(self, name: str, write: bool = False, content: bool = False) -> Repo:
         """A repository that who asks may use so. The Hub hides what they may not even know of."""
         token, repo = self.request_log.token, self.hub.repos.get(name)
-        users = {None: None, self.hub.token: OWNER, self.hub.stranger_token: "stranger"}
-        if token not in users:
-            raise _Refusal(401, None, "Invalid credentials in Authorization header")
-        if repo is None or (repo.private and users[token] != OWNER):
+        user = self.user()
+        if repo is None or (repo.private and user != OWNER):
             status = 401 if token is None else 404
             # The client takes a bare 401 for RepoNotFound only from an https endpoint.
             raise _Refusal(status, "RepoNotFound", "Repository not found")
-        if repo.gated and content and users[token] != OWNER:
+        if repo.gated and content and user != OWNER:
             message = f"Access to model {name} is restricted."
             raise _Refusal(401 if token is None else 403, "GatedRepo", message)
-        if write and users[token] != OWNER:
-            raise _Refusal(401 if token is None else 403, None, "You have no write access")
+        if write:
+            self.check_write(user)
         return repo
+
+    def user(self) -> str | None:
+        if self.request_log.token not in self.hub.users:
+            raise _Refusal(401, None, "Invalid credentials in Authorization header")
+        return self.hub.users[self.request_log.token]
+
+    def check_write(self, user: str | None) -> None:
+        if user is None:
+            raise _Refusal(401, None, "Invalid username or password.")
+        if user != OWNER:
+            raise _Refusal(403, None, f"You have no write access to what is {OWNER}'s")
+        if self.request_log.token == self.hub.read_token:
+            raise _Refusal(403, None, "you must use a write token to upload to a repository.")
 
     # Answers
 
@@ -576,9 +610,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_json({"standardEnvVars": [], "harnesses": {}})
 
     def whoami(self) -> None:
-        if self.request_log.token != self.hub.token:
+        user = self.user()
+        if user is None:
             raise _Refusal(401, None, "Invalid username or password.")
-        self.send_json({"type": "user", "name": OWNER, "orgs": [], "auth": {}})
+        self.send_json({"type": "user", "name": user, "orgs": [], "auth": {}})
 
     def model_info(self, repo: str, revision: str | None = None) -> None:
         found = self.find(repo)
@@ -698,10 +733,15 @@ class _Handler(BaseHTTPRequestHandler):
     # Pages: writing
 
     def create_repo(self) -> None:
-        asked = json.loads(self.body)
-        if self.request_log.token != self.hub.token:
-            raise _Refusal(401, None, "Invalid username or password.")
-        name = f"{asked.get('organization') or OWNER}/{asked['name']}"
+        asked, user = json.loads(self.body), self.user()
+        namespace = asked.get("organization") or user
+        if namespace != user and user is not None:
+            message = (
+                f'You don\'t have the rights to create a model under the namespace "{namespace}"'
+            )
+            raise _Refusal(403, None, message)
+        self.check_write(user)
+        name = f"{namespace}/{asked['name']}"
         url = {"url": f"{self.hub.endpoint}/{name}", "name": name}
         if name in self.hub.repos:
             error = {**url, "error": "You already created this model repo"}
@@ -744,7 +784,7 @@ class _Handler(BaseHTTPRequestHandler):
         objects = []
         for asked in json.loads(self.body)["objects"]:
             answer = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.hub.uploads:
+            if self.hub.has_object(repo, asked["oid"]) is None:
                 upload = f"{self.hub.cdn}/upload/{self.hub.signature}/{asked['oid']}"
                 verify = f"{self.hub.endpoint}/{repo}.git/info/lfs/objects/verify"
                 answer["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
@@ -755,7 +795,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.check_link(signature)
         target, digest = self.hub.upload_path(sha256), hashlib.sha256()
         with target.open("wb") as file:
-            for chunk in self.body_chunks():
+            for chunk in self.chunks:
                 digest.update(chunk)
                 file.write(chunk)
         if digest.hexdigest() != sha256:
@@ -776,30 +816,32 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in found.branches:
             raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         changes: dict[str, StoredFile | None] = {}
-        title = ""
+        title, parent = "", None
         for line in self.body.splitlines():
             item = json.loads(line)
             key, value = item["key"], item["value"]
             if key == "header":
                 title = value["summary"]
                 parent = value.get("parentCommit")
-                if parent not in (None, found.branches[revision]):
-                    raise _Refusal(412, None, "A commit has happened since. Please refresh.")
             elif key == "file":
                 content = base64.b64decode(value["content"])
                 changes[value["path"]] = StoredFile.store(value["path"], content)
             elif key == "lfsFile":
-                changes[value["path"]] = self.uploaded(value["path"], value["oid"])
+                changes[value["path"]] = self.uploaded(repo, value["path"], value["oid"])
             else:
                 changes |= self.deleted(found.resolve(revision), key, value["path"])
-        made = found.commit(changes, revision, title)
+        with self.hub.lock:
+            if parent not in (None, found.branches[revision]):
+                raise _Refusal(412, None, "A commit has happened since. Please refresh.")
+            made = found.commit(changes, revision, title)
         url = f"{self.hub.endpoint}/{repo}/commit/{made}"
         self.send_json({"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""})
 
-    def uploaded(self, path: str, sha256: str) -> StoredFile:
-        if sha256 not in self.hub.uploads:
+    def uploaded(self, repo: str, path: str, sha256: str) -> StoredFile:
+        content = self.hub.has_object(repo, sha256)
+        if content is None:
             raise _Refusal(400, None, f"LFS pointer pointed to a file that does not exist: {path}")
-        return StoredFile.store(path, self.hub.uploads[sha256])
+        return StoredFile.store(path, content)
 
     def deleted(self, commit: Commit, key: str, path: str) -> dict[str, StoredFile | None]:
         folder = path.rstrip("/") + "/"
