@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorashard.pipeline import SplitRequest, split_adapter
     from lorashard.placement import Placement
     from lorashard.pull import pull_shards
+    from lorashard.push import push_shards
     from lorashard.reshard import reshard_shards
     from lorashard.shard import ShardDirectory, TensorFile, open_shards
     from lorashard.verify import verify_shards
@@ -35,6 +36,7 @@ _HOMES = {
     "merge_shards": "merge",
     "open_shards": "shard",
     "pull_shards": "pull",
+    "push_shards": "push",
     "reshard_shards": "reshard",
     "split_adapter": "pipeline",
     "verify_shards": "verify",
@@ -51,6 +53,7 @@ __all__ = [
     "merge_shards",
     "open_shards",
     "pull_shards",
+    "push_shards",
     "reshard_shards",
     "split_adapter",
     "verify_shards",

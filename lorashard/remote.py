@@ -8,7 +8,6 @@ its revision meant at the first look. The library's own caches of file content a
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,8 @@ from typing import Any
 
 from lorashard.errors import AdapterError, HeaderError
 from lorashard.fetch import FetchAhead
+from lorashard.hub import asking, looks_like_hub_id, parse_address, short, unreachable
 
-# What the Hub calls a repository, with a revision or a folder in it: owner/name[@revision][/folder].
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^/@]+)?(/[^@]+)?")
 _ATTEMPTS = 3  # for drivers that do not try again themselves; huggingface_hub does, for 20 s
 _FIRST_WAIT_S = 0.25
 
@@ -49,9 +47,9 @@ class RemoteFile:
             try:
                 data: bytes = self.fs.cat_file(self.path, start=begin, end=end, **exact)
             except (FileNotFoundError, PermissionError) as err:
-                raise HeaderError(self.name, f"cannot be read ({_short(err)})") from err
+                raise HeaderError(self.name, f"cannot be read ({short(err)})") from err
             except Exception as err:  # noqa: BLE001 - each driver has its own for a broken line
-                reason = _short(err)
+                reason = short(err)
                 continue
             if len(data) == end - begin:
                 return data
@@ -110,7 +108,7 @@ class RemoteFolder:
         except FileNotFoundError:
             return []
         except Exception as err:
-            raise _unreachable(self.text, err) from err
+            raise unreachable(self.text, err) from err
         names = [e["name"].rstrip("/") for e in entries if e.get("type") == "directory"]
         return sorted(name.rpartition("/")[2] for name in names)
 
@@ -128,12 +126,12 @@ def locate(named: str | os.PathLike[str] | RemoteFolder) -> Place:
         return named
     text = os.fspath(named)
     if "://" in text:
-        return _open_url(text)
+        return open_url(text)
     path = Path(text)
-    on_hub = _HUB_ID.fullmatch(text) and not text.startswith((".", "-"))
-    if isinstance(named, str) and on_hub and not path.exists() and not path.parent.exists():
+    free = not path.exists() and not path.parent.exists()
+    if isinstance(named, str) and looks_like_hub_id(text) and free:
         try:
-            return _open_url(f"hf://{text}")
+            return open_url(f"hf://{text}")
         except AdapterError as err:
             raise AdapterError(
                 f"{text}: no such directory here, and {err.message}", hint=err.hint
@@ -159,7 +157,7 @@ def local_copy(place: Place, names: Sequence[str]) -> Iterator[Path]:
         try:
             copy = snapshot_download(place.repo, revision=place.revision, allow_patterns=patterns)
         except Exception as err:
-            raise _unreachable(place.text, err) from err
+            raise unreachable(place.text, err) from err
         yield Path(copy) / folder
         return
     with tempfile.TemporaryDirectory(prefix="lorashard-") as temporary:
@@ -167,7 +165,7 @@ def local_copy(place: Place, names: Sequence[str]) -> Iterator[Path]:
             for name in found:
                 place.fs.get_file(f"{place.path}/{name}", f"{temporary}/{name}")
         except Exception as err:
-            raise _unreachable(place.text, err) from err
+            raise unreachable(place.text, err) from err
         yield Path(temporary)
 
 
@@ -178,7 +176,8 @@ def over_local_files(path: Path) -> RemoteFolder:
     return RemoteFolder(str(path), os.path.abspath(path), LocalFileSystem())
 
 
-def _open_url(text: str) -> Place:
+def open_url(text: str) -> Place:
+    """What a URL names; a local directory only offline, the Hub's cache. Raises AdapterError."""
     import fsspec  # noqa: PLC0415 - takes 0.1 s, and only remote places need it
 
     try:
@@ -190,41 +189,22 @@ def _open_url(text: str) -> Place:
     except ValueError as err:
         raise AdapterError(f"{text}: {err}.", hint="Is the part before :// right?") from err
     if _is_hub(fs):
-        return _open_hub(text, fs, path)
+        return _open_hub(text, fs)
     return RemoteFolder(text.rstrip("/"), path.rstrip("/"), fs)
 
 
-def _open_hub(text: str, fs: Any, path: str) -> Place:
+def _open_hub(text: str, fs: Any) -> Place:
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    repo, revision, folder = _hub_parts(text, path)
-    shown = text.rstrip("/")
-    try:
+    address, shown = parse_address(text), text.rstrip("/")
+    repo, revision = address.repo, address.revision
+    with asking(shown):
         if constants.HF_HUB_OFFLINE:
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True)) / folder
+            copy = snapshot_download(repo, revision=revision, local_files_only=True)
+            return Path(copy) / address.folder
         commit = HfApi().model_info(repo, revision=revision).sha
-    except Exception as err:
-        raise _unreachable(shown, err) from err
-    pinned = f"{repo}@{commit}/{folder}".rstrip("/")
+    pinned = f"{repo}@{commit}/{address.folder}".rstrip("/")
     return RemoteFolder(shown, pinned, fs, repo, commit)
-
-
-def _hub_parts(text: str, path: str) -> tuple[str, str | None, str]:
-    """(repository, revision, folder), by huggingface_hub's own parser where it has one (>= 1.0)."""
-    try:
-        from huggingface_hub import parse_hf_uri
-    except ImportError:
-        found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", path)
-        if found is None:
-            raise AdapterError(f"{text}: not hf://owner/name[@revision].") from None
-        return found[1], found[2], found[3] or ""
-    try:
-        parsed = parse_hf_uri(f"hf://{path}")
-    except Exception as err:
-        raise AdapterError(f"{text}: {_short(err)}.", hint="hf://owner/name[@revision]") from err
-    if getattr(parsed, "is_bucket", False) or parsed.type != "model":
-        raise AdapterError(f"{text}: not a model repository.", hint="hf://owner/name[@revision]")
-    return parsed.id, parsed.revision, parsed.path_in_repo or ""
 
 
 def _is_hub(fs: Any) -> bool:
@@ -244,27 +224,9 @@ def _describe(fs: Any, path: str, shown: str, *, refresh: bool = False) -> tuple
             raise
         except Exception as err:
             if attempt == _ATTEMPTS - 1:
-                raise _unreachable(shown, err) from err
+                raise unreachable(shown, err) from err
             time.sleep(_FIRST_WAIT_S * 2**attempt)
     if found.get("type") != "file" or found.get("size") is None:
         raise FileNotFoundError(shown)
     marks = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime")
     return int(found["size"]), " ".join(f"{found[mark]}" for mark in marks if mark in found)
-
-
-def _unreachable(shown: str, err: Exception) -> AdapterError:
-    """Says what to do about what the Hub or a driver raises."""
-    hints = {
-        "RepositoryNotFoundError": "Is the name right? A private one needs HF_TOKEN or `hf auth login`.",
-        "GatedRepoError": "Ask for access on its page, and set HF_TOKEN or `hf auth login`.",
-        "RevisionNotFoundError": "Is the revision right? A branch, a tag or a commit.",
-        "LocalEntryNotFoundError": "HF_HUB_OFFLINE is set and the Hub's cache has it not, or not whole.",
-    }  # fmt: skip
-    names = [cls.__name__ for cls in type(err).__mro__]
-    hint = next((hints[name] for name in names if name in hints), "Is the place right, and up?")
-    return AdapterError(f"{shown}: {_short(err)}.", hint=hint)
-
-
-def _short(err: Exception) -> str:
-    first = str(err).strip().splitlines()[0] if str(err).strip() else ""
-    return f"{type(err).__name__}: {first}".rstrip(". :")[:300]

@@ -39,9 +39,10 @@ PURE_OF_PLUGIN = tuple(
 )
 ORDER = (
     "errors", *PURE, "buffers", "writeback", "sources", "rearrange", "digest", "fetch",
-    "remote", "read", "output",
+    "hub", "remote", "read", "output",
     "execute", "pickled", "pipeline", "pull", "shard", "merge", "reshard", "reference", *REFERENCE, "verify",
-    *PLUGIN, "cli", "cli.render", "cli.options", "cli.look", "cli.split", "cli.reshard", "cli.fetch", "cli.check", "cli.doctor",
+    "card", "push",
+    *PLUGIN, "cli", "cli.render", "cli.options", "cli.look", "cli.split", "cli.reshard", "cli.fetch", "cli.push", "cli.check", "cli.doctor",
     "cli.app",
 )  # fmt: skip
 TOUCHING = frozenset({

@@ -280,6 +280,37 @@ def pull(
 
 
 @app.command()
+def push(
+    shards: opt.Shards,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="hf://owner/name[@branch][/folder], or another URL.",
+            show_default=False,
+        ),
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace shards at a URL; on the Hub a commit always does."),
+    ] = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Check a shard directory and upload it, with a model card."""
+    from lorashard.cli.push import run_push  # noqa: PLC0415
+
+    result = run_push(shards, target, private=private, force=force, quiet=quiet)
+    if as_json:
+        render.print_json(result)
+    elif not quiet:
+        render.print_line(result["place"])
+
+
+@app.command()
 def doctor(
     path: Annotated[
         Optional[Path],
