@@ -5,26 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-_WINDOW_BYTES = 8 * 2**20
+WINDOW_BYTES = 8 * 2**20
 _AHEAD = 4  # windows under way at once; one more is being read
 
 
 class FetchAhead:
-    """Windows of bytes [begin, end), fetched in order by a few threads; six in memory at most."""
+    """Windows of bytes [begin, end), fetched in order by a few threads; ahead + 2 in memory."""
 
-    def __init__(self, fetch: Callable[[int, int], bytes], begin: int, end: int) -> None:
-        """fetch(begin, end): those bytes, called by several threads."""
+    def __init__(
+        self,
+        fetch: Callable[[int, int], bytes],
+        begin: int,
+        end: int,
+        window_bytes: int = WINDOW_BYTES,
+        ahead: int = _AHEAD,
+    ) -> None:
+        """fetch(begin, end): those bytes, called by `ahead` threads."""
         self._fetch = fetch
         self._begin = begin
         self._end = end
+        self._window_bytes = window_bytes
+        self._ahead = ahead
         self._windows: dict[int, Future[bytes]] = {}
-        self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="lorashard-fetch")
+        self._pool = ThreadPoolExecutor(ahead, thread_name_prefix="lorashard-fetch")
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset`, within [begin, end). Raises what `fetch` raises."""
         done = 0
         while done < len(buffer):
-            number, skip = divmod(offset + done - self._begin, _WINDOW_BYTES)
+            number, skip = divmod(offset + done - self._begin, self._window_bytes)
             self._want(number)
             window = self._windows[number].result()
             piece = memoryview(window)[skip : skip + len(buffer) - done]
@@ -34,11 +43,11 @@ class FetchAhead:
     def _want(self, number: int) -> None:
         for old in [n for n in self._windows if n < number]:
             self._windows.pop(old).cancel()
-        last = min(number + _AHEAD, (self._end - self._begin - 1) // _WINDOW_BYTES)
+        last = min(number + self._ahead, (self._end - self._begin - 1) // self._window_bytes)
         for wanted in range(number, last + 1):
             if wanted not in self._windows:
-                begin = self._begin + wanted * _WINDOW_BYTES
-                end = min(begin + _WINDOW_BYTES, self._end)
+                begin = self._begin + wanted * self._window_bytes
+                end = min(begin + self._window_bytes, self._end)
                 self._windows[wanted] = self._pool.submit(self._fetch, begin, end)
 
     def close(self) -> None:

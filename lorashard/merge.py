@@ -32,6 +32,7 @@ from lorashard.pipeline import read_manifest, write_synced
 from lorashard.plan import ShardPlan, build_plan
 from lorashard.read import read_config
 from lorashard.rearrange import restore_block, scratch_bytes, slot_views
+from lorashard.remote import Place
 from lorashard.sources import LocalFile
 
 
@@ -55,11 +56,11 @@ def merge_shards(
             "back bit for bit.",
             hint="Split without --dtype to be able to merge.",
         )
-    check_target(out, force=force, replaceable=_is_plain_adapter)
+    check_target(out, force=force, replaceable=is_plain_adapter)
     config_bytes = read_config(shards / CONFIG_NAME)
     _, plan = replan(manifest, config_bytes, shards)
     with staged_directory(
-        out, last=CONFIG_NAME, force=force, replaceable=_is_plain_adapter
+        out, last=CONFIG_NAME, force=force, replaceable=is_plain_adapter
     ) as staging:
         try:
             digest = _write_weights(manifest, plan, shards, staging / WEIGHTS_NAME, progress)
@@ -75,22 +76,22 @@ def merge_shards(
 
 
 def replan(
-    manifest: Manifest, config_bytes: bytes, shards: Path
+    manifest: Manifest, config_bytes: bytes, shards: Place
 ) -> tuple[AdapterLayout, ShardPlan]:
     """The layout and the plan that `split` carried out, made again from the manifest.
 
     Raises ManifestError if the files that it leads to are not the ones in the manifest.
     """
-    path = shards / MANIFEST_NAME
+    path = f"{shards}/{MANIFEST_NAME}"
     header_bytes = manifest.source.header
     try:
-        config = parse_config(config_bytes, str(shards / CONFIG_NAME))
+        config = parse_config(config_bytes, f"{shards}/{CONFIG_NAME}")
         size = manifest.source.files[WEIGHTS_NAME].size_bytes
-        length = header_length(header_bytes, size, str(path))
+        length = header_length(header_bytes, size, path)
         text = header_bytes[LENGTH_BYTES:]
         if len(text) != length:
             raise HeaderError(path, "the header has another length than it says")
-        header = parse_header(text, size, str(path))
+        header = parse_header(text, size, path)
         index = AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
         layout = detect_layout(index, manifest.options, str(shards))
         plan = build_plan(layout, manifest.placement, manifest.dtype)
@@ -110,7 +111,8 @@ def source_was_pickled(manifest: Manifest) -> bool:
     return PICKLE_NAME in manifest.source.files
 
 
-def _is_plain_adapter(_path: Path, names: frozenset[str]) -> bool:
+def is_plain_adapter(_path: Path, names: frozenset[str]) -> bool:
+    """Whether a directory with `names` in it is what `merge` writes."""
     return names == {CONFIG_NAME, WEIGHTS_NAME}
 
 

@@ -83,6 +83,19 @@ def needed_files(manifest: Manifest, ep_ranks: Sequence[int], where: str) -> dic
     return {CONFIG_NAME: config} | {name: manifest.files[name].digest for name in names}
 
 
+def find_file(source: RemoteFolder, name: str, digest: FileDigest) -> RemoteFile:
+    """A file of a shard directory. Raises ShardError if it is not there, or of another size."""
+    file = source.file(name)
+    if file is None:
+        raise ShardError(f"{source}: no {name}.", hint="Upload the whole directory again.")
+    if file.size_bytes != digest.size_bytes:
+        raise ShardError(
+            f"{file.name}: {file.size_bytes} bytes, the manifest says {digest.size_bytes}.",
+            hint="Upload the whole directory again; its files belong together.",
+        )
+    return file
+
+
 def as_folder(place: Place) -> RemoteFolder:
     """A local directory is read like any other."""
     return over_local_files(place) if isinstance(place, Path) else place
@@ -132,14 +145,7 @@ def _fetch(
     if _is_whole(path, digest):  # it got its name when it was proven
         progress(digest.size_bytes)
         return
-    file = source.file(name)
-    if file is None:
-        raise ShardError(f"{source}: no {name}.", hint="Upload the whole directory again.")
-    if file.size_bytes != digest.size_bytes:
-        raise ShardError(
-            f"{file.name}: {file.size_bytes} bytes, the manifest says {digest.size_bytes}.",
-            hint="Upload the whole directory again; its files belong together.",
-        )
+    file = find_file(source, name, digest)
     part = path.with_name(path.name + _PART)
     if _fetch_rest(file, part, progress) != digest.blake3:
         part.unlink()

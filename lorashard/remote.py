@@ -57,12 +57,13 @@ class RemoteFile:
         raise HeaderError(self.name, f"cannot be read ({reason})")
 
     @contextmanager
-    def opened(self, begin: int = 0) -> Iterator[FetchAhead]:
+    def opened(self, begin: int = 0, **windows: int) -> Iterator[FetchAhead]:
         """A ByteSource of what follows `begin`, which fetches ahead of who reads front to back.
 
+        windows: FetchAhead's window_bytes and ahead.
         Raises HeaderError at the end if the file is another one than at the beginning.
         """
-        with closing(FetchAhead(self.read, begin, self.size_bytes)) as source:
+        with closing(FetchAhead(self.read, begin, self.size_bytes, **windows)) as source:
             yield source
         if _describe(self.fs, self.path, self.name, refresh=True) != (self.size_bytes, self.key):
             raise HeaderError(self.name, "it changed while being read")

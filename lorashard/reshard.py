@@ -27,6 +27,7 @@ from lorashard.errors import (
     VerificationError,
 )
 from lorashard.execute import Progress, write_files
+from lorashard.fetch import WINDOW_BYTES
 from lorashard.layout import AdapterLayout
 from lorashard.manifest import MANIFEST_NAME, Manifest, format_manifest
 from lorashard.merge import replan
@@ -42,13 +43,19 @@ from lorashard.pipeline import (
     write_synced,
 )
 from lorashard.plan import ShardPlan, build_plan
-from lorashard.read import read_config
+from lorashard.pull import find_file
+from lorashard.read import read_config, read_small
+from lorashard.remote import Place, RemoteFolder, locate
 from lorashard.shard import check_file
-from lorashard.sources import LocalFile
+from lorashard.sources import ByteSource, LocalFile
+
+# Of remote files, a window each is being read and one is under way: together about so much.
+_FETCHED_BYTES = 32 * 2**20
+_LEAST_WINDOW_BYTES = 256 * 2**10
 
 
 def reshard_shards(
-    shards: str | os.PathLike[str],
+    shards: str | os.PathLike[str] | RemoteFolder,
     out: str | os.PathLike[str],
     ep_size: int,
     *,
@@ -59,26 +66,25 @@ def reshard_shards(
 ) -> Manifest:
     """Write the shard directory `out` with the experts of `shards` on `ep_size` ranks.
 
+    shards: a directory, or hf://owner/name[@revision] or another URL, which is streamed.
     expert_map: a JSON file with an explicit placement; it wins over `strategy`.
     out: may be `shards` itself with `force`, which then changes places in one instant.
     progress: called with bytes of the old files done since the last call.
     Raises PlacementError, or ShardError if the shards are not what `split` wrote.
     """
-    shards, out = Path(shards), Path(out)
-    manifest = read_manifest(shards)
+    place, out = locate(shards), Path(out)
+    manifest = read_manifest(place)
     check_target(out, force=force, replaceable=is_shard_directory)
-    config_bytes = _read_own_config(manifest, shards)
-    layout, old = replan(manifest, config_bytes, shards)
-    _check_manifest(manifest, layout, shards)
+    config_bytes = _read_own_config(manifest, place)
+    layout, old = replan(manifest, config_bytes, place)
+    _check_manifest(manifest, layout, place)
     placement = place_experts(layout, ep_size, strategy, expert_map)
     new = build_plan(layout, placement, manifest.dtype)
-    for name, recorded in manifest.files.items():
-        check_file(shards / name, recorded)
     moves = plan_moves(layout, old, manifest.placement, new, placement)
     with staged_directory(
         out, last=MANIFEST_NAME, force=force, replaceable=is_shard_directory
     ) as staging:
-        digests = _move_bytes(moves, old, manifest, shards, staging, progress)
+        digests = _move_bytes(moves, old, manifest, place, staging, progress)
         manifest = replace(
             manifest,
             lorashard_version=__version__,
@@ -90,19 +96,23 @@ def reshard_shards(
     return manifest
 
 
-def _read_own_config(manifest: Manifest, shards: Path) -> bytes:
+def _read_own_config(manifest: Manifest, shards: Place) -> bytes:
     try:
-        content = read_config(shards / CONFIG_NAME)
+        content = (
+            read_small(shards, CONFIG_NAME)
+            if isinstance(shards, RemoteFolder)
+            else read_config(shards / CONFIG_NAME)
+        )
     except AdapterError as err:
         raise ShardError(err.message, hint="Copy the directory again.") from err
     if blake3(content).hexdigest() != manifest.source.files[CONFIG_NAME].blake3:
-        raise VerificationError(shards, (_differs(shards / CONFIG_NAME),))
+        raise VerificationError(str(shards), (_differs(shards, CONFIG_NAME),))
     return content
 
 
-def _check_manifest(manifest: Manifest, layout: AdapterLayout, shards: Path) -> None:
+def _check_manifest(manifest: Manifest, layout: AdapterLayout, shards: Place) -> None:
     """Raise ManifestError if what is carried over, or relied on, was changed since `split`."""
-    path, placement = shards / MANIFEST_NAME, manifest.placement
+    path, placement = f"{shards}/{MANIFEST_NAME}", manifest.placement
     if {module.name: describe_module(module) for module in layout.modules} != manifest.modules:
         raise ManifestError(path, "does not describe its modules as its source has them")
     if placement.strategy != "explicit" and placement != place_experts(
@@ -115,33 +125,31 @@ def _move_bytes(
     moves: MovePlan,
     old: ShardPlan,
     manifest: Manifest,
-    shards: Path,
+    shards: Place,
     staging: Path,
     progress: Progress,
 ) -> tuple[str, ...]:
     """Write the new files; returns their digests. Raises unless each old file has its own."""
-    paths = [shards / file.name for file in old.files]
-    with _read_errors(), _opened(paths) as files:
+    with _read_errors(), _opened(shards, manifest) as files:
         source = _OldFiles(files, moves.stretches)
         for number, file in enumerate(old.files):
             source.read_header(number, len(file.header))
             progress(len(file.header))
         digests = write_files(moves.plan, source, staging, progress)
-    recorded = [manifest.files[file.name].digest.blake3 for file in old.files]
     findings = tuple(
-        _differs(path)
-        for path, found, expected in zip(paths, source.digests(), recorded)
-        if found != expected
+        _differs(shards, name)
+        for (name, recorded), found in zip(manifest.files.items(), source.digests())
+        if found != recorded.digest.blake3
     )
     if findings:
-        raise VerificationError(shards, findings)
+        raise VerificationError(str(shards), findings)
     return digests
 
 
 class _OldFiles:
     """The stretches one after the other as a ByteSource; digests each file as it is read."""
 
-    def __init__(self, files: Sequence[LocalFile], stretches: Sequence[Stretch]) -> None:
+    def __init__(self, files: Sequence[ByteSource], stretches: Sequence[Stretch]) -> None:
         self._files = files
         self._stretches = stretches
         self._begins = list(accumulate((s.end - s.begin for s in stretches), initial=0))
@@ -173,14 +181,23 @@ class _OldFiles:
         self._read[number] = begin + len(buffer)
 
 
-def _differs(path: Path) -> str:
-    return f"{path}: BLAKE3 differs from the manifest's"
+def _differs(shards: Place, name: str) -> str:
+    return f"{shards}/{name}: BLAKE3 differs from the manifest's"
 
 
 @contextmanager
-def _opened(paths: Sequence[Path]) -> Iterator[list[LocalFile]]:
+def _opened(shards: Place, manifest: Manifest) -> Iterator[list[ByteSource]]:
+    """All files, each to be read front to back. Raises ShardError if one is not as recorded."""
     with ExitStack() as stack:
-        yield [stack.enter_context(closing(LocalFile(path))) for path in paths]
+        if isinstance(shards, RemoteFolder):
+            found = [find_file(shards, name, file.digest) for name, file in manifest.files.items()]
+            window = max(_LEAST_WINDOW_BYTES, min(WINDOW_BYTES, _FETCHED_BYTES // len(found)))
+            opened = (file.opened(window_bytes=window, ahead=1) for file in found)
+            yield [stack.enter_context(file) for file in opened]
+            return
+        for name, recorded in manifest.files.items():
+            check_file(shards / name, recorded)
+        yield [stack.enter_context(closing(LocalFile(shards / name))) for name in manifest.files]
 
 
 @contextmanager

@@ -353,3 +353,52 @@ def test_a_local_directory_and_a_url_are_pulled_alike(tmp_path: Path, shards: Pa
         out = tmp_path / f"out-{len(name)}"
         assert run_cli("pull", name, "--node-ranks", "0-1", "-o", out).returncode == 0
         assert contents(out) == contents(shards)
+
+
+@pytest.fixture
+def remote_shards(tmp_path: Path, hub: HubServer, adapter: Path) -> Path:
+    """Local shards on three ranks, which are owner/shards on the Hub."""
+    out = tmp_path / "shards"
+    assert run_cli("split", adapter, "--ep-size", 3, "-o", out).returncode == 0
+    hub.add_repo("owner/shards", files_of(out))
+    return out
+
+
+def test_reshard_streams_and_fetches_each_byte_once(
+    tmp_path: Path, hub: HubServer, adapter: Path, remote_shards: Path, home: Path
+) -> None:
+    local = split_locally(adapter, tmp_path / "local")
+    hub.cut_after("ep-00001-of-00003", 1000)
+    options = ("--ep-size", 2, "-o", tmp_path / "out")
+    done = lorashard(hub, home, "reshard", "hf://owner/shards", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(local)
+    assert json.loads(done.stdout)["revision"] == hub.head("owner/shards")
+    for path in remote_shards.glob("ep-*"):
+        again = 1000 if "ep-00001" in path.name else 0
+        assert hub.sent_bytes(path.name) == path.stat().st_size + again
+    assert not list(home.rglob("*.safetensors"))
+
+
+def test_reshard_of_what_is_damaged_on_the_way_leaves_nothing(
+    tmp_path: Path, hub: HubServer, remote_shards: Path, home: Path
+) -> None:
+    size = (remote_shards / "ep-00002-of-00003.safetensors").stat().st_size
+    hub.corrupt("ep-00002-of-00003", size - 1)
+    done = lorashard(hub, home, "reshard", "owner/shards", "--ep-size", 2, "-o", tmp_path / "out")
+    assert done.returncode == 5
+    assert "ep-00002-of-00003.safetensors: BLAKE3 differs" in done.stderr
+    hub.mend()
+    hub.commit("owner/shards", {"ep-00002-of-00003.safetensors": None})
+    done = lorashard(hub, home, "reshard", "owner/shards", "--ep-size", 2, "-o", tmp_path / "out")
+    assert done.returncode == 5
+    assert "no ep-00002-of-00003.safetensors" in done.stderr
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_merge_gives_the_adapter_back_from_remote_shards(
+    tmp_path: Path, hub: HubServer, adapter: Path, remote_shards: Path, home: Path
+) -> None:
+    done = lorashard(hub, home, "merge", "owner/shards", "-o", tmp_path / "restored")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "restored") == contents(adapter)

@@ -94,12 +94,7 @@ def split(
 
 @app.command()
 def verify(
-    shards: Annotated[
-        str,
-        typer.Argument(
-            metavar="SHARDS", help="A shard directory, here or remote.", show_default=False
-        ),
-    ],
+    shards: opt.Shards,
     against: Annotated[
         Optional[str],
         typer.Option(
@@ -221,10 +216,12 @@ def reshard(
 ) -> None:
     """Place the experts of a shard directory anew, bit for bit, without the source adapter."""
     from lorashard.cli.reshard import run_reshard, target  # noqa: PLC0415
+    from lorashard.remote import locate  # noqa: PLC0415
 
     opt.refuse_two_placements(placement, expert_map)
-    out = target(shards, out, ep_size)
-    result = run_reshard(shards, out, ep_size, placement, expert_map, force=force, quiet=quiet)
+    place = locate(shards)
+    out = target(place, out, ep_size)
+    result = run_reshard(place, out, ep_size, placement, expert_map, force=force, quiet=quiet)
     if as_json:
         render.print_json(result)
     elif not quiet:
@@ -281,7 +278,9 @@ def pull(
 
 @app.command()
 def push(
-    shards: opt.Shards,
+    shards: Annotated[
+        Path, typer.Argument(metavar="SHARDS", help="A shard directory.", show_default=False)
+    ],
     target: Annotated[
         str,
         typer.Argument(

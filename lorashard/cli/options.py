@@ -26,7 +26,8 @@ Adapter = Annotated[
     ),
 ]
 Shards = Annotated[
-    Path, typer.Argument(metavar="SHARDS", help="A shard directory.", show_default=False)
+    str,
+    typer.Argument(metavar="SHARDS", help="A shard directory, here or remote.", show_default=False),
 ]
 EpSize = Annotated[
     int,

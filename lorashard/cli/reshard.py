@@ -10,20 +10,21 @@ from typing import Any
 from lorashard.cli import render
 from lorashard.pipeline import Strategy, read_manifest
 from lorashard.plan import REPLICATED_NAME
+from lorashard.remote import Place, RemoteFolder
 from lorashard.reshard import reshard_shards
 
 
-def target(shards: Path, out: Path | None, ep_size: int) -> Path:
-    """OUT, or beside SHARDS its name with -epN for the new number of ranks."""
+def target(shards: Place, out: Path | None, ep_size: int) -> Path:
+    """OUT, or beside SHARDS, or here for remote ones, its name ending in -epN."""
     if out is not None:
         return out
-    absolute = Path(os.path.abspath(shards))
-    stem = re.sub(r"(?<=.)-ep\d+$", "", absolute.name)
-    return absolute.parent / f"{stem}-ep{ep_size}"
+    beside = Path(shards.name if isinstance(shards, RemoteFolder) else os.path.abspath(shards))
+    stem = re.sub(r"(?<=.)-ep\d+$", "", beside.name)
+    return beside.parent / f"{stem}-ep{ep_size}"
 
 
 def run_reshard(
-    shards: Path,
+    shards: Place,
     out: Path,
     ep_size: int,
     strategy: Strategy,
@@ -55,6 +56,7 @@ def run_reshard(
     )
     return {
         "shards": str(shards),
+        "revision": shards.revision if isinstance(shards, RemoteFolder) else None,
         "out": str(out),
         "num_experts": placement.num_experts,
         "placement": placement.strategy,

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorashard.adapter import WEIGHTS_NAME
+from lorashard.adapter import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.cli import render
 from lorashard.errors import ShardError
-from lorashard.merge import merge_shards, source_was_pickled
+from lorashard.manifest import MANIFEST_NAME
+from lorashard.merge import is_plain_adapter, merge_shards, source_was_pickled
 from lorashard.output import check_target
 from lorashard.pipeline import (
     SplitRequest,
@@ -18,7 +19,7 @@ from lorashard.pipeline import (
     read_manifest,
     write_shards,
 )
-from lorashard.remote import Place, RemoteFolder, locate
+from lorashard.remote import Place, RemoteFolder, local_copy, locate
 
 
 def targets(
@@ -89,19 +90,24 @@ def run_split(
         }
 
 
-def run_merge(shards: Path, out: Path, *, force: bool, quiet: bool) -> dict[str, Any]:
+def run_merge(shards: str, out: Path, *, force: bool, quiet: bool) -> dict[str, Any]:
     """Merge shards back; returns what `--json` prints."""
-    manifest = read_manifest(shards)
+    place = locate(shards)
+    manifest = read_manifest(place)
     weights = manifest.source.files[WEIGHTS_NAME]
-    with render.progress_bar(f"merge {shards.name}", weights.size_bytes, quiet=quiet) as progress:
-        merge_shards(shards, out, force=force, progress=progress)
+    check_target(out, force=force, replaceable=is_plain_adapter)
+    with (
+        local_copy(place, (MANIFEST_NAME, CONFIG_NAME, *manifest.files)) as directory,
+        render.progress_bar(f"merge {place.name}", weights.size_bytes, quiet=quiet) as progress,
+    ):
+        merge_shards(directory, out, force=force, progress=progress)
     if source_was_pickled(manifest):
         render.say(
             f"note: the source was a pickle; its tensors are given back as {WEIGHTS_NAME}.",
             quiet=quiet,
         )
     return {
-        "shards": str(shards),
+        "shards": shards,
         "out": str(out),
         "size": weights.size_bytes,
         "blake3": weights.blake3,
