@@ -14,11 +14,13 @@ and where; `hint` says what to do next.
         OutputExistsError             the target is in the way
         ManifestError                 lorashard.json is missing or damaged
         VerificationError             the shards are not what the manifest or the source says
+      BatchError                   that of the first that failed, of several adapters
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 
 class LorashardError(Exception):
@@ -120,3 +122,15 @@ class VerificationError(ShardError):
             hint="Do not serve this directory. Run `lorashard split` again from the source.",
         )
         self.findings = findings
+
+
+class BatchError(LorashardError):
+    """Some of several adapters failed: `errors`, in their order; the exit code is the first one's."""
+
+    def __init__(self, errors: Sequence[LorashardError], count: int) -> None:
+        super().__init__(
+            f"{len(errors)} of {count} adapters failed.",
+            hint="The others are done; --resume goes on with those that are not.",
+        )
+        self.errors = tuple(errors)
+        self.exit_code = errors[0].exit_code

@@ -117,6 +117,13 @@ class RemoteFolder:
 Place = Path | RemoteFolder
 
 
+def is_remote(text: str) -> bool:
+    """Whether a name means something elsewhere: a URL, or a Hub id where no such path exists."""
+    path = Path(text)
+    free = not path.exists() and not path.parent.exists()
+    return "://" in text or (looks_like_hub_id(text) and free)
+
+
 def locate(named: str | os.PathLike[str] | RemoteFolder) -> Place:
     """A local path; hf://owner/name[@revision], or owner/name on the Hub; s3://, gs:// and so on.
 
@@ -129,8 +136,7 @@ def locate(named: str | os.PathLike[str] | RemoteFolder) -> Place:
     if "://" in text:
         return open_url(text)
     path = Path(text)
-    free = not path.exists() and not path.parent.exists()
-    if isinstance(named, str) and looks_like_hub_id(text) and free:
+    if isinstance(named, str) and is_remote(text):
         try:
             return open_url(f"hf://{text}")
         except AdapterError as err:

@@ -27,7 +27,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -165,6 +165,7 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, tuple[str, ...]] = {}
         self.uploads: dict[str, Path] = {}
         self.page_size = 1000  # entries of one page of a tree listing
         self._requests: list[Request] = []
@@ -236,6 +237,10 @@ class HubServer:
         }
         with self.lock:
             return self.repos[name].commit(stored, branch, title)
+
+    def add_collection(self, slug: str, models: Sequence[str]) -> None:
+        """slug: owner/name-id. Its models need not exist any more."""
+        self.collections[slug] = tuple(models)
 
     def move_branch(self, name: str, branch: str, commit: str) -> None:
         self.repos[name].branches[branch] = commit
@@ -408,6 +413,7 @@ _ROUTES: dict[str, list[tuple[str, str, str]]] = {
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create_repo"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
+        ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", "collection"),
         ("GET", rf"{_MODEL}(?:/revision/{_REV})?", "model_info"),
         ("GET", rf"{_MODEL}/tree/{_REV}(?:/(?P<path>.+))?", "tree"),
         ("POST", rf"{_MODEL}/paths-info/{_REV}", "paths_info"),
@@ -642,6 +648,25 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted := self.query.get("expand"):
             info = {key: value for key, value in info.items() if key in {"_id", "id", *wanted}}
         self.send_json(info)
+
+    def collection(self, slug: str) -> None:
+        if slug not in self.hub.collections:
+            raise _Refusal(404, None, "Collection not found")
+        items = [
+            {"_id": f"{number:024x}", "id": name, "type": "model", "position": number}
+            for number, name in enumerate(self.hub.collections[slug])
+        ]
+        self.send_json({
+            "slug": slug,
+            "title": slug,
+            "owner": {"name": slug.split("/", maxsplit=1)[0]},
+            "items": items,
+            "lastUpdated": DATE,
+            "position": 0,
+            "private": False,
+            "theme": "green",
+            "upvotes": 0,
+        })  # fmt: skip
 
     def tree(self, repo: str, revision: str, path: str = "") -> None:
         commit = self.find(repo).resolve(revision)

@@ -40,7 +40,7 @@ PURE_OF_PLUGIN = tuple(
 ORDER = (
     "errors", *PURE, "buffers", "writeback", "sources", "rearrange", "digest", "fetch",
     "hub", "remote", "read", "output",
-    "execute", "pickled", "pipeline", "pull", "shard", "merge", "reshard", "reference", *REFERENCE, "verify",
+    "execute", "pickled", "pipeline", "gather", "batch", "pull", "shard", "resume", "merge", "reshard", "reference", *REFERENCE, "verify",
     "card", "push",
     *PLUGIN, "cli", "cli.render", "cli.options", "cli.look", "cli.split", "cli.reshard", "cli.fetch", "cli.push", "cli.check", "cli.doctor",
     "cli.app",

@@ -52,15 +52,16 @@ def _root(
 
 @app.command()
 def split(
+    ep_size: opt.EpSize,
     adapters: Annotated[
-        list[str],
+        Optional[list[str]],
         typer.Argument(
-            metavar="ADAPTER",
-            help="PEFT adapters: directories, hf://owner/name[@revision], or other URLs.",
+            metavar="ADAPTER...",
+            help="PEFT adapters: directories, hf://owner/name[@revision], other URLs, patterns such "
+            "as 'runs/*', or a Hub collection, hf://collections/owner/name.",
             show_default=False,
         ),
-    ],
-    ep_size: opt.EpSize,
+    ] = None,
     out: _Out = None,
     placement: opt.Placement = "linear",
     expert_map: opt.ExpertMap = None,
@@ -71,25 +72,46 @@ def split(
     orientation: opt.Orientation = None,
     allow_pickle: opt.AllowPickle = False,
     force: opt.Force = False,
+    listed: Annotated[
+        Optional[typer.FileText],
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="A file with one adapter a line; - is stdin.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Of several adapters, how many at once.")
+    ] = 2,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Leave a finished directory of the same adapter as it is."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide all, write nothing.")] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Write one pre-sliced shard per expert-parallel rank."""
-    from lorashard.cli.split import run_split, targets  # noqa: PLC0415
+    from lorashard.cli.split import chosen_jobs, run_batch, run_split  # noqa: PLC0415
 
     request = opt.split_request(
         ep_size, placement, expert_map, model, num_experts, lora_b_layout, orientation, dtype,
         allow_pickle,
     )  # fmt: skip
-    results = []
-    for adapter, target in targets(adapters, out, ep_size, force=force):
-        result = run_split(adapter, target, request, force=force, dry_run=dry_run, quiet=quiet)
-        results.append(result)
-        if not (as_json or quiet):
-            render.print_line(result["out"])
+    jobs, several = chosen_jobs(adapters or [], listed, out, ep_size)
+    if several:
+        gc.enable()  # what one adapter leaves behind is not there at the next
+        run_batch(
+            jobs, request, workers=workers, force=force, resume=resume, dry_run=dry_run,
+            as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+        return
+    result = run_split(jobs[0], request, force=force, resume=resume, dry_run=dry_run, quiet=quiet)
     if as_json:
-        render.print_json(results if len(adapters) > 1 else results[0])
+        render.print_json(result)
+    elif not quiet:
+        render.print_line(result["out"])
 
 
 @app.command()

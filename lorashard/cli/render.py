@@ -110,6 +110,23 @@ def progress_bar(label: str, total_bytes: int, *, quiet: bool) -> Iterator[Calla
         bar.stop()
 
 
+@contextmanager
+def count_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """The same for things that are counted; it is there from the start."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(
+        *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda number: bar.advance(task, number)
+
+
 def size(num_bytes: int) -> str:
     """1.23 GB; bytes are decimal, as disks and networks count them."""
     value = float(num_bytes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorashard.adapter import CONFIG_NAME, WEIGHTS_NAME
+from lorashard.batch import Outcome, run_all
 from lorashard.cli import render
-from lorashard.errors import ShardError
+from lorashard.errors import AdapterError, BatchError
+from lorashard.execute import Progress
+from lorashard.gather import Job, find_adapters, names_several, plan_jobs, read_list
 from lorashard.manifest import MANIFEST_NAME
 from lorashard.merge import is_plain_adapter, merge_shards, source_was_pickled
 from lorashard.output import check_target
@@ -19,65 +22,67 @@ from lorashard.pipeline import (
     read_manifest,
     write_shards,
 )
-from lorashard.remote import Place, RemoteFolder, local_copy, locate
+from lorashard.remote import local_copy, locate
+from lorashard.resume import is_already_split
 
 
-def targets(
-    adapters: list[str], out: Path | None, ep_size: int, *, force: bool
-) -> list[tuple[Place, Path]]:
-    """Each adapter with its target: OUT, OUT/NAME-epN for several, or ADAPTER-epN beside it.
-
-    A remote one's is in the current directory.
-
-    Raises ShardError if two adapters would have the same target, or one is in the way: before
-    any of them is written.
-    """
-    places = [locate(adapter) for adapter in adapters]
-    if out is not None and len(places) == 1:
-        return [(places[0], out)]
-    jobs: list[tuple[Place, Path]] = []
-    for adapter in places:
-        remote = isinstance(adapter, RemoteFolder)
-        beside = Path(adapter.name if remote else os.path.abspath(str(adapter)))
-        jobs.append((adapter, (out or beside.parent) / f"{beside.name}-ep{ep_size}"))
-    taken: dict[Path, Place] = {}
-    for adapter, target in jobs:
-        if target in taken:
-            raise ShardError(
-                f"{taken[target]} and {adapter} would both be written to {target}.",
-                hint="Run them one by one, each with its own -o.",
-            )
-        taken[target] = adapter
-        check_target(target, force=force, replaceable=is_shard_directory)
-    return jobs
+def chosen_jobs(
+    named: Sequence[str], listed: Iterable[str] | None, out: Path | None, ep_size: int
+) -> tuple[tuple[Job, ...], bool]:
+    """The adapters that were named with their targets, and whether they are a batch."""
+    if listed is not None:
+        named = [*named, *read_list(listed)]
+    if not named:
+        raise AdapterError("No adapter is named.", hint="lorashard split ADAPTER --ep-size N")
+    several = listed is not None or names_several(named)
+    return plan_jobs(find_adapters(named), out, ep_size, several=several), several
 
 
 def run_split(
-    adapter: Place, out: Path, request: SplitRequest, *, force: bool, dry_run: bool, quiet: bool
+    job: Job,
+    request: SplitRequest,
+    *,
+    force: bool,
+    resume: bool,
+    dry_run: bool,
+    quiet: bool,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Split one adapter, or say what would happen; returns what `--json` prints."""
-    check_target(out, force=force, replaceable=is_shard_directory)
+    """Split one adapter, or say what would happen; returns what `--json` prints.
+
+    progress: of a batch, which has a bar of its own.
+    """
+    out = job.target
+    if not resume:
+        check_target(out, force=force, replaceable=is_shard_directory)
+    adapter = locate(job.adapter)
     with prepared_split(adapter, request) as prepared:
         for note in prepared.notes:
             render.say(f"note: {note}", quiet=quiet)
         placement, plan = prepared.placement, prepared.plan
         total = prepared.source.index.file_size
-        if not dry_run:
-            with render.progress_bar(f"split {adapter.name}", total, quiet=quiet) as progress:
-                write_shards(prepared, out, request, force=force, progress=progress)
+        silent = quiet or progress is not None
+        with render.progress_bar(f"split {adapter.name}", total, quiet=silent) as bar:
+            skip = resume and is_already_split(out, prepared, request, progress or bar)
+        check_target(out, force=force or skip, replaceable=is_shard_directory)
+        if not (dry_run or skip):
+            with render.progress_bar(f"split {adapter.name}", total, quiet=silent) as bar:
+                write_shards(prepared, out, request, force=force, progress=progress or bar)
         sizes = [file.size_bytes for file in plan.files]
         told = request.model is not None or request.options.num_experts is not None
         counted = prepared.layout.numbers_experts_only and not told
+        remark = " (dry run, nothing written)" if dry_run else ""
         render.say(
             f"{adapter}: {prepared.layout.num_experts} experts"
             f"{' (counted; --model checks it)' if counted else ''} in "
             f"{len(prepared.layout.modules)} modules on {placement.ep_size} ranks, "
             f"{render.size(sizes[0])} replicated + {render.size(max(sizes[1:]))} per rank"
-            + (" (dry run, nothing written)" if dry_run else ""),
+            + (" (already there)" if skip else remark),
             quiet=quiet,
         )
         return {
             "adapter": str(adapter),
+            "status": "skipped" if skip else "done",
             "out": str(out),
             "dry_run": dry_run,
             "num_experts": prepared.layout.num_experts,
@@ -88,6 +93,62 @@ def run_split(
             "files": {file.name: file.size_bytes for file in plan.files},
             "notes": list(prepared.notes),
         }
+
+
+def run_batch(
+    jobs: Sequence[Job],
+    request: SplitRequest,
+    *,
+    workers: int,
+    force: bool,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Split all; what cannot be split is told in the end. Raises BatchError."""
+    with render.count_bar("split", len(jobs), quiet=quiet) as advance:
+
+        def work(job: Job, progress: Progress) -> dict[str, Any]:
+            return run_split(
+                job, request, force=force, resume=resume, dry_run=dry_run, quiet=quiet,
+                progress=progress,
+            )  # fmt: skip
+
+        def finished(outcome: Outcome[dict[str, Any]]) -> None:
+            advance(1)
+            if outcome.error is not None:
+                render.say(f"error: {outcome.error}")
+            elif not (as_json or quiet):
+                render.print_line(str(outcome.job.target))
+
+        outcomes = run_all(jobs, work, workers=workers, finished=finished)
+    if as_json:
+        render.print_json([_describe(outcome) for outcome in outcomes])
+    results = [outcome.result for outcome in outcomes if outcome.result is not None]
+    skipped = sum(result["status"] == "skipped" for result in results)
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    render.say(
+        f"{len(results) - skipped} split, {skipped} already there, {len(failed)} failed",
+        quiet=quiet,
+    )
+    for outcome in failed:
+        render.say(f"  failed: {outcome.job.adapter}", quiet=quiet)
+    if failed:
+        raise BatchError([o.error for o in failed if o.error is not None], len(outcomes))
+
+
+def _describe(outcome: Outcome[dict[str, Any]]) -> dict[str, Any]:
+    if outcome.error is None:
+        return outcome.result or {}
+    return {
+        "adapter": outcome.job.adapter,
+        "status": "failed",
+        "out": str(outcome.job.target),
+        "error": outcome.error.message,
+        "hint": outcome.error.hint,
+        "exit_code": outcome.error.exit_code,
+    }
 
 
 def run_merge(shards: str, out: Path, *, force: bool, quiet: bool) -> dict[str, Any]:

@@ -59,13 +59,6 @@ def test_two_adapters_of_one_name_collide_before_anything_is_written(tmp_path: P
     assert not (tmp_path / "all").exists()
 
 
-def test_a_target_in_the_way_stops_before_anything_is_written(tmp_path: Path) -> None:
-    one, two = save_adapter(tmp_path / "one"), save_adapter(tmp_path / "two")
-    (tmp_path / "two-ep2").write_text("in the way")
-    assert run_cli("split", one, two, "--ep-size", 2).returncode == 5
-    assert not (tmp_path / "one-ep2").exists()
-
-
 def test_what_was_written_before_an_error_is_told(adapter: Path, tmp_path: Path) -> None:
     done = run_cli("split", adapter, tmp_path / "nowhere", "--ep-size", 2)
     assert done.returncode == 3

@@ -1,0 +1,62 @@
+"""Whether a shard directory is what a split would write: then there is nothing left to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blake3 import blake3
+
+from lorashard.adapter import CONFIG_NAME, WEIGHTS_NAME
+from lorashard.errors import LorashardError
+from lorashard.execute import Progress
+from lorashard.manifest import Manifest
+from lorashard.pipeline import DTYPES, PreparedSplit, SplitRequest, read_manifest
+from lorashard.shard import check_file
+
+_STEP = 2**20
+
+
+def is_already_split(
+    target: Path, prepared: PreparedSplit, request: SplitRequest, progress: Progress
+) -> bool:
+    """Whether `target` is finished, and of this adapter, placement and options.
+
+    A commit on the Hub says which adapter it is; of any other the bytes are read and digested.
+    """
+    try:
+        manifest = read_manifest(target)
+        for name, recorded in manifest.files.items():
+            check_file(target / name, recorded)
+    except LorashardError:
+        return False
+    return _is_as_asked(manifest, prepared, request) and _has_source(manifest, prepared, progress)
+
+
+def _is_as_asked(manifest: Manifest, prepared: PreparedSplit, request: SplitRequest) -> bool:
+    dtype = DTYPES[request.dtype] if request.dtype else None
+    asked = (dtype, prepared.options, prepared.placement)
+    if (manifest.dtype, manifest.options, manifest.placement) != asked:
+        return False
+    planned = {file.name: (file.size_bytes, file.tensors) for file in prepared.plan.files}
+    found = {name: (file.digest.size_bytes, file.tensors) for name, file in manifest.files.items()}
+    return planned == found
+
+
+def _has_source(manifest: Manifest, prepared: PreparedSplit, progress: Progress) -> bool:
+    source, recorded = prepared.source, manifest.source
+    if recorded.header != source.header:
+        return False
+    if recorded.files[CONFIG_NAME].blake3 != blake3(source.config_bytes).hexdigest():
+        return False
+    if source.revision is not None and (source.repo, source.revision) == (
+        recorded.repo, recorded.revision,
+    ):  # fmt: skip
+        return True
+    digest, buffer = blake3(source.header), memoryview(bytearray(_STEP))
+    with source.opened() as weights:
+        for begin in range(len(source.header), source.index.file_size, _STEP):
+            piece = buffer[: source.index.file_size - begin]
+            weights.read_into(piece, begin)
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest() == recorded.files[WEIGHTS_NAME].blake3
