@@ -76,6 +76,8 @@ def unreachable(shown: str, err: Exception) -> AdapterError:
         "GatedRepoError": "Ask for access on its page, and set HF_TOKEN or `hf auth login`.",
         "RevisionNotFoundError": "Is the revision right? A branch, a tag or a commit.",
         "LocalEntryNotFoundError": "HF_HUB_OFFLINE is set and the Hub's cache has it not, or not whole.",
+        "NoCredentialsError": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for what is public, FSSPEC_S3_ANON=true.",
+        "PermissionError": "Are the credentials right, and may they do this there?",
         "LocalTokenNotFoundError": "Set HF_TOKEN or `hf auth login`.",
     }  # fmt: skip
     names = [cls.__name__ for cls in type(err).__mro__]

@@ -158,24 +158,32 @@ def write_shards(
 
 def read_manifest(directory: Place) -> Manifest:
     """The manifest of a shard directory. Raises ManifestError if it has none, or a damaged one."""
+    return parse_manifest(manifest_bytes(directory), f"{directory}/{MANIFEST_NAME}")
+
+
+def manifest_bytes(directory: Place) -> bytes:
+    """The manifest as it stands there. Raises ManifestError if there is none."""
     if isinstance(directory, RemoteFolder):
         file = directory.file(MANIFEST_NAME)
         if file is None:
-            raise ManifestError(f"{directory}/{MANIFEST_NAME}", "not a finished shard directory")
-        return parse_manifest(file.read(0, file.size_bytes), file.name)
+            raise ManifestError(
+                f"{directory}/{MANIFEST_NAME}",
+                "no such file",
+                hint="Is the name right, and is it a shard directory, as `lorashard split` writes it?",
+            )
+        return file.read(0, file.size_bytes)
     path = directory / MANIFEST_NAME
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as err:
         reason = "not a finished shard directory" if directory.is_dir() else "no such directory"
         raise ManifestError(path, reason) from err
-    return parse_manifest(raw, str(path))
 
 
 def has_manifest(place: Place) -> bool:
     """Whether a place is a shard directory rather than an adapter."""
     if isinstance(place, RemoteFolder):
-        return place.file(MANIFEST_NAME) is not None
+        return place.has(MANIFEST_NAME)
     return (place / MANIFEST_NAME).exists()
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -22,17 +23,33 @@ from lorashard.execute import Progress
 from lorashard.fetch import FetchAhead
 from lorashard.manifest import MANIFEST_NAME, FileDigest, Manifest, parse_manifest
 from lorashard.output import WORK_INSIDE, check_target, staged_directory
-from lorashard.pipeline import is_shard_directory
+from lorashard.pipeline import is_shard_directory, manifest_bytes
 from lorashard.plan import REPLICATED_NAME, rank_file_name
-from lorashard.read import read_small
-from lorashard.remote import Place, RemoteFile, RemoteFolder, locate, over_local_files
+from lorashard.remote import RemoteFile, RemoteFolder, locate, over_local_files
 
 _STEP = 2**20
 _PART = ".part"
 
 
+@dataclass(frozen=True, slots=True)
+class FoundShards:
+    """A shard directory elsewhere. raw: the bytes of its manifest."""
+
+    source: RemoteFolder
+    raw: bytes
+    manifest: Manifest
+
+
+def find_shards(shards: str | os.PathLike[str]) -> FoundShards:
+    """Fetch the manifest. Raises AdapterError for a place that does not answer, ManifestError."""
+    place = locate(shards)
+    source = over_local_files(place) if isinstance(place, Path) else place
+    raw = manifest_bytes(source)
+    return FoundShards(source, raw, parse_manifest(raw, f"{source}/{MANIFEST_NAME}"))
+
+
 def pull_shards(
-    shards: str | os.PathLike[str] | RemoteFolder,
+    shards: str | os.PathLike[str] | FoundShards,
     out: str | os.PathLike[str],
     ep_ranks: Sequence[int],
     *,
@@ -45,10 +62,9 @@ def pull_shards(
     progress: called with bytes fetched since the last call.
     Raises AdapterError for a place that does not answer, ShardError.
     """
-    source = as_folder(locate(shards))
+    found = shards if isinstance(shards, FoundShards) else find_shards(shards)
+    source, raw, manifest = found.source, found.raw, found.manifest
     target = Path(os.path.abspath(out))
-    raw = read_small(source, MANIFEST_NAME)
-    manifest = parse_manifest(raw, f"{source}/{MANIFEST_NAME}")
     wanted = needed_files(manifest, ep_ranks, str(source))
     adds = _holds(target, raw)
     if adds:
@@ -94,11 +110,6 @@ def find_file(source: RemoteFolder, name: str, digest: FileDigest) -> RemoteFile
             hint="Upload the whole directory again; its files belong together.",
         )
     return file
-
-
-def as_folder(place: Place) -> RemoteFolder:
-    """A local directory is read like any other."""
-    return over_local_files(place) if isinstance(place, Path) else place
 
 
 def _holds(target: Path, manifest: bytes) -> bool:

@@ -21,7 +21,7 @@ from lorashard.hub import HubAddress, asking, looks_like_hub_id, parse_address
 from lorashard.manifest import MANIFEST_NAME, Manifest
 from lorashard.pipeline import read_manifest
 from lorashard.read import read_config
-from lorashard.remote import RemoteFolder, open_url
+from lorashard.remote import RemoteFolder, is_object_store, open_url
 from lorashard.verify import verify_shards
 
 _RANK_FILE = re.compile(r"ep-\d{5}-of-\d{5}\.safetensors")
@@ -152,7 +152,8 @@ def _to_url(
                     place, reason="exists", hint="--force replaces it; or choose another place."
                 )
             fs.rm_file(f"{path}/{MANIFEST_NAME}")
-        fs.makedirs(path, exist_ok=True)
+        if not is_object_store(fs):  # of which s3fs would make a bucket that does not exist
+            fs.makedirs(path, exist_ok=True)
         for name in upload.names[:-1]:
             fs.put_file(str(shards / name), f"{path}/{name}")
         if upload.card is not None:

@@ -43,7 +43,7 @@ class AdapterSource:
     revision: str | None = None
 
     def opened(self) -> AbstractContextManager[ByteSource]:
-        """The weights' bytes, from their data on. Raises HeaderError."""
+        """The weights' bytes, from their data on. Raises AdapterError."""
         if isinstance(self.weights, Path):
             return closing(LocalFile(self.weights))
         return self.weights.opened(self.index.data_begin)
@@ -70,7 +70,7 @@ def _read_remote(folder: RemoteFolder) -> AdapterSource:
     weights = folder.file(WEIGHTS_NAME)
     config = read_small(folder, CONFIG_NAME)
     if weights is None:
-        raise _no_weights(folder, has_pickle=folder.file(PICKLE_NAME) is not None)
+        raise _no_weights(folder, has_pickle=folder.has(PICKLE_NAME))
     prefix = weights.read(0, min(LENGTH_BYTES, weights.size_bytes))
     length = header_length(prefix, weights.size_bytes, weights.name)
     text = weights.read(LENGTH_BYTES, LENGTH_BYTES + length)

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorashard.errors import AdapterError, HeaderError
+from lorashard.errors import AdapterError
 from lorashard.fetch import FetchAhead
 from lorashard.hub import asking, looks_like_hub_id, parse_address, short, unreachable
 
-_ATTEMPTS = 3  # for drivers that do not try again themselves; huggingface_hub does, for 20 s
+_ATTEMPTS = 3
 _FIRST_WAIT_S = 0.25
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
 
 
 @dataclass(frozen=True)
@@ -35,38 +36,58 @@ class RemoteFile:
     fs: Any
 
     def read(self, begin: int, end: int) -> bytes:
-        """Bytes [begin, end), exactly. Tried again when a connection breaks. Raises HeaderError."""
+        """Bytes [begin, end), exactly. Tried again when a connection breaks. Raises AdapterError."""
         if begin >= end:
             return b""
         # Without a cache of its own: HfFileSystem reads 5 MiB further by default.
         exact = {"cache_type": "none", "size": self.size_bytes} if _is_hub(self.fs) else {}
         reason: object = ""
-        for attempt in range(1 if exact else _ATTEMPTS):
+        # huggingface_hub itself tries to read again, for 20 s.
+        for attempt in range(1 if exact else _attempts(self.fs)):
             if attempt:
                 time.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1))
             try:
                 data: bytes = self.fs.cat_file(self.path, start=begin, end=end, **exact)
-            except (FileNotFoundError, PermissionError) as err:
-                raise HeaderError(self.name, f"cannot be read ({short(err)})") from err
+            except PermissionError as err:
+                raise unreachable(self.name, err) from err
+            except FileNotFoundError as err:
+                reason = short(err)
+                break
             except Exception as err:  # noqa: BLE001 - each driver has its own for a broken line
                 reason = short(err)
                 continue
             if len(data) == end - begin:
                 return data
             reason = f"{len(data)} bytes came instead of {end - begin}"
-        raise HeaderError(self.name, f"cannot be read ({reason})")
+        raise AdapterError(
+            f"{self.name}: cannot be read ({reason}).", hint="Is the place up? Try again."
+        )
 
     @contextmanager
     def opened(self, begin: int = 0, **windows: int) -> Iterator[FetchAhead]:
         """A ByteSource of what follows `begin`, which fetches ahead of who reads front to back.
 
         windows: FetchAhead's window_bytes and ahead.
-        Raises HeaderError at the end if the file is another one than at the beginning.
+        Raises AdapterError if the file is another one at the end than at the beginning.
         """
-        with closing(FetchAhead(self.read, begin, self.size_bytes, **windows)) as source:
-            yield source
-        if _describe(self.fs, self.path, self.name, refresh=True) != (self.size_bytes, self.key):
-            raise HeaderError(self.name, "it changed while being read")
+        try:
+            with closing(FetchAhead(self.read, begin, self.size_bytes, **windows)) as source:
+                yield source
+        except AdapterError:
+            self._check_unchanged()  # says more than that a range is no longer there
+            raise
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        try:
+            now = _describe(self.fs, self.path, self.name, refresh=True)
+        except FileNotFoundError:
+            now = None
+        if now != (self.size_bytes, self.key):
+            raise AdapterError(
+                f"{self.name}: it changed while being read.",
+                hint="Run the command again, when nobody writes there.",
+            )
 
 
 @dataclass(frozen=True)
@@ -102,12 +123,27 @@ class RemoteFolder:
             return None
         return RemoteFile(shown, path, size, key, self.fs)
 
+    def has(self, name: str) -> bool:
+        """Whether a file that may be missing is there.
+
+        Who may not list a bucket gets the same answer from S3 for what is missing as for what is
+        forbidden; then it is missing, and what is needed beside it will tell the two apart.
+        """
+        try:
+            return self.file(name) is not None
+        except AdapterError as err:
+            if isinstance(err.__cause__, PermissionError):
+                return False
+            raise
+
     def folders(self) -> list[str]:
-        """Names of the folders in it, sorted."""
+        """Names of the folders in it, sorted. Raises AdapterError if it is none itself."""
         try:
             entries = self.fs.ls(self.path, detail=True)
-        except FileNotFoundError:
-            return []
+        except FileNotFoundError as err:
+            raise AdapterError(
+                f"{self.text}: no such folder, or nothing in it.", hint="Is the name right?"
+            ) from err
         except Exception as err:
             raise unreachable(self.text, err) from err
         names = [e["name"].rstrip("/") for e in entries if e.get("type") == "directory"]
@@ -155,7 +191,7 @@ def local_copy(place: Place, names: Sequence[str]) -> Iterator[Path]:
     if isinstance(place, Path):
         yield place
         return
-    found = [name for name in names if place.file(name) is not None]
+    found = [name for name in names if place.has(name)]
     if place.repo is not None:
         from huggingface_hub import snapshot_download
 
@@ -197,6 +233,7 @@ def open_url(text: str) -> Place:
         raise AdapterError(f"{text}: {err}.", hint="Is the part before :// right?") from err
     if _is_hub(fs):
         return _open_hub(text, fs)
+    fs.invalidate_cache()  # fsspec keeps drivers, and what they listed, as long as the process lives
     return RemoteFolder(text.rstrip("/"), path.rstrip("/"), fs)
 
 
@@ -214,25 +251,40 @@ def _open_hub(text: str, fs: Any) -> Place:
     return RemoteFolder(shown, pinned, fs, repo, commit)
 
 
+def _protocols(fs: Any) -> frozenset[str]:
+    return frozenset(fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
 def _is_hub(fs: Any) -> bool:
-    protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
-    return "hf" in protocols
+    return "hf" in _protocols(fs)
+
+
+def is_object_store(fs: Any) -> bool:
+    """Whether folders are only parts of names there, and the driver tries again itself."""
+    return bool(_protocols(fs) & _OBJECT_STORES)
+
+
+def _attempts(fs: Any) -> int:
+    """Their drivers try for up to 10 s: to repeat that would only delay the message."""
+    return 1 if is_object_store(fs) else _ATTEMPTS
 
 
 def _describe(fs: Any, path: str, shown: str, *, refresh: bool = False) -> tuple[int, str]:
     """(size, what changes with the content). Raises FileNotFoundError, or AdapterError."""
     if refresh:
         fs.invalidate_cache()
-    for attempt in range(_ATTEMPTS):
+    for left in reversed(range(_attempts(fs))):
         try:
             found = fs.info(path)
             break
-        except (FileNotFoundError, PermissionError, NotADirectoryError):
+        except NotADirectoryError as err:
+            raise FileNotFoundError(shown) from err
+        except FileNotFoundError:
             raise
         except Exception as err:
-            if attempt == _ATTEMPTS - 1:
+            if left == 0 or isinstance(err, PermissionError):
                 raise unreachable(shown, err) from err
-            time.sleep(_FIRST_WAIT_S * 2**attempt)
+            time.sleep(_FIRST_WAIT_S * 2 ** (_ATTEMPTS - 1 - left))
     if found.get("type") != "file" or found.get("size") is None:
         raise FileNotFoundError(shown)
     marks = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime")

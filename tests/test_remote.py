@@ -155,7 +155,7 @@ def test_a_private_repository_needs_a_token(
         ("hf://owner/missing", "Is the name right?"),
         ("owner/missing", "no such directory here"),
         ("hf://owner/adapter@gone", "Is the revision right?"),
-        ("hf://owner/adapter/sub", "no adapter_config.json"),
+        ("hf://owner/adapter/sub", "no such folder"),
         ("hf://owner", "hf://owner"),
         ("s4://bucket/adapter", "Is the part before :// right?"),
     ],

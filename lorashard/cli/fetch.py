@@ -8,21 +8,20 @@ from typing import Any
 
 from lorashard.cli import render
 from lorashard.manifest import MANIFEST_NAME
-from lorashard.pipeline import read_manifest
-from lorashard.pull import as_folder, needed_files, pull_shards
-from lorashard.remote import locate
+from lorashard.pull import find_shards, needed_files, pull_shards
 
 
 def run_pull(
     shards: str, ep_ranks: Sequence[int], out: Path | None, *, force: bool, quiet: bool
 ) -> dict[str, Any]:
     """Fetch some ranks' files; returns what `--json` prints."""
-    source = as_folder(locate(shards))
+    found = find_shards(shards)
+    source = found.source
     target = Path(source.name) if out is None else out
-    files = needed_files(read_manifest(source), ep_ranks, str(source))
+    files = needed_files(found.manifest, ep_ranks, str(source))
     total = sum(digest.size_bytes for digest in files.values())
     with render.progress_bar(f"pull {source.name}", total, quiet=quiet) as progress:
-        manifest = pull_shards(source, target, ep_ranks, force=force, progress=progress)
+        manifest = pull_shards(found, target, ep_ranks, force=force, progress=progress)
     experts = sorted({e for k in ep_ranks for e in manifest.placement.ranks[k]})
     render.say(
         f"{source}: experts {render.ids(experts)} of {manifest.placement.num_experts}, "
