@@ -26,6 +26,7 @@ from lorashard.output import WORK_INSIDE, check_target, staged_directory
 from lorashard.pipeline import is_shard_directory, manifest_bytes
 from lorashard.plan import REPLICATED_NAME, rank_file_name
 from lorashard.remote import RemoteFile, RemoteFolder, locate, over_local_files
+from lorashard.writeback import start_writeback
 
 _STEP = 2**20
 _PART = ".part"
@@ -182,6 +183,7 @@ def _fetch_rest(file: RemoteFile, part: Path, progress: Progress) -> str:
                 piece = buffer[: file.size_bytes - done]
                 source.read_into(piece, done)
                 out.write(piece)
+                start_writeback(out.fileno(), done, len(piece))
                 hasher.update(piece)
                 progress(len(piece))
                 done += len(piece)

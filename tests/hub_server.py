@@ -37,6 +37,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 CHUNK_BYTES = 1 << 16
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".zip")
 REGULAR_LIMIT_BYTES = 10_000_000  # larger files go to LFS whatever their name
+_BURST_S = 0.01  # what may be sent at once with a limited bandwidth, in seconds of it
 DATE = "2026-01-01T00:00:00.000Z"
 OWNER = "owner"  # who may read and write everything, with the right token
 
@@ -172,6 +173,8 @@ class HubServer:
         self._faults: list[_Fault] = []
         self.lock = threading.RLock()
         self._signature = 0
+        self._bandwidth: float | None = None
+        self._free_at = 0.0
         self._folder = tempfile.TemporaryDirectory(prefix="hub-server-")
         self._servers = {role: _Server(self, role) for role in ("hub", "cdn")}
 
@@ -314,6 +317,10 @@ class HubServer:
         """Send a file's content slowly."""
         self._lay("throttle", match, bytes_per_s, times, "GET", 0)
 
+    def limit_bandwidth(self, bytes_per_s: float | None) -> None:
+        """Send content no faster than this over all connections together; None: as fast as it goes."""
+        self._bandwidth, self._free_at = bytes_per_s, 0.0
+
     def ignore_range(self, match: str, times: int | None = None) -> None:
         """Answer 200 with the whole file whatever range is asked for."""
         self._lay("whole", match, None, times, None, 0)
@@ -362,6 +369,18 @@ class HubServer:
                     fault.times -= 1
                 return True if fault.value is None else fault.value
         return None
+
+    def pace(self, num_bytes: int) -> None:
+        """Wait until the line that all connections share has taken these bytes too."""
+        if self._bandwidth is None:
+            return
+        with self.lock:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + num_bytes / self._bandwidth
+            wait = self._free_at - now
+        # What is slept too long is not lost: the next bytes then wait less.
+        if wait > _BURST_S:
+            time.sleep(wait - _BURST_S)
 
     @property
     def signature(self) -> str:
@@ -605,6 +624,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_body(chunk[: cut - (at - begin)])
                 self.wfile.flush()
                 raise ConnectionAbortedError
+            self.hub.pace(len(chunk))
             self.send_body(chunk)
             if speed:
                 self.wfile.flush()

@@ -12,13 +12,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tests.bench.chart import draw_chart
 from tests.bench.machine import describe_machine
 from tests.bench.models import FORMS, MODELS
+from tests.bench.pull import NETWORKS, PART, bench_pull
 from tests.bench.rows import Row
 from tests.bench.suite import Settings, bench_form, bench_help
 from tests.bench.table import print_table
+
+Document = dict[str, Any]
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -30,6 +34,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(MODELS), default="glm-4.5-air")
     parser.add_argument("--scale", type=float, default=1.0, help="part of the layers")
     parser.add_argument("--form", choices=FORMS, help="only this form (default: both)")
+    parser.add_argument("--only-pull", action="store_true", help="keeps the rest of --json's FILE")
     parser.add_argument("--ep-size", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument(
@@ -43,8 +48,7 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(args: argparse.Namespace, work: Path) -> list[Row]:
-    settings = Settings(args.model, args.scale, args.ep_size, args.repeat, work)
+def _measure(args: argparse.Namespace, settings: Settings) -> list[Row]:
     rows: list[Row] = []
     for form in [args.form] if args.form else FORMS:
         rows += bench_form(settings, form)
@@ -52,31 +56,47 @@ def _measure(args: argparse.Namespace, work: Path) -> list[Row]:
     return rows
 
 
-def _to_json(args: argparse.Namespace, rows: Sequence[Row], machine: dict[str, str]) -> str:
-    document = {
+def _to_json(args: argparse.Namespace, rows: Sequence[Row], machine: dict[str, str]) -> Document:
+    return {
         "model": args.model,
         "scale": args.scale,
         "ep_size": args.ep_size,
         "machine": machine,
         "rows": [{**asdict(row), "is_target_met": row.is_target_met} for row in rows],
     }
-    return json.dumps(document, indent=2) + "\n"
+
+
+def _write_json(file: Path, document: Document, pulls: Document) -> None:
+    if not document and file.exists():
+        document = json.loads(file.read_text(encoding="utf-8"))
+    pulls = {**pulls, "layers_of_scale": PART, "networks": [asdict(each) for each in NETWORKS]}
+    text = json.dumps({**document, "pull": pulls}, indent=2) + "\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def _measure_in(args: argparse.Namespace, work: Path) -> tuple[list[Row], list[Row]]:
+    settings = Settings(args.model, args.scale, args.ep_size, args.repeat, work)
+    rows = [] if args.only_pull else _measure(args, settings)
+    return rows, list(bench_pull(settings))
 
 
 def main() -> None:
     args = _parse_arguments()
     if args.work:
         args.work.mkdir(parents=True, exist_ok=True)
-        rows = _measure(args, args.work)
+        rows, pulls = _measure_in(args, args.work)
     else:
         with tempfile.TemporaryDirectory(prefix="lorashard-bench-") as work:
-            rows = _measure(args, Path(work))
+            rows, pulls = _measure_in(args, Path(work))
 
     machine = describe_machine()
-    print_table(rows, machine)
+    if rows:
+        print_table("lorashard against plain tools (medians)", rows, machine)
+    print_table("pull of one rank, from a Hub on loopback (medians)", pulls, machine)
     if args.json:
-        args.json.write_text(_to_json(args, rows, machine), encoding="utf-8")
-    if args.chart:
+        document = _to_json(args, rows, machine) if rows else {}
+        _write_json(args.json, document, _to_json(args, pulls, machine))
+    if args.chart and rows:
         sizes = {row.form: row.size_bytes for row in rows if row.what == "cp"}
         subtitle = f"{args.model}, EP {args.ep_size}: " + ", ".join(
             f"{form} {(size_bytes or 0) / 1e9:.1f} GB" for form, size_bytes in sizes.items()

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +28,14 @@ class Run:
     peak_rss_bytes: int  # of the biggest process in the tree
 
 
-def run_command(command: Sequence[str]) -> Run:
-    """Run `command` with stdout closed off and measure it.
+def run_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
+    """Run `command` with stdout closed off and measure it. environment: None for this process's.
 
     Raises CommandFailedError, with what the command wrote to stderr.
     """
     launched = subprocess.run(
         [sys.executable, "-I", "-S", str(_LAUNCHER), *command],
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tests.bench.measure import Run, run_command
@@ -15,6 +15,7 @@ class Contestant:
     name: str
     command: tuple[str, ...]
     prepare: Callable[[], None]
+    environment: Mapping[str, str] | None = None  # None: this process's
 
 
 def run_rounds(contestants: Sequence[Contestant], num_rounds: int) -> dict[str, tuple[Run, ...]]:
@@ -26,7 +27,7 @@ def run_rounds(contestants: Sequence[Contestant], num_rounds: int) -> dict[str, 
         order = contestants if round_number % 2 == 0 else contestants[::-1]
         for contestant in order:
             contestant.prepare()
-            run = run_command(contestant.command)
+            run = run_command(contestant.command, contestant.environment)
             runs[contestant.name].append(run)
             print(
                 f"  round {round_number + 1}/{num_rounds}  {contestant.name}: {run.seconds:.3f} s",

@@ -30,6 +30,7 @@ class Row:
     ratio: float | None  # median of the per-round ratios to the rival
     target: Target | None
     runs: tuple[Run, ...]
+    size_ratio: float | None = None  # of size_bytes to the rival's, where they differ
 
     @property
     def is_target_met(self) -> bool | None:
@@ -48,6 +49,7 @@ def make_row(
     size_bytes: int | None = None,
     rival: tuple[str, Sequence[Run]] | None = None,
     target: Target | None = None,
+    size_ratio: float | None = None,
 ) -> Row:
     return Row(
         form=form,
@@ -59,4 +61,5 @@ def make_row(
         ratio=median_ratio(runs, rival[1]) if rival else None,
         target=target,
         runs=tuple(runs),
+        size_ratio=size_ratio,
     )

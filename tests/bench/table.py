@@ -15,7 +15,10 @@ def _speed(row: Row) -> str:
 
 
 def _ratio(row: Row) -> str:
-    return "" if row.ratio is None else f"{row.ratio:.2f}x {row.rival}"
+    if row.ratio is None:
+        return ""
+    moved = "" if row.size_ratio is None else f", {row.size_ratio:.3f}x the bytes"
+    return f"{row.ratio:.2f}x {row.rival}{moved}"
 
 
 def _target(row: Row) -> str:
@@ -26,8 +29,8 @@ def _target(row: Row) -> str:
     return f"≤ {row.target.limit:g}{row.target.unit} {verdict}"
 
 
-def print_table(rows: Sequence[Row], machine: Mapping[str, str]) -> None:
-    table = Table(title="lorashard against plain tools (medians)")
+def print_table(title: str, rows: Sequence[Row], machine: Mapping[str, str]) -> None:
+    table = Table(title=title)
     table.add_column("adapter")
     table.add_column("what")
     table.add_column("seconds", justify="right")
@@ -49,6 +52,6 @@ def print_table(rows: Sequence[Row], machine: Mapping[str, str]) -> None:
     # A pipe has no width: without this rich would fold the table to 80 columns.
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=160)
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
