@@ -66,6 +66,7 @@ class _Fault:
     times: int | None = 1
     skip: int = 0
     method: str | None = "GET"
+    beyond: int = 0  # only where bytes from here on are asked for
 
 
 @dataclass
@@ -173,9 +174,13 @@ class ObjectStorage:
         times: int | None = 1,
         skip: int = 0,
         method: str | None = "GET",
+        beyond: int = 0,
     ) -> None:
-        """Answer with an error instead. method=None: whatever is asked."""
-        self._faults.append(_Fault("fail", match, status, times, skip, method))
+        """Answer with an error instead. method=None: whatever is asked.
+
+        beyond: only where bytes from there on are asked for.
+        """
+        self._faults.append(_Fault("fail", match, status, times, skip, method, beyond))
 
     def corrupt(self, match: str, offset: int) -> None:
         """Invert the byte at `offset` of an object wherever it is sent, and send no checksum."""
@@ -196,6 +201,8 @@ class ObjectStorage:
                 if fault.kind != kind or fault.match not in request.path or fault.times == 0:
                     continue
                 if fault.method not in (None, request.method):
+                    continue
+                if fault.beyond and (request.ranged or (0, 0))[0] < fault.beyond:
                     continue
                 if fault.skip:
                     fault.skip -= 1

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from lorashard.remote import RemoteFolder, locate
 from tests.object_storage import ObjectStorage
 from tests.tiny import RANK_FILES, contents, per_expert_tensors, run_cli, save_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER = ObjectStorage.url("adapter")
 SHARDS = ObjectStorage.url("shards")
+WINDOW_BYTES = 8 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,10 @@ def split_locally(adapter: Path, out: Path) -> Path:
     return out
 
 
+def large_adapter(out: Path) -> Path:
+    return save_adapter(out, per_expert_tensors(hidden=1 << 17, layers=11))
+
+
 def lorashard(storage: ObjectStorage, *args: object, **env: str) -> Any:
     return run_cli(*args, **storage.environment(**env))
 
@@ -85,13 +91,25 @@ def test_an_adapter_in_a_folder_of_its_name_is_found(storage: ObjectStorage, ada
     assert done.returncode == 0, done.stderr
 
 
+def test_what_is_added_later_is_seen_by_the_same_process(
+    storage: ObjectStorage, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # fsspec keeps drivers, and s3fs in them what it listed.
+    for name, value in storage.environment().items():
+        monkeypatch.setenv(name, value)
+    for names in (["first"], ["first", "second"]):
+        storage.put_folder(f"growing/{names[-1]}", adapter)
+        place = locate(storage.url("growing"))
+        assert isinstance(place, RemoteFolder)
+        assert place.folders() == names
+
+
 def test_split_streams_and_is_the_split_of_a_local_adapter(
     tmp_path: Path, storage: ObjectStorage
 ) -> None:
-    # More than the windows that are fetched at once.
-    adapter = save_adapter(tmp_path / "large", per_expert_tensors(hidden=1 << 17, layers=7))
+    adapter = large_adapter(tmp_path / "large")
     size, length = (adapter / WEIGHTS).stat().st_size, header_length(adapter / WEIGHTS)
-    assert size > 48 * 2**20
+    assert size > 9 * WINDOW_BYTES  # more than is fetched at once
     storage.put_folder("large", adapter)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -249,16 +267,24 @@ def test_pull_fetches_no_other_ranks_bytes(
 
 
 def test_an_interrupted_pull_goes_on_inside_the_file(
-    tmp_path: Path, storage: ObjectStorage, shards: Path
+    tmp_path: Path, storage: ObjectStorage
 ) -> None:
-    work = tmp_path / ".out.lorashard-pull"
-    work.mkdir()
-    (work / "lorashard.json").write_bytes((shards / "lorashard.json").read_bytes())
+    shards = split_locally(large_adapter(tmp_path / "large"), tmp_path / "shards")
+    storage.put_folder("large-shards", shards)
     whole = (shards / RANK_FILES[0]).read_bytes()
-    (work / f"{RANK_FILES[0]}.part").write_bytes(whole[:5000])
-    done = lorashard(storage, "pull", SHARDS, "--ep-rank", 0, "-o", tmp_path / "out")
+    arguments = ("pull", storage.url("large-shards"), "--ep-rank", 0, "-o", tmp_path / "out")
+    storage.fail(RANK_FILES[0], 404, times=None, beyond=2 * WINDOW_BYTES)
+    assert lorashard(storage, *arguments).returncode == 3
+    part = tmp_path / ".out.lorashard-pull" / f"{RANK_FILES[0]}.part"
+    assert part.read_bytes() == whole[: 2 * WINDOW_BYTES]
+    storage.mend()
+    storage.requests.clear()
+    done = lorashard(storage, *arguments)
     assert done.returncode == 0, done.stderr
-    assert storage.ranges(RANK_FILES[0]) == [(5000, len(whole))]
+    ranges = storage.ranges(RANK_FILES[0])
+    assert (ranges[0][0], ranges[-1][1]) == (2 * WINDOW_BYTES, len(whole))
+    assert storage.sent_bytes(RANK_FILES[0]) == len(whole) - 2 * WINDOW_BYTES
+    assert storage.sent_bytes("replicated.safetensors") == 0
     assert (tmp_path / "out" / RANK_FILES[0]).read_bytes() == whole
 
 
