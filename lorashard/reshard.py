@@ -70,7 +70,8 @@ def reshard_shards(
     expert_map: a JSON file with an explicit placement; it wins over `strategy`.
     out: may be `shards` itself with `force`, which then changes places in one instant.
     progress: called with bytes of the old files done since the last call.
-    Raises PlacementError, or ShardError if the shards are not what `split` wrote.
+    Raises PlacementError, ShardError if the shards are not what `split` wrote, or AdapterError for
+    a place that does not answer, or changes meanwhile.
     """
     place, out = locate(shards), Path(out)
     manifest = read_manifest(place)
