@@ -34,12 +34,12 @@ gpu-test: ## the acceptance on two GPUs, in the environment of vLLM (WORK=dir PY
 	$(PYTHON) -m tests.gpu --work $(or $(WORK),/tmp/lorashard-gpu) --http --load --out lorashard-gpu.json
 
 fmt: $(VENV)/.lint ## format, and mend what ruff can
-	$(BIN)/ruff format lorashard tests
-	$(BIN)/ruff check --fix-only --quiet lorashard tests
+	$(BIN)/ruff format lorashard tests docs
+	$(BIN)/ruff check --fix-only --quiet lorashard tests docs
 
 lint: $(VENV)/.lint ## formatting and lint
-	$(BIN)/ruff format --check lorashard tests
-	$(BIN)/ruff check lorashard tests
+	$(BIN)/ruff format --check lorashard tests docs
+	$(BIN)/ruff check lorashard tests docs
 
 type: $(VENV)/.lint ## mypy --strict
 	$(BIN)/mypy

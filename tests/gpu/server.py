@@ -12,7 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,18 @@ START_LIMIT_S = 270.0
 RANK_FILES = ("ep-00000-of-00002.safetensors", "ep-00001-of-00002.safetensors")
 
 
+# What a small model needs of a GPU, and the base model's name.
+SMALL = (
+    *("--served-model-name", "base", "--max-model-len", "512", "--max-num-seqs", "16"),
+    *("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(1 << 30)),
+)
+
+
 class Server:
     """The process and its HTTP interface."""
 
-    def __init__(self, model: Path, shards: Callable[[str], Path], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, *, stock: bool = False) -> None:
+        """arguments: of Python, all but host and port. stock: without the plugin."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = int(probe.getsockname()[1])
@@ -40,13 +48,14 @@ class Server:
         shutil.rmtree(metrics, ignore_errors=True)
         metrics.mkdir(parents=True)
         environment = child_environment(
-            stock=False,
+            stock=stock,
             changes={
                 "PROMETHEUS_MULTIPROC_DIR": str(metrics),
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             },
         )
-        self._process = start(serve_command(model, self._port, shards), log, environment)
+        where = ("--host", "127.0.0.1", "--port", str(self._port))
+        self._process = start([*arguments, *where], log, environment)
 
     def wait(self) -> float:
         """Seconds until it answers. Raises RuntimeError if it ends or takes too long."""
@@ -62,15 +71,20 @@ class Server:
             time.sleep(0.5)
         raise RuntimeError(f"the server did not answer within {START_LIMIT_S} s")
 
+    @property
+    def url(self) -> str:
+        """Without a slash at its end."""
+        return f"http://127.0.0.1:{self._port}"
+
     def get(self, path: str) -> tuple[int, str]:
         """Status and body."""
-        return self._call(urllib.request.Request(f"http://127.0.0.1:{self._port}{path}"))
+        return self._call(urllib.request.Request(self.url + path))
 
     def post(self, path: str, document: dict[str, Any]) -> tuple[int, str]:
         """Status and body."""
         return self._call(
             urllib.request.Request(
-                f"http://127.0.0.1:{self._port}{path}",
+                self.url + path,
                 data=json.dumps(document).encode(),
                 headers={"Content-Type": "application/json"},
             )
@@ -122,7 +136,7 @@ class Server:
         return self._process
 
 
-def serve_command(model: Path, port: int, shards: Callable[[str], Path]) -> list[str]:
+def serve_command(model: Path, shards: Callable[[str], Path]) -> list[str]:
     """The command of the README, with what makes a small model start fast."""
     return [
         *("-m", "vllm.entrypoints.cli.main", "serve", str(model)),
@@ -130,9 +144,7 @@ def serve_command(model: Path, port: int, shards: Callable[[str], Path]) -> list
         *("--max-lora-rank", "32", "--max-loras", "4", "--max-cpu-loras", "4"),
         "--lora-modules",
         *(f"{name}={shards(adapter)}" for name, adapter in ADAPTERS.items()),
-        *("--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)),
-        *("--max-model-len", "512", "--max-num-seqs", "16"),
-        *("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(1 << 30)),
+        *SMALL,
     ]
 
 
@@ -238,7 +250,7 @@ def _main() -> None:
         return Path(directory / f"{adapter}.shards")
 
     log = args.out.with_name("vllm-serve.log")
-    server = Server(directory / "model_fp8", shards, log)
+    server = Server(serve_command(directory / "model_fp8", shards), log)
     document: dict[str, Any] = {"checks": []}
     try:
         document["started"] = round(server.wait(), 1)

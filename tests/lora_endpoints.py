@@ -1,0 +1,121 @@
+"""Stands in for the HTTP endpoints of vLLM that docs/recipes/rl_swaps.py uses; no vLLM, no model.
+
+    python -m tests.lora_endpoints [FAULT]      prints its port
+
+Its log-probabilities depend on the bytes of the adapter that was loaded under a name, so the
+script's own judgement can be tested. FAULT: `stale` keeps the weights of the fourth version, `cache`
+answers from the version before where the prompt's log-probabilities are not asked for, `leak` keeps
+a megabyte for each load. tests/gpu/swaps.py runs the script against a real vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+LEAKED_BYTES = 2**20
+
+
+class Endpoints(ThreadingHTTPServer):
+    """What is loaded, and all that happened: `loaded NAME`, `unloaded NAME`."""
+
+    daemon_threads = True
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.fault = fault
+        self.events: list[str] = []
+        self.loaded: dict[str, float] = {}
+        self.weights: list[float] = []  # of every load so far
+        self.leaked: list[bytes] = []
+
+    def load(self, name: str, path: str) -> tuple[int, Any]:
+        if name in self.loaded:
+            return 400, f"The lora adapter '{name}' has already been loaded."
+        self.weights.append(_weights_in(Path(path)))
+        if self.fault == "leak":
+            self.leaked.append(b"x" * LEAKED_BYTES)
+        stale = self.fault == "stale" and len(self.weights) > 4
+        self.loaded[name] = self.weights[3 if stale else -1]
+        self.events.append(f"loaded {name}")
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload(self, name: str) -> tuple[int, Any]:
+        if name not in self.loaded:
+            return 404, f"The lora adapter '{name}' cannot be found."
+        del self.loaded[name]
+        self.events.append(f"unloaded {name}")
+        return 200, f"Success: LoRA adapter '{name}' removed successfully."
+
+    def complete(self, question: dict[str, Any]) -> tuple[int, Any]:
+        if question["model"] not in self.loaded:
+            return 404, f"The model `{question['model']}` does not exist."
+        weights = self.loaded[question["model"]]
+        if self.fault == "cache" and "prompt_logprobs" not in question:
+            weights = self.weights[max(0, len(self.weights) - 2)]
+        choices = [_choice(n, p, weights, question) for n, p in enumerate(question["prompt"])]
+        return 200, {"choices": choices}
+
+
+def _weights_in(adapter: Path) -> float:
+    """A number that changes with lora_B, whichever way the adapter is laid out."""
+    files = [load_file(path) for path in sorted(adapter.glob("*.safetensors"))]
+    return float(
+        sum(t.double().abs().sum() + t.double().flatten()[0]
+            for tensors in files for name, t in sorted(tensors.items()) if "lora_B" in name)
+    )  # fmt: skip
+
+
+def _choice(n: int, prompt: list[int], weights: float, question: dict[str, Any]) -> dict[str, Any]:
+    def log_prob(token: int, place: int) -> float:
+        return -3 * abs(math.sin(token + 0.1 * place + weights))
+
+    likeliest = {f"token_id:{t}": log_prob(t, len(prompt)) for t in range(question["logprobs"])}
+    choice: dict[str, Any] = {"index": n, "logprobs": {"top_logprobs": [likeliest]}}
+    if "prompt_logprobs" in question:
+        told = [{str(t): {"logprob": log_prob(t, i)}} for i, t in enumerate(prompt)]
+        choice["prompt_logprobs"] = [None, *told[1:]]
+    return choice
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Endpoints
+
+    def do_GET(self) -> None:
+        events = json.dumps(self.server.events)
+        self._answer(200, 'vllm:prefix_cache_hits_total{engine="0"} 0.0\n'
+                     if self.path == "/metrics" else events)  # fmt: skip
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            status, answer = 200, {"tokens": list(asked["prompt"].encode())}
+        elif self.path == "/v1/load_lora_adapter":
+            status, answer = self.server.load(asked["lora_name"], asked["lora_path"])
+        elif self.path == "/v1/unload_lora_adapter":
+            status, answer = self.server.unload(asked["lora_name"])
+        else:
+            status, answer = self.server.complete(asked)
+        self._answer(status, answer if isinstance(answer, str) else json.dumps(answer))
+
+    def _answer(self, status: int, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+if __name__ == "__main__":
+    endpoints = Endpoints(sys.argv[1] if len(sys.argv) > 1 else "")
+    print(endpoints.server_port, flush=True)
+    endpoints.serve_forever()
