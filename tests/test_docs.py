@@ -17,7 +17,7 @@ from tests.generate_docs import commands, pages, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 _RUNNABLE = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.DOTALL)
 _FENCED = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
@@ -116,7 +116,7 @@ def test_file_tree_of_readme_names_only_tests_that_exist():
     assert [name for name in named if not any((ROOT / "tests").glob(name.rstrip("/")))] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_of_page_resolve(page):
     for link in _LINK.findall(_FENCED.sub("", page.read_text())):
         if re.match("https?:", link):
