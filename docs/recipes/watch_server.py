@@ -74,8 +74,10 @@ def columns(rows):
 
 
 def cache_hits(server):
-    """Tokens that vLLM took from its prefix cache so far."""
-    with urllib.request.urlopen(server.rstrip("/") + "/metrics", timeout=60) as answer:
-        lines = answer.read().decode().splitlines()
-    hits = [line for line in lines if line.startswith("vllm:prefix_cache_hits_total")]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in hits)
+    """Tokens that vLLM took from its prefix cache so far; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        with urllib.request.urlopen(server.rstrip("/") + "/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        hits = [line for line in lines if line.startswith("vllm:prefix_cache_hits_total")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in hits)
+    return 0.0
