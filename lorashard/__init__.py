@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lorashard.convert import convert_shards
     from lorashard.errors import LorashardError
     from lorashard.merge import merge_shards
     from lorashard.options import LayoutOptions
@@ -33,6 +34,7 @@ _HOMES = {
     "ShardDirectory": "shard",
     "SplitRequest": "pipeline",
     "TensorFile": "shard",
+    "convert_shards": "convert",
     "merge_shards": "merge",
     "open_shards": "shard",
     "pull_shards": "pull",
@@ -50,6 +52,7 @@ __all__ = [
     "SplitRequest",
     "TensorFile",
     "__version__",
+    "convert_shards",
     "merge_shards",
     "open_shards",
     "pull_shards",

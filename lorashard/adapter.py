@@ -58,9 +58,13 @@ class LoraConfig:
         """The r that PEFT gives the module of this name (no PEFT prefix)."""
         return _first_match(self.rank_pattern, module, self.lora_rank)
 
+    def alpha_of(self, module: str) -> float:
+        """The alpha that PEFT gives the module of this name (no PEFT prefix)."""
+        return _first_match(self.alpha_pattern, module, self.lora_alpha)
+
     def scaling_of(self, module: str, lora_rank: int) -> float:
         """Alpha / r, or alpha / sqrt(r) with rsLoRA, as PEFT `LoraLayer.update_layer`."""
-        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
+        alpha = self.alpha_of(module)
         return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
 
 

@@ -112,7 +112,7 @@ def source_was_pickled(manifest: Manifest) -> bool:
 
 
 def is_plain_adapter(_path: Path, names: frozenset[str]) -> bool:
-    """Whether a directory with `names` in it is what `merge` writes."""
+    """Whether a directory with these names holds an adapter and nothing else."""
     return names == {CONFIG_NAME, WEIGHTS_NAME}
 
 

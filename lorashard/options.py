@@ -26,6 +26,10 @@ _KNOWN_FAMILIES = re.compile(
     "qwen|mixtral|glm|deepseek|kimi|olmoe|phi|ernie|hunyuan|granite|nemotron|minimax|llama|"
     "gemma|jamba|dots|longcat|mimo|step|exaone|lfm"
 )
+# transformers 4 and vLLM call the projections of these w1, w3, w2, in a `block_sparse_moe`.
+_W_NAMED = re.compile("mixtral|phi-?3\\.5-?moe|phimoe|minimax")
+# transformers 4 keeps the experts of these in one parameter already.
+_FUSED_ALREADY = re.compile("gpt[-_]?oss|llama-?4|granite|aria|qwen3[-_]?vl")
 # Experts without a gate: up, squared ReLU, down.
 _NON_GATED_MODEL_TYPES = frozenset({"nemotron_h"})
 
@@ -98,6 +102,35 @@ def gate_up_named(base_model: str | None, base_model_class: str | None) -> GateU
     if re.search("gpt[-_]?oss", named):
         return "interleaved"
     return "concatenated" if base_model_class or _KNOWN_FAMILIES.search(named) else None
+
+
+def fused_orientation(model_type: str) -> Orientation:
+    """Which way round PEFT >= 0.19 with transformers 5 wraps the experts of such a model.
+
+    It goes by the module's `is_transposed`, which all that store [E, in, out] have but Llama 4's.
+    """
+    return "transposed" if model_type.startswith("llama4") else "standard"
+
+
+def fused_orientation_named(
+    base_model: str | None, base_model_class: str | None
+) -> Orientation | None:
+    """The same, as far as the adapter's config names its base model."""
+    named = f"{base_model or ''} {base_model_class or ''}".lower()
+    if re.search("llama-?4", named):
+        return "transposed"
+    known = gate_up_named(base_model, base_model_class) is not None
+    return "standard" if known else None
+
+
+def spelled_w(named: str) -> bool:
+    """Whether the projections of such a model's experts are called w1, w3 and w2, one by one."""
+    return _W_NAMED.search(named.lower()) is not None
+
+
+def fused_already(named: str) -> bool:
+    """Whether transformers 4, too, has no module for each expert of such a model."""
+    return _FUSED_ALREADY.search(named.lower()) is not None
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

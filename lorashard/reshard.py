@@ -76,9 +76,9 @@ def reshard_shards(
     place, out = locate(shards), Path(out)
     manifest = read_manifest(place)
     check_target(out, force=force, replaceable=is_shard_directory)
-    config_bytes = _read_own_config(manifest, place)
+    config_bytes = read_own_config(manifest, place)
     layout, old = replan(manifest, config_bytes, place)
-    _check_manifest(manifest, layout, place)
+    check_manifest(manifest, layout, place)
     placement = place_experts(layout, ep_size, strategy, expert_map)
     new = build_plan(layout, placement, manifest.dtype)
     moves = plan_moves(layout, old, manifest.placement, new, placement)
@@ -97,7 +97,8 @@ def reshard_shards(
     return manifest
 
 
-def _read_own_config(manifest: Manifest, shards: Place) -> bytes:
+def read_own_config(manifest: Manifest, shards: Place) -> bytes:
+    """The config that `split` copied. Raises ShardError if it is not that one."""
     try:
         content = (
             read_small(shards, CONFIG_NAME)
@@ -107,11 +108,11 @@ def _read_own_config(manifest: Manifest, shards: Place) -> bytes:
     except AdapterError as err:
         raise ShardError(err.message, hint="Copy the directory again.") from err
     if blake3(content).hexdigest() != manifest.source.files[CONFIG_NAME].blake3:
-        raise VerificationError(str(shards), (_differs(shards, CONFIG_NAME),))
+        raise VerificationError(str(shards), (differs(shards, CONFIG_NAME),))
     return content
 
 
-def _check_manifest(manifest: Manifest, layout: AdapterLayout, shards: Place) -> None:
+def check_manifest(manifest: Manifest, layout: AdapterLayout, shards: Place) -> None:
     """Raise ManifestError if what is carried over, or relied on, was changed since `split`."""
     path, placement = f"{shards}/{MANIFEST_NAME}", manifest.placement
     if {module.name: describe_module(module) for module in layout.modules} != manifest.modules:
@@ -131,14 +132,14 @@ def _move_bytes(
     progress: Progress,
 ) -> tuple[str, ...]:
     """Write the new files; returns their digests. Raises unless each old file has its own."""
-    with _read_errors(), _opened(shards, manifest) as files:
+    with reading_shards(), _opened(shards, manifest) as files:
         source = _OldFiles(files, moves.stretches)
         for number, file in enumerate(old.files):
             source.read_header(number, len(file.header))
             progress(len(file.header))
         digests = write_files(moves.plan, source, staging, progress)
     findings = tuple(
-        _differs(shards, name)
+        differs(shards, name)
         for (name, recorded), found in zip(manifest.files.items(), source.digests())
         if found != recorded.digest.blake3
     )
@@ -182,7 +183,8 @@ class _OldFiles:
         self._read[number] = begin + len(buffer)
 
 
-def _differs(shards: Place, name: str) -> str:
+def differs(shards: Place, name: str) -> str:
+    """The finding about a file that has another digest."""
     return f"{shards}/{name}: BLAKE3 differs from the manifest's"
 
 
@@ -202,7 +204,7 @@ def _opened(shards: Place, manifest: Manifest) -> Iterator[list[ByteSource]]:
 
 
 @contextmanager
-def _read_errors() -> Iterator[None]:
+def reading_shards() -> Iterator[None]:
     """What goes wrong while a shard file is read is a fault of the shards."""
     try:
         yield

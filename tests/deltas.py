@@ -35,8 +35,10 @@ def compare_deltas(shards: Path, expected: Path) -> tuple[int, float]:
     return compared, worst
 
 
-def expert_deltas(shards: Path, manifest: dict[str, Any]) -> Any:
-    """Yield (key, scaling * lora_B @ lora_A) for every slot of every rank, in float32."""
+def expert_deltas(
+    shards: Path, manifest: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> Any:
+    """Yield (key, scaling * lora_B @ lora_A) for every slot of every rank, computed in `dtype`."""
     placement = manifest["placement"]
     replicated = safe_open(shards / "replicated.safetensors", "pt")
     shared = set(replicated.keys())
@@ -50,7 +52,7 @@ def expert_deltas(shards: Path, manifest: dict[str, Any]) -> Any:
                     for matrix in ("lora_A", "lora_B"):
                         tensor = f"{module}.{projection}.{matrix}"
                         source = replicated if tensor in shared else file
-                        stack = source.get_tensor(tensor).float()
+                        stack = source.get_tensor(tensor).to(dtype)
                         factors[matrix] = stack.expand(len(experts), -1, -1)
                     for slot, expert in enumerate(experts):
                         scale = scaling[expert] if isinstance(scaling, list) else scaling

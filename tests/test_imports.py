@@ -18,7 +18,7 @@ PACKAGE = REPO / "lorashard"
 # Every module imports only what stands before it. Pure modules turn values into values.
 PURE = (
     "header", "options", "adapter", "keys", "fused", "factors", "experts", "layout", "placement",
-    "plan", "moves", "memory", "blocks", "manifest", "summary",
+    "plan", "moves", "emit", "fuse", "targets", "conversion", "memory", "blocks", "manifest", "summary",
 )  # fmt: skip
 REFERENCE = tuple(
     f"reference.{name}" for name in ("pieces", "files", "fused", "projections", "compare")
@@ -40,9 +40,9 @@ PURE_OF_PLUGIN = tuple(
 ORDER = (
     "errors", *PURE, "buffers", "writeback", "sources", "rearrange", "digest", "fetch",
     "hub", "remote", "read", "output",
-    "execute", "pickled", "pipeline", "gather", "batch", "pull", "shard", "resume", "merge", "reshard", "reference", *REFERENCE, "verify",
-    "card", "push",
-    *PLUGIN, "cli", "cli.render", "cli.options", "cli.look", "cli.split", "cli.reshard", "cli.fetch", "cli.push", "cli.check", "cli.doctor",
+    "execute", "pickled", "pipeline", "gather", "batch", "pull", "shard", "resume", "merge", "reshard",
+    "assemble", "convert", "reference", *REFERENCE, "verify", "card", "push",
+    *PLUGIN, "cli", "cli.render", "cli.options", "cli.look", "cli.split", "cli.reshard", "cli.convert", "cli.fetch", "cli.push", "cli.check", "cli.doctor",
     "cli.app",
 )  # fmt: skip
 TOUCHING = frozenset({

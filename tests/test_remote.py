@@ -396,9 +396,14 @@ def test_reshard_of_what_is_damaged_on_the_way_leaves_nothing(
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_merge_gives_the_adapter_back_from_remote_shards(
+def test_merge_and_convert_give_the_adapter_back_from_remote_shards(
     tmp_path: Path, hub: HubServer, adapter: Path, remote_shards: Path, home: Path
 ) -> None:
     done = lorashard(hub, home, "merge", "owner/shards", "-o", tmp_path / "restored")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "restored") == contents(adapter)
+    done = lorashard(
+        hub, home, "convert", "owner/shards", "--layout", "per_expert", "-o", tmp_path / "plain"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()

@@ -217,6 +217,47 @@ def merge(
 
 
 @app.command()
+def convert(
+    shards: opt.Shards,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="ADAPTER", help="Target directory.", show_default=False
+        ),
+    ],
+    layout: Annotated[
+        opt.LayoutName,
+        typer.Option(
+            "--layout",
+            help="per_expert: a pair for each expert, for vLLM and PEFT with transformers 4. "
+            "fused: one pair for all, for PEFT >= 0.19 with transformers 5.",
+            show_default=False,
+        ),
+    ],
+    model: opt.Model = None,
+    orientation: Annotated[
+        Optional[opt.OrientationName],
+        typer.Option(
+            "--orientation",
+            help="Which way round PEFT has the fused parameters, where no model is named.",
+            show_default=False,
+        ),
+    ] = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write a plain PEFT adapter in the layout of choice, with the same weight changes."""
+    from lorashard.cli.convert import run_convert  # noqa: PLC0415
+
+    result = run_convert(shards, out, layout, model, orientation, force=force, quiet=quiet)
+    if as_json:
+        render.print_json(result)
+    elif not quiet:
+        render.print_line(str(out))
+
+
+@app.command()
 def reshard(
     shards: opt.Shards,
     ep_size: opt.EpSize,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 PlacementName = Literal["linear", "round_robin"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 LoraBLayoutName = Literal["rank_major", "grouped_by_expert"]
+LayoutName = Literal["per_expert", "fused"]
 OrientationName = Literal["standard", "transposed"]
 
 Adapter = Annotated[
