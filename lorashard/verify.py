@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -27,6 +27,7 @@ from lorashard.merge import replan
 from lorashard.pipeline import describe_module, read_manifest
 from lorashard.placement import linear_placement, round_robin_placement
 from lorashard.plan import REPLICATED_NAME
+from lorashard.pull import needed_files
 from lorashard.read import find_adapter, read_config
 from lorashard.reference.compare import compare_with_source
 from lorashard.shard import check_file
@@ -48,26 +49,36 @@ def verify_shards(
     *,
     against: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
+    ep_ranks: Sequence[int] | None = None,
     progress: Progress = lambda _: None,
 ) -> tuple[str, ...]:
     """Every fault found, one sentence each; empty if the directory is what it claims to be.
 
+    ep_ranks: the ranks whose files must be there, as `pull` fetches them; all by default.
     progress: called with bytes read since the last call.
-    Raises ManifestError if there is no manifest to hold anything against.
+    Raises ManifestError if there is no manifest to hold anything against, ShardError for ranks
+    that it does not have, or together with `against`, which needs all of them.
     """
     shards = Path(shards)
     manifest = read_manifest(shards)
+    if against is not None and ep_ranks is not None:
+        raise ShardError(
+            f"{shards}: the source can only be compared with the files of all ranks.",
+            hint="Leave the ranks out, or --against.",
+        )
+    wanted = manifest.files if ep_ranks is None else needed_files(manifest, ep_ranks, str(shards))
     findings = [
         *_check_placement(manifest),
         *(_check_config(manifest, shards) or _check_description(manifest, shards)),
     ]
     sound = []
     for name, recorded in manifest.files.items():
-        try:
-            check_file(shards / name, recorded)
-            sound.append(name)
-        except ShardError as err:
-            findings.append(err.message)
+        if name in wanted or (shards / name).exists():
+            try:
+                check_file(shards / name, recorded)
+                sound.append(name)
+            except ShardError as err:
+                findings.append(err.message)
         findings.extend(_check_coverage(manifest, name))
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         checks = [pool.submit(_check_bytes, manifest, shards, name, progress) for name in sound]

@@ -202,8 +202,13 @@ def test_a_container_that_splits_can_start_again(tmp_path: Path) -> None:
         done = volumes.start(container, dict(os.environ))
         assert done.returncode == 0, done.stderr
         assert volumes.names("/shards/mine-v1") == SHARED | rank_files(range(8), 8)
-        shutil.rmtree(tmp_path / "node" / "adapters")  # the second start needs nothing of it
-        (tmp_path / "node" / "adapters").mkdir()
+    assert "already there" in done.stderr
+    replaced = build(Spec("L1", num_experts=8, fill="random", seed=1))
+    shutil.rmtree(tmp_path / "node" / "adapters")
+    replaced.write(tmp_path / "node" / "adapters" / "mine")
+    before = (tmp_path / "node" / "shards" / "mine-v1" / "lorashard.json").read_bytes()
+    assert volumes.start(container, dict(os.environ)).returncode == 5
+    assert (tmp_path / "node" / "shards" / "mine-v1" / "lorashard.json").read_bytes() == before
 
 
 # The loop: rl_swaps.py

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from lorashard import SplitRequest, split_adapter, verify_shards
-from lorashard.errors import LorashardError, ManifestError
+from lorashard.errors import LorashardError, ManifestError, ShardError
 from tests.tiny import (
     MODULE,
     RANK_FILES,
     edit_json,
     flip_bit,
     per_expert_tensors,
+    run_cli,
     save_adapter,
     save_fused,
 )
@@ -217,3 +218,30 @@ def test_a_damaged_manifest_is_an_error_of_its_own(shards: Path, content: bytes)
     (shards / "lorashard.json").write_bytes(content)
     with pytest.raises(ManifestError):
         verify_shards(shards)
+
+
+def test_some_ranks_are_verified_without_the_files_of_the_others(shards: Path) -> None:
+    (shards / RANK_FILES[1]).unlink()
+    assert verify_shards(shards, ep_ranks=[0]) == ()
+    assert any(RANK_FILES[1] in finding for finding in verify_shards(shards, ep_ranks=[1]))
+    assert any(RANK_FILES[1] in finding for finding in verify_shards(shards))
+    done = run_cli("verify", shards, "--ep-rank", 0)
+    assert (done.returncode, done.stdout) == (
+        0, f"{shards}: ok, 4 experts on 2 ranks, ranks 0 checked\n",
+    )  # fmt: skip
+    flip_bit(shards / RANK_FILES[0], -1)
+    assert run_cli("verify", shards, "--node-ranks", "0-0").returncode == 5
+
+
+def test_a_file_of_another_rank_that_is_there_is_verified_too(shards: Path) -> None:
+    flip_bit(shards / RANK_FILES[1], -1)
+    assert len(verify_shards(shards, ep_ranks=[0])) == 1
+
+
+def test_ranks_that_are_not_there_and_a_source_for_some_ranks_are_refused(
+    shards: Path, adapter: Path
+) -> None:
+    with pytest.raises(ShardError, match="no ep rank 2"):
+        verify_shards(shards, ep_ranks=[2])
+    with pytest.raises(ShardError, match="all ranks"):
+        verify_shards(shards, against=adapter, ep_ranks=[0])

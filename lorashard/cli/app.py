@@ -14,7 +14,7 @@ import typer
 from lorashard import __version__
 from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.errors import LorashardError
+from lorashard.errors import LorashardError, PlacementError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -126,14 +126,17 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    ep_rank: opt.EpRank = None,
+    node_ranks: opt.NodeRanks = None,
     allow_pickle: opt.AllowPickle = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Check structure, coverage, digests and values of a shard directory."""
+    """Check structure, coverage, digests and values of a shard directory, or of some of its ranks."""
     from lorashard.cli.check import run_verify  # noqa: PLC0415
 
-    run_verify(shards, against, allow_pickle=allow_pickle, as_json=as_json, quiet=quiet)
+    ranks = opt.chosen_ranks(ep_rank, node_ranks) or None
+    run_verify(shards, against, ranks, allow_pickle=allow_pickle, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -301,19 +304,8 @@ def pull(
             show_default=False,
         ),
     ],
-    ep_rank: Annotated[
-        Optional[list[int]],
-        typer.Option("--ep-rank", min=0, help="A rank to fetch; repeatable.", show_default=False),
-    ] = None,
-    node_ranks: Annotated[
-        Optional[str],
-        typer.Option(
-            "--node-ranks",
-            metavar="A-B",
-            help="A node's ranks, 0-7 for example.",
-            show_default=False,
-        ),
-    ] = None,
+    ep_rank: opt.EpRank = None,
+    node_ranks: opt.NodeRanks = None,
     out: Annotated[
         Optional[Path],
         typer.Option(
@@ -332,6 +324,8 @@ def pull(
     from lorashard.cli.fetch import run_pull  # noqa: PLC0415
 
     ranks = opt.chosen_ranks(ep_rank, node_ranks)
+    if not ranks:
+        raise PlacementError("No rank is named.", hint="--ep-rank 3, or --node-ranks 0-7.")
     result = run_pull(shards, ranks, out, force=force, quiet=quiet)
     if as_json:
         render.print_json(result)

@@ -34,6 +34,16 @@ EpSize = Annotated[
     int,
     typer.Option("--ep-size", min=1, help="Number of expert-parallel ranks.", show_default=False),
 ]
+EpRank = Annotated[
+    Optional[list[int]],
+    typer.Option("--ep-rank", min=0, help="A rank by its number; repeatable.", show_default=False),
+]
+NodeRanks = Annotated[
+    Optional[str],
+    typer.Option(
+        "--node-ranks", metavar="A-B", help="A node's ranks, 0-7 for example.", show_default=False
+    ),
+]
 Placement = Annotated[
     PlacementName, typer.Option("--placement", help="vLLM's --expert-placement-strategy.")
 ]
@@ -158,7 +168,7 @@ def split_request(
 
 
 def chosen_ranks(ep_rank: list[int] | None, node_ranks: str | None) -> tuple[int, ...]:
-    """The ranks that --ep-rank and --node-ranks name. Raises PlacementError if they name none."""
+    """The ranks that --ep-rank and --node-ranks name, or none. Raises PlacementError."""
     ranks = set(ep_rank or ())
     if node_ranks is not None:
         first, dash, last = node_ranks.partition("-")
@@ -167,6 +177,4 @@ def chosen_ranks(ep_rank: list[int] | None, node_ranks: str | None) -> tuple[int
                 f"--node-ranks {node_ranks!r} is not a range.", hint="For example 0-7."
             )
         ranks |= set(range(int(first), int(last) + 1))
-    if not ranks:
-        raise PlacementError("No rank is named.", hint="--ep-rank 3, or --node-ranks 0-7.")
     return tuple(sorted(ranks))
