@@ -42,7 +42,7 @@ ORDER = (
     "hub", "remote", "read", "output",
     "execute", "pickled", "pipeline", "gather", "batch", "pull", "shard", "resume", "merge", "reshard",
     "assemble", "convert", "reference", *REFERENCE, "verify", "card", "push",
-    *PLUGIN, "cli", "cli.render", "cli.options", "cli.look", "cli.split", "cli.reshard", "cli.convert", "cli.fetch", "cli.push", "cli.check", "cli.doctor",
+    *PLUGIN, "cli", "cli.render", "cli.options", "cli.look", "cli.split", "cli.reshard", "cli.convert", "cli.pull", "cli.push", "cli.check", "cli.doctor", "cli.shards",
     "cli.app",
 )  # fmt: skip
 TOUCHING = frozenset({
