@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lorashard.merge import is_plain_adapter, merge_shards, source_was_pickled
 from lorashard.output import check_target
 from lorashard.pipeline import (
     SplitRequest,
+    has_manifest,
     is_shard_directory,
     prepared_split,
     read_manifest,
@@ -50,12 +52,14 @@ def run_split(
 ) -> dict[str, Any]:
     """Split one adapter, or say what would happen; returns what `--json` prints.
 
-    progress: of a batch, which has a bar of its own.
+    progress: of a batch, which has a bar of its own. There, shards among the adapters are ignored:
+    they are what `runs/*` finds the second time.
     """
-    out = job.target
+    out, adapter = job.target, locate(job.adapter)
+    if progress is not None and has_manifest(adapter):
+        return {"adapter": job.adapter, "status": "ignored", "out": None}
     if not resume:
         check_target(out, force=force, replaceable=is_shard_directory)
-    adapter = locate(job.adapter)
     with prepared_split(adapter, request) as prepared:
         for note in prepared.notes:
             render.say(f"note: {note}", quiet=quiet)
@@ -119,17 +123,17 @@ def run_batch(
             advance(1)
             if outcome.error is not None:
                 render.say(f"error: {outcome.error}")
-            elif not (as_json or quiet):
-                render.print_line(str(outcome.job.target))
+            elif outcome.result and outcome.result["out"] and not (as_json or quiet):
+                render.print_line(outcome.result["out"])
 
         outcomes = run_all(jobs, work, workers=workers, finished=finished)
     if as_json:
         render.print_json([_describe(outcome) for outcome in outcomes])
-    results = [outcome.result for outcome in outcomes if outcome.result is not None]
-    skipped = sum(result["status"] == "skipped" for result in results)
+    statuses = Counter(outcome.result["status"] for outcome in outcomes if outcome.result)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
+    ignored = f", {statuses['ignored']} ignored as shards" if statuses["ignored"] else ""
     render.say(
-        f"{len(results) - skipped} split, {skipped} already there, {len(failed)} failed",
+        f"{statuses['done']} split, {statuses['skipped']} already there, {len(failed)} failed{ignored}",
         quiet=quiet,
     )
     for outcome in failed:

@@ -99,6 +99,15 @@ def test_shards_that_lie_among_the_adapters_are_no_adapters(runs: Path) -> None:
         assert statuses(done.stdout) == {f"step-{n}": expected for n in range(3)}
 
 
+def test_shards_that_a_shell_named_too_are_ignored(runs: Path) -> None:
+    named = [runs / "step-0", runs / "step-0-ep2", runs / "step-1"]
+    assert run_cli("split", runs / "step-0", "--ep-size", 2).returncode == 0
+    done = run_cli("split", *named, "--ep-size", 2, "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    assert statuses(done.stdout) == {"step-0": "skipped", "step-0-ep2": "ignored", "step-1": "done"}
+    assert "1 split, 1 already there, 0 failed, 1 ignored as shards\n" in done.stderr
+
+
 def test_resume_leaves_what_is_there_and_writes_what_is_not(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     named = [runs / f"step-{number}" for number in range(3)]
