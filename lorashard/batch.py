@@ -1,4 +1,4 @@
-"""Many adapters at once: a failure of one is written down, and the others go on."""
+"""Several things at once: a failure of one is written down, and the others go on."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Generic, TypeVar
 
 from lorashard.errors import LorashardError
 from lorashard.execute import Progress
-from lorashard.gather import Job
 
+J = TypeVar("J")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(Generic[T]):
+class Outcome(Generic[J, T]):
     """How one job ended: with a result, or an error."""
 
-    job: Job
+    job: J
     result: T | None
     error: LorashardError | None
 
 
 def run_all(
-    jobs: Sequence[Job],
-    work: Callable[[Job, Progress], T],
+    jobs: Sequence[J],
+    work: Callable[[J, Progress], T],
     *,
     workers: int,
-    finished: Callable[[Outcome[T]], None],
-) -> tuple[Outcome[T], ...]:
+    finished: Callable[[Outcome[J, T]], None],
+) -> tuple[Outcome[J, T], ...]:
     """Call `work` for each job in `workers` threads; how each ended, in the order of `jobs`.
 
     work: is given a Progress that it must call now and then: that is how it is ended when this
-    thread is interrupted. finished: called in this thread as jobs end.
+    thread is interrupted. finished: called in this thread as jobs end; what it raises ends all.
     """
     stop = threading.Event()
 
@@ -58,12 +58,12 @@ class _Interrupted(BaseException):
     """Unwinds a worker, past every `except Exception`."""
 
 
-def _run_one(job: Job, work: Callable[[Job, Progress], T], progress: Progress) -> Outcome[T]:
+def _run_one(job: J, work: Callable[[J, Progress], T], progress: Progress) -> Outcome[J, T]:
     progress(0)
     try:
         return Outcome(job, work(job, progress), None)
     except LorashardError as err:
         return Outcome(job, None, err)
-    except Exception as err:  # noqa: BLE001 - a fault of ours in one adapter must not lose the others
-        told = LorashardError(f"{job.adapter}: unexpected {type(err).__name__}: {err}")
+    except Exception as err:  # noqa: BLE001 - a fault of ours in one must not lose the others
+        told = LorashardError(f"{job}: unexpected {type(err).__name__}: {err}")
         return Outcome(job, None, told)

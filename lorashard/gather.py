@@ -27,6 +27,9 @@ class Job:
     adapter: str
     target: Path
 
+    def __str__(self) -> str:
+        return self.adapter
+
 
 def find_adapters(named: Iterable[str]) -> tuple[str, ...]:
     """Every adapter once, in the order given; of a pattern sorted.

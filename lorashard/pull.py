@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from pathlib import Path
 from blake3 import blake3
 
 from lorashard.adapter import CONFIG_NAME
+from lorashard.batch import Outcome, run_all
 from lorashard.errors import OutputExistsError, ShardError
 from lorashard.execute import Progress
-from lorashard.fetch import FetchAhead
+from lorashard.fetch import WINDOW_BYTES, FetchAhead
 from lorashard.manifest import MANIFEST_NAME, FileDigest, Manifest, parse_manifest
 from lorashard.output import WORK_INSIDE, check_target, staged_directory
 from lorashard.pipeline import is_shard_directory, manifest_bytes
@@ -28,6 +29,10 @@ from lorashard.plan import REPLICATED_NAME, rank_file_name
 from lorashard.remote import RemoteFile, RemoteFolder, locate, over_local_files
 from lorashard.writeback import start_writeback
 
+# Small files cost a few answers and no bytes: meanwhile a large one is under way. Where all of them
+# are large, fewer windows of each are, so that memory stays what it is.
+_FILES_AT_ONCE = 3
+_WINDOWS_OF_EACH = 3
 _STEP = 2**20
 _PART = ".part"
 
@@ -73,8 +78,7 @@ def pull_shards(
     else:
         check_target(target, force=force, replaceable=is_shard_directory)
     with _work_directory(target, raw) as work:
-        for name, digest in wanted.items():
-            _fetch(source, name, digest, work / name, progress)
+        _fetch_all(source, wanted, work, progress)
         if adds:
             for name in wanted:
                 (work / name).replace(target / name)
@@ -151,15 +155,40 @@ def _work_directory(target: Path, manifest: bytes) -> Iterator[Path]:
         os.close(lock)
 
 
+def _fetch_all(
+    source: RemoteFolder, wanted: Mapping[str, FileDigest], work: Path, progress: Progress
+) -> None:
+    large = sum(digest.size_bytes > WINDOW_BYTES for digest in wanted.values())
+    windows = {} if large < _FILES_AT_ONCE else {"ahead": _WINDOWS_OF_EACH}
+
+    def fetch(name: str, alive: Progress) -> None:
+        def advance(size_bytes: int) -> None:
+            alive(size_bytes)
+            progress(size_bytes)
+
+        _fetch(source, name, wanted[name], work / name, windows, advance)
+
+    def finished(outcome: Outcome[str, None]) -> None:
+        if outcome.error is not None:
+            raise outcome.error  # what was fetched stays for the next pull
+
+    run_all(tuple(wanted), fetch, workers=_FILES_AT_ONCE, finished=finished)
+
+
 def _fetch(
-    source: RemoteFolder, name: str, digest: FileDigest, path: Path, progress: Progress
+    source: RemoteFolder,
+    name: str,
+    digest: FileDigest,
+    path: Path,
+    windows: Mapping[str, int],
+    progress: Progress,
 ) -> None:
     if _is_whole(path, digest):  # it got its name when it was proven
         progress(digest.size_bytes)
         return
     file = find_file(source, name, digest)
     part = path.with_name(path.name + _PART)
-    if _fetch_rest(file, part, progress) != digest.blake3:
+    if _fetch_rest(file, part, windows, progress) != digest.blake3:
         part.unlink()
         raise ShardError(
             f"{file.name}: its bytes are not those that were written.",
@@ -168,8 +197,10 @@ def _fetch(
     os.rename(part, path)
 
 
-def _fetch_rest(file: RemoteFile, part: Path, progress: Progress) -> str:
-    """Append what is missing to `part`; the digest of the whole."""
+def _fetch_rest(
+    file: RemoteFile, part: Path, windows: Mapping[str, int], progress: Progress
+) -> str:
+    """Append what is missing to `part`; the digest of the whole. windows: as FetchAhead has them."""
     hasher = blake3()
     with part.open("a+b") as out:
         out.seek(0)
@@ -177,7 +208,7 @@ def _fetch_rest(file: RemoteFile, part: Path, progress: Progress) -> str:
             hasher.update(fetched)
             progress(len(fetched))
         done = out.tell()
-        with closing(FetchAhead(file.read, done, file.size_bytes)) as source:
+        with closing(FetchAhead(file.read, done, file.size_bytes, **windows)) as source:
             buffer = memoryview(bytearray(_STEP))
             while done < file.size_bytes:
                 piece = buffer[: file.size_bytes - done]

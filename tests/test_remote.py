@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 from tests.hub_server import HubServer
-from tests.tiny import RANK_FILES, contents, per_expert_tensors, run_cli, save_adapter, save_config
+from tests.tiny import (
+    RANK_FILES,
+    contents,
+    mounted_tmpfs,
+    per_expert_tensors,
+    run_cli,
+    save_adapter,
+    save_config,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 REPO = "owner/adapter"
@@ -352,6 +361,25 @@ def test_a_local_directory_and_a_url_are_pulled_alike(tmp_path: Path, shards: Pa
     for name in (str(shards), shards.as_uri()):
         out = tmp_path / f"out-{len(name)}"
         assert run_cli("pull", name, "--node-ranks", "0-1", "-o", out).returncode == 0
+        assert contents(out) == contents(shards)
+
+
+def test_a_pull_onto_a_mount_point_is_resumed_and_added_to(
+    tmp_path: Path, hub: HubServer, shards: Path, home: Path
+) -> None:
+    with mounted_tmpfs(tmp_path / "mount", "size=8m") as mounted:
+        if not mounted:
+            pytest.skip("mounting needs root")
+        out = tmp_path / "mount"
+        hub.fail(RANK_FILES[0], 404, times=None, method="GET")
+        failed = lorashard(hub, home, "pull", "owner/shards", "--ep-rank", 0, "-o", out)
+        assert failed.returncode == 3, failed.stderr
+        assert "lorashard.json" not in os.listdir(out)
+        hub.mend()
+        for ep_rank in (0, 1):
+            done = lorashard(hub, home, "pull", "owner/shards", "--ep-rank", ep_rank, "-o", out)
+            assert done.returncode == 0, done.stderr
+            assert RANK_FILES[ep_rank] in os.listdir(out)
         assert contents(out) == contents(shards)
 
 

@@ -119,7 +119,7 @@ def run_batch(
                 progress=progress,
             )  # fmt: skip
 
-        def finished(outcome: Outcome[dict[str, Any]]) -> None:
+        def finished(outcome: Outcome[Job, dict[str, Any]]) -> None:
             advance(1)
             if outcome.error is not None:
                 render.say(f"error: {outcome.error}")
@@ -142,7 +142,7 @@ def run_batch(
         raise BatchError([o.error for o in failed if o.error is not None], len(outcomes))
 
 
-def _describe(outcome: Outcome[dict[str, Any]]) -> dict[str, Any]:
+def _describe(outcome: Outcome[Job, dict[str, Any]]) -> dict[str, Any]:
     if outcome.error is None:
         return outcome.result or {}
     return {
