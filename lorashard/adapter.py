@@ -56,11 +56,11 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """The r that PEFT gives the module of this name (no PEFT prefix)."""
-        return _first_match(self.rank_pattern, module, self.lora_rank)
+        return first_match(self.rank_pattern, module, self.lora_rank)
 
     def alpha_of(self, module: str) -> float:
         """The alpha that PEFT gives the module of this name (no PEFT prefix)."""
-        return _first_match(self.alpha_pattern, module, self.lora_alpha)
+        return first_match(self.alpha_pattern, module, self.lora_alpha)
 
     def scaling_of(self, module: str, lora_rank: int) -> float:
         """Alpha / r, or alpha / sqrt(r) with rsLoRA, as PEFT `LoraLayer.update_layer`."""
@@ -68,13 +68,14 @@ class LoraConfig:
         return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
 
 
-def _first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
-    # PEFT `get_pattern_key`: keys are regular expressions for the end of the name; the first that
-    # matches wins, in the order of the file.
-    for key, value in patterns.items():
-        if re.match(_PATTERN.format(key), module):
-            return value
-    return default
+def first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
+    """What rank_pattern or alpha_pattern say of a module: the first key that matches wins."""
+    return next((value for key, value in patterns.items() if matches_pattern(key, module)), default)
+
+
+def matches_pattern(key: str, module: str) -> bool:
+    """PEFT `get_pattern_key`: keys are regular expressions for the end of the name."""
+    return re.match(_PATTERN.format(key), module) is not None
 
 
 @dataclass(frozen=True, slots=True)

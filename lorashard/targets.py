@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lorashard.adapter import LoraConfig
+from lorashard.adapter import LoraConfig, first_match, matches_pattern
 from lorashard.emit import PeftLayout
 
 # What other writers say about the layout that is left behind.
@@ -203,18 +203,18 @@ def _patterns(
     """
     kept: dict[str, _Value] = {}
     for seen, _ in others.values():
-        key = next((key for key in source if _matches(key, seen)), None)
+        key = next((key for key in source if matches_pattern(key, seen)), None)
         if key is not None:
             kept[key] = source[key]
     kept = {key: kept[key] for key in source if key in kept}
     exact: dict[str, _Value] = {}
     for name, (_, value) in others.items():
-        if _first(kept, name, default) != value:
+        if first_match(kept, name, default) != value:
             exact[re.escape(name)] = value
     rest = exact | {key: value for key, value in kept.items() if key not in exact}
     patterns = _expert_patterns(experts, rest, default) | rest
     for name, (_, value) in others.items():
-        assert _first(patterns, name, default) == value, name
+        assert first_match(patterns, name, default) == value, name
     return patterns
 
 
@@ -229,7 +229,7 @@ def _expert_patterns(
     for names in by_leaf.values():
         for pattern, group in _groups(names, experts):
             value = experts[group[0]]
-            misled = any(_matches(key, name) for key in rest for name in group)
+            misled = any(matches_pattern(key, name) for key in rest for name in group)
             if misled or value != default:
                 patterns[pattern] = value
     return patterns
@@ -255,11 +255,3 @@ def _pattern(name: str, *, one_block: bool, one_expert: bool) -> str:
     block = re.escape(match["block"]) if one_block else ""
     expert = re.escape(match["expert"]) if one_expert or not match["expert"] else r"\.\d+"
     return rf"{block}experts{expert}\.{match['leaf']}"
-
-
-def _first(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:
-    return next((value for key, value in patterns.items() if _matches(key, name)), default)
-
-
-def _matches(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
