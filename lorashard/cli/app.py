@@ -59,7 +59,7 @@ def split(
     adapters: Annotated[
         Optional[list[str]],
         typer.Argument(
-            metavar="ADAPTER...",
+            metavar="ADAPTER",
             help="PEFT adapters: directories, hf://owner/name[@revision], other URLs, patterns such "
             "as 'runs/*', or a Hub collection, hf://collections/owner/name.",
             show_default=False,
