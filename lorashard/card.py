@@ -9,6 +9,7 @@ from typing import Any
 from blake3 import blake3
 
 from lorashard.adapter import LoraConfig
+from lorashard.hub import last_name
 from lorashard.manifest import Manifest
 from lorashard.placement import Placement
 
@@ -21,7 +22,7 @@ _SEAL = re.compile(r"<!-- written by lorashard push, ([0-9a-f]{16}) -->\n\Z")
 
 def format_card(manifest: Manifest, config: LoraConfig, place: str) -> str:
     """place: where the directory will be, as `pull` takes it."""
-    name = place.rpartition("/")[2].partition("@")[0]
+    name = last_name(place)
     folder = shlex.quote(name)
     placement, ep_size = manifest.placement, manifest.placement.ep_size
     facts = {

@@ -40,8 +40,8 @@ from lorashard.pipeline import merge_facts, read_manifest, write_synced
 from lorashard.plan import ShardPlan, Target
 from lorashard.read import read_model_facts
 from lorashard.remote import locate
-from lorashard.reshard import check_manifest, differs, read_own_config, reading_shards
-from lorashard.shard import check_file
+from lorashard.reshard import check_manifest, differs, read_own_config
+from lorashard.shard import check_file, reading_shards
 from lorashard.sources import LocalFile
 
 

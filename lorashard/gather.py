@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lorashard.adapter import CONFIG_NAME
 from lorashard.errors import AdapterError, ShardError
-from lorashard.hub import asking
+from lorashard.hub import asking, last_name
 from lorashard.manifest import MANIFEST_NAME
 from lorashard.remote import RemoteFolder, is_remote, locate
 
@@ -41,7 +41,7 @@ def find_adapters(named: Iterable[str]) -> tuple[str, ...]:
         collection = _COLLECTION.fullmatch(text)
         if collection:
             found.update(dict.fromkeys(_in_collection(text, collection[1])))
-        elif _PATTERN.search(text) and not Path(text).exists():
+        elif _is_pattern(text):
             matches = _matches_remote(text) if "://" in text else _matches_here(text)
             if not matches:
                 raise AdapterError(f"{text}: no adapter matches.", hint="Check the pattern.")
@@ -53,10 +53,7 @@ def find_adapters(named: Iterable[str]) -> tuple[str, ...]:
 
 def names_several(named: Sequence[str]) -> bool:
     """Whether this is a batch, however many adapters it turns out to mean."""
-    return len(named) != 1 or any(
-        _COLLECTION.fullmatch(text) or (_PATTERN.search(text) and not Path(text).exists())
-        for text in named
-    )
+    return len(named) != 1 or any(_COLLECTION.fullmatch(x) or _is_pattern(x) for x in named)
 
 
 def read_list(lines: Iterable[str]) -> Iterator[str]:
@@ -78,9 +75,7 @@ def plan_jobs(
         return (Job(adapters[0], out),)
     jobs: dict[Path, Job] = {}
     for adapter in adapters:
-        remote = is_remote(adapter)
-        last = adapter.rstrip("/").rpartition("/")[2].partition("@")[0]
-        beside = Path(last if remote else os.path.abspath(adapter))
+        beside = Path(last_name(adapter) if is_remote(adapter) else os.path.abspath(adapter))
         target = (out or beside.parent) / f"{beside.name}-ep{ep_size}"
         if target in jobs:
             raise ShardError(
@@ -89,6 +84,10 @@ def plan_jobs(
             )
         jobs[target] = Job(adapter, target)
     return tuple(jobs.values())
+
+
+def _is_pattern(text: str) -> bool:
+    return _PATTERN.search(text) is not None and not Path(text).exists()
 
 
 def _matches_here(pattern: str) -> list[str]:

@@ -31,6 +31,11 @@ class HubAddress:
         return f"{self.folder}/{name}".lstrip("/")
 
 
+def last_name(place: str) -> str:
+    """The last part of a place's name, without a revision: what a local copy would be called."""
+    return place.rstrip("/").rpartition("/")[2].partition("@")[0]
+
+
 def looks_like_hub_id(text: str) -> bool:
     """Whether `text`, which is no URL, could be owner/name[@revision][/folder]."""
     return _HUB_ID.fullmatch(text) is not None and not text.startswith((".", "-"))

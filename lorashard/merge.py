@@ -28,11 +28,12 @@ from lorashard.header import LENGTH_BYTES, header_length, parse_header
 from lorashard.layout import AdapterLayout, detect_layout
 from lorashard.manifest import MANIFEST_NAME, Manifest
 from lorashard.output import check_target, staged_directory
-from lorashard.pipeline import read_manifest, write_synced
+from lorashard.pipeline import has_files_of, read_manifest, write_synced
 from lorashard.plan import ShardPlan, build_plan
 from lorashard.read import read_config
 from lorashard.rearrange import restore_block, scratch_bytes, slot_views
 from lorashard.remote import Place
+from lorashard.shard import reading_shards
 from lorashard.sources import LocalFile
 
 
@@ -62,10 +63,8 @@ def merge_shards(
     with staged_directory(
         out, last=CONFIG_NAME, force=force, replaceable=is_plain_adapter
     ) as staging:
-        try:
+        with reading_shards():
             digest = _write_weights(manifest, plan, shards, staging / WEIGHTS_NAME, progress)
-        except HeaderError as err:
-            raise ShardError(f"{err.path}: {err.reason}.", hint="Copy the file again.") from err
         expected = manifest.source.files[WEIGHTS_NAME].blake3
         if digest != expected:
             raise VerificationError(
@@ -97,11 +96,7 @@ def replan(
         plan = build_plan(layout, manifest.placement, manifest.dtype)
     except LorashardError as err:
         raise ManifestError(path, f"does not describe its source ({err.message})") from err
-    planned = {file.name: (file.size_bytes, file.tensors) for file in plan.files}
-    recorded = {
-        name: (file.digest.size_bytes, file.tensors) for name, file in manifest.files.items()
-    }
-    if planned != recorded:
+    if not has_files_of(manifest, plan):
         raise ManifestError(path, "its tensor tables do not follow from its source and placement")
     return layout, plan
 

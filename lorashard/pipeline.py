@@ -65,6 +65,11 @@ class SplitRequest:
     options: LayoutOptions = field(default_factory=LayoutOptions)
     allow_pickle: bool = False
 
+    @property
+    def stored_dtype(self) -> str | None:
+        """`dtype` as safetensors names it; None = nothing is cast."""
+        return DTYPES[self.dtype] if self.dtype else None
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedSplit:
@@ -106,8 +111,7 @@ def prepared_split(adapter: Place, request: SplitRequest) -> Iterator[PreparedSp
         placement = place_experts(layout, request.ep_size, request.strategy, request.expert_map)
         if request.dtype not in (None, *DTYPES):
             raise AdapterError(f"dtype {request.dtype!r} is not one of {', '.join(DTYPES)}.")
-        dtype = DTYPES[request.dtype] if request.dtype else None
-        plan = build_plan(layout, placement, dtype)
+        plan = build_plan(layout, placement, request.stored_dtype)
         options = replace(options, num_experts=layout.num_experts)
         notes = _notes(request, facts, layout)
         yield PreparedSplit(source, options, layout, placement, plan, notes)
@@ -272,7 +276,7 @@ def _manifest(prepared: PreparedSplit, request: SplitRequest, digests: Digests) 
         lorashard_version=__version__,
         source=SourceInfo(source.repo, source.revision, files=files, header=source.header),
         options=prepared.options,
-        dtype=DTYPES[request.dtype] if request.dtype else None,
+        dtype=request.stored_dtype,
         gate_up_known=prepared.layout.gate_up_known,
         placement=prepared.placement,
         modules={module.name: describe_module(module) for module in prepared.layout.modules},
@@ -286,6 +290,15 @@ def describe_files(plan: ShardPlan, digests: Sequence[str]) -> dict[str, ShardFi
         file.name: ShardFile(FileDigest(file.size_bytes, digest), file.tensors)
         for file, digest in zip(plan.files, digests)
     }
+
+
+def has_files_of(manifest: Manifest, plan: ShardPlan) -> bool:
+    """Whether the files in the manifest are those of `plan`: names, sizes and tensor tables."""
+    planned = {file.name: (file.size_bytes, file.tensors) for file in plan.files}
+    recorded = {
+        name: (file.digest.size_bytes, file.tensors) for name, file in manifest.files.items()
+    }
+    return planned == recorded
 
 
 def describe_module(module: ExpertModule) -> ModuleInfo:

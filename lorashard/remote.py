@@ -18,7 +18,7 @@ from typing import Any
 
 from lorashard.errors import AdapterError
 from lorashard.fetch import FetchAhead
-from lorashard.hub import asking, looks_like_hub_id, parse_address, short, unreachable
+from lorashard.hub import asking, last_name, looks_like_hub_id, parse_address, short, unreachable
 
 _ATTEMPTS = 3
 _FIRST_WAIT_S = 0.25
@@ -106,7 +106,7 @@ class RemoteFolder:
     @property
     def name(self) -> str:
         """The last part of its name, without a revision: what a local copy would be called."""
-        return self.text.rstrip("/").rpartition("/")[2].partition("@")[0]
+        return last_name(self.text)
 
     def child(self, name: str) -> RemoteFolder:
         """A folder in it."""

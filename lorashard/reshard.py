@@ -21,7 +21,6 @@ from lorashard import __version__
 from lorashard.adapter import CONFIG_NAME
 from lorashard.errors import (
     AdapterError,
-    HeaderError,
     ManifestError,
     ShardError,
     VerificationError,
@@ -46,7 +45,7 @@ from lorashard.plan import ShardPlan, build_plan
 from lorashard.pull import find_file
 from lorashard.read import read_config, read_small
 from lorashard.remote import Place, RemoteFolder, locate
-from lorashard.shard import check_file
+from lorashard.shard import check_file, reading_shards
 from lorashard.sources import ByteSource, LocalFile
 
 # Of remote files, a window each is being read and one is under way: together about so much.
@@ -201,12 +200,3 @@ def _opened(shards: Place, manifest: Manifest) -> Iterator[list[ByteSource]]:
         for name, recorded in manifest.files.items():
             check_file(shards / name, recorded)
         yield [stack.enter_context(closing(LocalFile(shards / name))) for name in manifest.files]
-
-
-@contextmanager
-def reading_shards() -> Iterator[None]:
-    """What goes wrong while a shard file is read is a fault of the shards."""
-    try:
-        yield
-    except HeaderError as err:
-        raise ShardError(f"{err.path}: {err.reason}.", hint="Copy the file again.") from err

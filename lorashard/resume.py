@@ -10,7 +10,7 @@ from lorashard.adapter import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.errors import LorashardError
 from lorashard.execute import Progress
 from lorashard.manifest import Manifest
-from lorashard.pipeline import DTYPES, PreparedSplit, SplitRequest, read_manifest
+from lorashard.pipeline import PreparedSplit, SplitRequest, has_files_of, read_manifest
 from lorashard.shard import check_file
 
 _STEP = 2**20
@@ -33,13 +33,9 @@ def is_already_split(
 
 
 def _is_as_asked(manifest: Manifest, prepared: PreparedSplit, request: SplitRequest) -> bool:
-    dtype = DTYPES[request.dtype] if request.dtype else None
-    asked = (dtype, prepared.options, prepared.placement)
-    if (manifest.dtype, manifest.options, manifest.placement) != asked:
-        return False
-    planned = {file.name: (file.size_bytes, file.tensors) for file in prepared.plan.files}
-    found = {name: (file.digest.size_bytes, file.tensors) for name, file in manifest.files.items()}
-    return planned == found
+    asked = (request.stored_dtype, prepared.options, prepared.placement)
+    found = (manifest.dtype, manifest.options, manifest.placement)
+    return found == asked and has_files_of(manifest, prepared.plan)
 
 
 def _has_source(manifest: Manifest, prepared: PreparedSplit, progress: Progress) -> bool:

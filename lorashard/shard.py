@@ -9,7 +9,8 @@ rank.tensor("model.layers.3.mlp.experts.gate_proj.lora_A")     # torch [E_local,
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,9 +102,8 @@ def open_shards(path: str | os.PathLike[str]) -> ShardDirectory:
 def check_file(path: Path, recorded: ShardFile) -> None:
     """Raise ShardError unless the file has the size and the header that the manifest records."""
     try:
-        _, header = read_header(path)
-    except HeaderError as err:
-        raise ShardError(f"{path}: {err.reason}.", hint="Copy the file again.") from err
+        with reading_shards():
+            _, header = read_header(path)
     except OSError as err:
         raise ShardError(
             f"{path}: {os.strerror(err.errno or 0)}.", hint="Copy the directory again."
@@ -126,3 +126,12 @@ def check_file(path: Path, recorded: ShardFile) -> None:
             f"{path}: its tensors are not those of the manifest.",
             hint="The file belongs to another directory; copy the right one.",
         )
+
+
+@contextmanager
+def reading_shards() -> Iterator[None]:
+    """What goes wrong while a shard file is read is a fault of the shards."""
+    try:
+        yield
+    except HeaderError as err:
+        raise ShardError(f"{err.path}: {err.reason}.", hint="Copy the file again.") from err

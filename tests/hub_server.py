@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from tests.faults import Fault, Faults
+
 CHUNK_BYTES = 1 << 16
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".zip")
 REGULAR_LIMIT_BYTES = 10_000_000  # larger files go to LFS whatever their name
@@ -137,18 +139,6 @@ class Repo:
         return self.commits[named]
 
 
-@dataclass
-class _Fault:
-    """Laid on requests whose path holds `match`, after `skip` of them, `times` times or always."""
-
-    kind: str
-    match: str
-    value: Any
-    times: int | None
-    method: str | None
-    skip: int
-
-
 class _Refusal(Exception):
     def __init__(self, status: int, code: str | None, message: str, **headers: str) -> None:
         super().__init__(message)
@@ -170,7 +160,7 @@ class HubServer:
         self.uploads: dict[str, Path] = {}
         self.page_size = 1000  # entries of one page of a tree listing
         self._requests: list[Request] = []
-        self._faults: list[_Fault] = []
+        self._faults = Faults()
         self.lock = threading.RLock()
         self._signature = 0
         self._bandwidth: float | None = None
@@ -291,7 +281,7 @@ class HubServer:
 
     def cut_after(self, match: str, num_bytes: int, times: int | None = 1, skip: int = 0) -> None:
         """Close the connection after `num_bytes` of a file's content. times=None: always."""
-        self._lay("cut", match, num_bytes, times, "GET", skip)
+        self._faults.lay(Fault("cut", match, num_bytes, times, skip, "GET"))
 
     def fail(
         self,
@@ -303,19 +293,19 @@ class HubServer:
         **headers: str,
     ) -> None:
         """Answer with `status` instead; 0 closes the connection without an answer."""
-        self._lay("fail", match, (status, headers), times, method, skip)
+        self._faults.lay(Fault("fail", match, (status, headers), times, skip, method))
 
     def corrupt(self, match: str, offset: int, times: int | None = None) -> None:
         """Invert the byte at `offset` of a file wherever it is sent."""
-        self._lay("corrupt", match, offset, times, "GET", 0)
+        self._faults.lay(Fault("corrupt", match, offset, times, 0, "GET"))
 
     def delay(self, match: str, seconds: float, times: int | None = None) -> None:
         """Wait before the answer."""
-        self._lay("delay", match, seconds, times, None, 0)
+        self._faults.lay(Fault("delay", match, seconds, times, 0, None))
 
     def throttle(self, match: str, bytes_per_s: float, times: int | None = None) -> None:
         """Send a file's content slowly."""
-        self._lay("throttle", match, bytes_per_s, times, "GET", 0)
+        self._faults.lay(Fault("throttle", match, bytes_per_s, times, 0, "GET"))
 
     def limit_bandwidth(self, bytes_per_s: float | None) -> None:
         """Send content no faster than this over all connections together; None: as fast as it goes."""
@@ -323,15 +313,15 @@ class HubServer:
 
     def ignore_range(self, match: str, times: int | None = None) -> None:
         """Answer 200 with the whole file whatever range is asked for."""
-        self._lay("whole", match, None, times, None, 0)
+        self._faults.lay(Fault("whole", match, None, times, 0, None))
 
     def drop(self, match: str) -> None:
         """Lose files: listings still show them, their content is 404 EntryNotFound."""
-        self._lay("drop", match, None, None, None, 0)
+        self._faults.lay(Fault("drop", match, None, None, 0, None))
 
     def when(self, match: str, action: Callable[[], object], nth: int = 1) -> None:
         """Call `action` just before the `nth` matching request is answered: to move a branch then."""
-        self._lay("when", match, action, 1, None, nth - 1)
+        self._faults.lay(Fault("when", match, action, 1, nth - 1, None))
 
     def expire_links(self) -> None:
         """Links to the CDN given out so far answer 403."""
@@ -339,14 +329,7 @@ class HubServer:
 
     def mend(self) -> None:
         """Take all faults away."""
-        with self.lock:
-            self._faults.clear()
-
-    def _lay(
-        self, kind: str, match: str, value: Any, times: int | None, method: str | None, skip: int
-    ) -> None:
-        with self.lock:
-            self._faults.append(_Fault(kind, match, value, times, method, skip))
+        self._faults.mend()
 
     # For the handler
 
@@ -356,19 +339,7 @@ class HubServer:
 
     def fault(self, kind: str, request: Request) -> Any:
         """The value of a fault that is due now, or None; True for one without a value."""
-        with self.lock:
-            for fault in self._faults:
-                if fault.kind != kind or fault.match not in request.path or fault.times == 0:
-                    continue
-                if fault.method not in (None, request.method):
-                    continue
-                if fault.skip:
-                    fault.skip -= 1
-                    continue
-                if fault.times is not None:
-                    fault.times -= 1
-                return True if fault.value is None else fault.value
-        return None
+        return self._faults.due(kind, request)
 
     def pace(self, num_bytes: int) -> None:
         """Wait until the line that all connections share has taken these bytes too."""

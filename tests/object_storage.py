@@ -27,6 +27,8 @@ from moto.moto_server.werkzeug_app import (
 )
 from werkzeug.serving import make_server
 
+from tests.faults import Fault, Faults
+
 BUCKET = "bucket"
 KEY_ID = "AKIALOOPBACK"
 CHUNK_BYTES = 1 << 14  # small, so that what a broken connection loses can be said exactly
@@ -57,27 +59,13 @@ class Request:
 
 
 @dataclass
-class _Fault:
-    """Laid on requests whose path holds `match`, after `skip` of them, `times` times or always."""
-
-    kind: str
-    match: str
-    value: Any
-    times: int | None = 1
-    skip: int = 0
-    method: str | None = "GET"
-    beyond: int = 0  # only where bytes from here on are asked for
-
-
-@dataclass
 class ObjectStorage:
     """See the module."""
 
     requests: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._faults: list[_Fault] = []
-        self._lock = threading.Lock()
+        self._faults = Faults()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, True, request_handler=_Handler)
         self._client = boto3.client("s3", endpoint_url=self.endpoint, **self._credentials)
@@ -165,7 +153,7 @@ class ObjectStorage:
 
     def cut_after(self, match: str, num_bytes: int, times: int | None = 1, skip: int = 0) -> None:
         """Close the connection after `num_bytes` of an answer. times=None: always."""
-        self._faults.append(_Fault("cut", match, num_bytes, times, skip))
+        self._faults.lay(Fault("cut", match, num_bytes, times, skip))
 
     def fail(
         self,
@@ -180,37 +168,19 @@ class ObjectStorage:
 
         beyond: only where bytes from there on are asked for.
         """
-        self._faults.append(_Fault("fail", match, status, times, skip, method, beyond))
+        self._faults.lay(Fault("fail", match, status, times, skip, method, beyond))
 
     def corrupt(self, match: str, offset: int) -> None:
         """Invert the byte at `offset` of an object wherever it is sent, and send no checksum."""
-        self._faults.append(_Fault("corrupt", match, offset, None))
+        self._faults.lay(Fault("corrupt", match, offset, None))
 
     def when(self, match: str, action: Callable[[], object], nth: int = 1) -> None:
         """Call `action` just before the `nth` GET of an object is answered."""
-        self._faults.append(_Fault("when", match, action, 1, nth - 1))
+        self._faults.lay(Fault("when", match, action, 1, nth - 1))
 
     def mend(self) -> None:
         """Take all faults away."""
-        self._faults.clear()
-
-    def _fault(self, kind: str, request: Request) -> Any:
-        """The value of a fault that is due now, or None."""
-        with self._lock:
-            for fault in self._faults:
-                if fault.kind != kind or fault.match not in request.path or fault.times == 0:
-                    continue
-                if fault.method not in (None, request.method):
-                    continue
-                if fault.beyond and (request.ranged or (0, 0))[0] < fault.beyond:
-                    continue
-                if fault.skip:
-                    fault.skip -= 1
-                    continue
-                if fault.times is not None:
-                    fault.times -= 1
-                return fault.value
-        return None
+        self._faults.mend()
 
     # Answers
 
@@ -222,9 +192,9 @@ class ObjectStorage:
             environ.get("HTTP_RANGE"),
         )
         self.requests.append(request)
-        if action := self._fault("when", request):
+        if action := self._faults.due("when", request):
             action()
-        status = self._fault("fail", request)
+        status = self._faults.due("fail", request)
         code = _CODES[status] if status else None
         signed = re.search(r"Credential=(\w+)/", environ.get("HTTP_AUTHORIZATION", ""))
         if signed is None or signed[1] != KEY_ID:
@@ -232,7 +202,7 @@ class ObjectStorage:
         if code:
             return self._refuse(request, status, code, start)
 
-        wrong = self._fault("corrupt", request)
+        wrong = self._faults.due("corrupt", request)
 
         def logged(line: str, headers: list[tuple[str, str]], *more: Any) -> Any:
             request.status = int(line.split(maxsplit=1)[0])
@@ -255,7 +225,7 @@ class ObjectStorage:
 
     def _send(self, request: Request, body: bytes, wrong: int | None) -> Iterator[bytes]:
         begin = request.ranged[0] if request.ranged else 0
-        cut = self._fault("cut", request)
+        cut = self._faults.due("cut", request)
         if wrong is not None and begin <= wrong < begin + len(body):
             place = wrong - begin
             body = body[:place] + bytes([body[place] ^ 0xFF]) + body[place + 1 :]

@@ -111,10 +111,7 @@ def split(
         )  # fmt: skip
         return
     result = run_split(jobs[0], request, force=force, resume=resume, dry_run=dry_run, quiet=quiet)
-    if as_json:
-        render.print_json(result)
-    elif not quiet:
-        render.print_line(result["out"])
+    render.print_result(result, result["out"], as_json=as_json, quiet=quiet)
 
 
 @app.command()

@@ -23,6 +23,14 @@ def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
+def print_result(result: Mapping[str, Any], place: object, *, as_json: bool, quiet: bool) -> None:
+    """What a command that wrote something prints: where it is, or all of it as JSON."""
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        print_line(str(place))
+
+
 def settle_streams() -> None:
     """Make stdout and stderr usable, whatever the shell made of them."""
     sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115

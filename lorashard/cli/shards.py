@@ -28,10 +28,7 @@ def merge(
     from lorashard.cli.split import run_merge  # noqa: PLC0415
 
     result = run_merge(shards, out, force=force, quiet=quiet)
-    if as_json:
-        render.print_json(result)
-    elif not quiet:
-        render.print_line(str(out))
+    render.print_result(result, out, as_json=as_json, quiet=quiet)
 
 
 def convert(
@@ -68,10 +65,7 @@ def convert(
     from lorashard.cli.convert import run_convert  # noqa: PLC0415
 
     result = run_convert(shards, out, layout, model, orientation, force=force, quiet=quiet)
-    if as_json:
-        render.print_json(result)
-    elif not quiet:
-        render.print_line(str(out))
+    render.print_result(result, out, as_json=as_json, quiet=quiet)
 
 
 def reshard(
@@ -101,10 +95,7 @@ def reshard(
     place = locate(shards)
     out = target(place, out, ep_size)
     result = run_reshard(place, out, ep_size, placement, expert_map, force=force, quiet=quiet)
-    if as_json:
-        render.print_json(result)
-    elif not quiet:
-        render.print_line(str(out))
+    render.print_result(result, out, as_json=as_json, quiet=quiet)
 
 
 def pull(
@@ -139,10 +130,7 @@ def pull(
     if not ranks:
         raise PlacementError("No rank is named.", hint="--ep-rank 3, or --node-ranks 0-7.")
     result = run_pull(shards, ranks, out, force=force, quiet=quiet)
-    if as_json:
-        render.print_json(result)
-    elif not quiet:
-        render.print_line(result["out"])
+    render.print_result(result, result["out"], as_json=as_json, quiet=quiet)
 
 
 def push(
@@ -171,7 +159,4 @@ def push(
     from lorashard.cli.push import run_push  # noqa: PLC0415
 
     result = run_push(shards, target, private=private, force=force, quiet=quiet)
-    if as_json:
-        render.print_json(result)
-    elif not quiet:
-        render.print_line(result["place"])
+    render.print_result(result, result["place"], as_json=as_json, quiet=quiet)
