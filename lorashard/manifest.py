@@ -295,8 +295,12 @@ def _placement_json(placement: Placement) -> dict[str, Any]:
 
 def _module_json(module: ModuleInfo) -> dict[str, Any]:
     info = asdict(module)
-    if not info["expert_lora_ranks"]:
-        del info["expert_lora_ranks"]
+    odd_ranks = info.pop("expert_lora_ranks")
+    if odd_ranks:  # keys of a JSON object are strings
+        info["expert_lora_ranks"] = {
+            projection: {str(expert): lora_rank for expert, lora_rank in odd.items()}
+            for projection, odd in odd_ranks.items()
+        }
     return info
 
 

@@ -46,6 +46,7 @@ from lorashard.remote import Place, RemoteFolder, locate
 
 Strategy = Literal["linear", "round_robin"]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_REPORT = "A fault of lorashard; please report it. Nothing was written."
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ def write_shards(
             digests = execute_plan(prepared.plan, weights, source.header, staging, progress)
         manifest = _manifest(prepared, request, digests)
         write_synced(staging / CONFIG_NAME, source.config_bytes)
-        write_synced(staging / MANIFEST_NAME, format_manifest(manifest))
+        write_manifest(staging, manifest)
     return manifest
 
 
@@ -182,6 +183,14 @@ def manifest_bytes(directory: Place) -> bytes:
     except OSError as err:
         reason = "not a finished shard directory" if directory.is_dir() else "no such directory"
         raise ManifestError(path, reason) from err
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write lorashard.json and sync it, once it is known to be read as what it was made of."""
+    content, path = format_manifest(manifest), directory / MANIFEST_NAME
+    if parse_manifest(content, str(path)) != manifest:
+        raise ManifestError(path, "would be read otherwise than it was written", hint=_REPORT)
+    write_synced(path, content)
 
 
 def has_manifest(place: Place) -> bool:

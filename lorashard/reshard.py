@@ -28,7 +28,7 @@ from lorashard.errors import (
 from lorashard.execute import Progress, write_files
 from lorashard.fetch import WINDOW_BYTES
 from lorashard.layout import AdapterLayout
-from lorashard.manifest import MANIFEST_NAME, Manifest, format_manifest
+from lorashard.manifest import MANIFEST_NAME, Manifest
 from lorashard.merge import replan
 from lorashard.moves import MovePlan, Stretch, plan_moves
 from lorashard.output import check_target, staged_directory
@@ -39,6 +39,7 @@ from lorashard.pipeline import (
     is_shard_directory,
     place_experts,
     read_manifest,
+    write_manifest,
     write_synced,
 )
 from lorashard.plan import ShardPlan, build_plan
@@ -92,7 +93,7 @@ def reshard_shards(
             files=describe_files(new, digests),
         )
         write_synced(staging / CONFIG_NAME, config_bytes)
-        write_synced(staging / MANIFEST_NAME, format_manifest(manifest))
+        write_manifest(staging, manifest)
     return manifest
 
 

@@ -109,6 +109,14 @@ def test_any_manifest_is_read_back(ep_size, num_experts, scaling, name, header):
     assert parse_manifest(format_manifest(manifest), PATH) == manifest
 
 
+@pytest.mark.parametrize("num_experts", [1, 21, 64, 512])
+def test_any_number_of_experts_with_an_r_of_their_own_is_read_back(num_experts: int):
+    odd = {expert: expert % 3 for expert in range(num_experts)}
+    info = replace(example().modules[MODULE], expert_lora_ranks={"up_proj": odd, "down_proj": odd})
+    manifest = replace(example(), modules={MODULE: info})
+    assert parse_manifest(format_manifest(manifest), PATH) == manifest
+
+
 def test_a_layer_s_own_placement_is_read_back():
     placement = replace(example().placement, strategy="explicit", layers={MODULE: ((2,), (1, 0))})
     manifest = replace(example(), placement=placement)

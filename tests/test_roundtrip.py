@@ -30,6 +30,7 @@ from tests.adapters import (
 )
 from tests.coded_values import bits
 from tests.strategies import rank_lists, specs
+from tests.tiny import contents
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CASES = [Spec(layout) for layout in LAYOUTS] + [Spec(x, gated=False) for x in NON_GATED_LAYOUTS]
@@ -262,3 +263,18 @@ def test_one_byte_floats_are_rearranged_bit_for_bit(layout: str, dtype: torch.dt
 
 def rank_0(job: Job) -> str:
     return f"ep-00000-of-{job.ep_size:05d}.safetensors"
+
+
+# Real models have 64 to 512 experts, and a partial adapter leaves most of them out.
+@pytest.mark.parametrize("num_experts", [64, 128, 512])
+def test_an_adapter_that_trains_a_few_of_many_experts_is_split_proven_and_merged(
+    tmp_path: Path, num_experts: int
+):
+    spec = Spec("L1", num_experts=num_experts, experts=(0, 3, num_experts - 1), lora_ranks={3: 1})
+    source = build(spec).write(tmp_path / "adapter")
+    shards, merged = tmp_path / "shards", tmp_path / "merged"
+    request = SplitRequest(ep_size=2, options=LayoutOptions(num_experts=num_experts))
+    split_adapter(source, shards, request)
+    assert verify_shards(shards, against=source) == ()
+    merge_shards(shards, merged)
+    assert contents(merged) == contents(source)
