@@ -12,36 +12,36 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lorashard.version import __version__
 
 if TYPE_CHECKING:
-    from lorashard.convert import convert_shards
+    from lorashard.adapter.options import LayoutOptions
+    from lorashard.convert.convert import convert_shards
     from lorashard.errors import LorashardError
     from lorashard.merge import merge_shards
-    from lorashard.options import LayoutOptions
-    from lorashard.pipeline import SplitRequest, split_adapter
-    from lorashard.placement import Placement
-    from lorashard.pull import pull_shards
-    from lorashard.push import push_shards
-    from lorashard.reshard import reshard_shards
-    from lorashard.shard import ShardDirectory, TensorFile, open_shards
-    from lorashard.verify import verify_shards
+    from lorashard.reshard.reshard import reshard_shards
+    from lorashard.shards.directory import ShardDirectory, TensorFile, open_shards
+    from lorashard.shards.placement import Placement
+    from lorashard.split.pipeline import SplitRequest, split_adapter
+    from lorashard.transfer.pull import pull_shards
+    from lorashard.transfer.push import push_shards
+    from lorashard.verify.verify import verify_shards
 
 _HOMES = {
-    "LayoutOptions": "options",
+    "LayoutOptions": "adapter.options",
     "LorashardError": "errors",
-    "Placement": "placement",
-    "ShardDirectory": "shard",
-    "SplitRequest": "pipeline",
-    "TensorFile": "shard",
-    "convert_shards": "convert",
+    "Placement": "shards.placement",
+    "ShardDirectory": "shards.directory",
+    "SplitRequest": "split.pipeline",
+    "TensorFile": "shards.directory",
+    "convert_shards": "convert.convert",
     "merge_shards": "merge",
-    "open_shards": "shard",
-    "pull_shards": "pull",
-    "push_shards": "push",
-    "reshard_shards": "reshard",
-    "split_adapter": "pipeline",
-    "verify_shards": "verify",
+    "open_shards": "shards.directory",
+    "pull_shards": "transfer.pull",
+    "push_shards": "transfer.push",
+    "reshard_shards": "reshard.reshard",
+    "split_adapter": "split.pipeline",
+    "verify_shards": "verify.verify",
 }
 
 __all__ = [

@@ -134,3 +134,9 @@ class BatchError(LorashardError):
         )
         self.errors = tuple(errors)
         self.exit_code = errors[0].exit_code
+
+
+class NotReadyError(LorashardError):
+    """Something would be refused, or is broken."""
+
+    exit_code = 5

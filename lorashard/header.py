@@ -15,22 +15,11 @@ from math import prod
 from operator import attrgetter
 from typing import NamedTuple
 
+from lorashard.dtypes import ELEMENT_SIZE, FILE_ORDER
 from lorashard.errors import HeaderError
 
-# In the order in which the reference writer puts tensors of different dtypes, the last one first.
-_DTYPE_ORDER = (
-    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16",
-    "I32", "U32", "F32", "F64", "I64", "U64",
-)  # fmt: skip
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
-
-ELEMENT_SIZE: Mapping[str, int] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
 
 
 class TensorEntry(NamedTuple):
@@ -102,7 +91,7 @@ def build_header(
     Returns the bytes from the start of the file to the data, and each tensor's place. Order:
     by dtype, wider ones first, then by name, so that every tensor is aligned to its element size.
     """
-    ordered = sorted(tensors, key=lambda tensor: (-_DTYPE_ORDER.index(tensor[1]), tensor[0]))
+    ordered = sorted(tensors, key=lambda tensor: (FILE_ORDER[tensor[1]], tensor[0]))
     table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name, dtype, shape in ordered:

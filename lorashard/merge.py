@@ -14,27 +14,26 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from lorashard.adapter import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, AdapterIndex, parse_config
-from lorashard.blocks import BLOCK_BYTES, Block, CopyBlock, split_into_blocks
+from lorashard.adapter.config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+)
+from lorashard.adapter.read import is_plain_adapter
 from lorashard.errors import (
     HeaderError,
-    LorashardError,
-    ManifestError,
     ShardError,
     VerificationError,
 )
-from lorashard.execute import Progress
-from lorashard.header import LENGTH_BYTES, header_length, parse_header
-from lorashard.layout import AdapterLayout, detect_layout
-from lorashard.manifest import MANIFEST_NAME, Manifest
-from lorashard.output import check_target, staged_directory
-from lorashard.pipeline import has_files_of, read_manifest, write_synced
-from lorashard.plan import ShardPlan, build_plan
-from lorashard.read import read_config
-from lorashard.rearrange import restore_block, scratch_bytes, slot_views
-from lorashard.remote import Place
-from lorashard.shard import reading_shards
-from lorashard.sources import LocalFile
+from lorashard.progress import Progress
+from lorashard.shards.directory import read_manifest, reading_shards
+from lorashard.shards.manifest import Manifest
+from lorashard.shards.plan import ShardPlan
+from lorashard.shards.replan import replan
+from lorashard.storage.local import LocalFile, write_synced
+from lorashard.storage.small_files import read_small_file
+from lorashard.storage.staging import check_target, staged_directory
+from lorashard.writing.blocks import BLOCK_BYTES, Block, CopyBlock, split_into_blocks
+from lorashard.writing.rearrange import restore_block, scratch_bytes, slot_views
 
 
 def merge_shards(
@@ -58,7 +57,7 @@ def merge_shards(
             hint="Split without --dtype to be able to merge.",
         )
     check_target(out, force=force, replaceable=is_plain_adapter)
-    config_bytes = read_config(shards / CONFIG_NAME)
+    config_bytes = read_small_file(shards, CONFIG_NAME)
     _, plan = replan(manifest, config_bytes, shards)
     with staged_directory(
         out, last=CONFIG_NAME, force=force, replaceable=is_plain_adapter
@@ -72,43 +71,6 @@ def merge_shards(
             )
         write_synced(staging / CONFIG_NAME, config_bytes)
     return manifest
-
-
-def replan(
-    manifest: Manifest, config_bytes: bytes, shards: Place
-) -> tuple[AdapterLayout, ShardPlan]:
-    """The layout and the plan that `split` carried out, made again from the manifest.
-
-    Raises ManifestError if the files that it leads to are not the ones in the manifest.
-    """
-    path = f"{shards}/{MANIFEST_NAME}"
-    header_bytes = manifest.source.header
-    try:
-        config = parse_config(config_bytes, f"{shards}/{CONFIG_NAME}")
-        size = manifest.source.files[WEIGHTS_NAME].size_bytes
-        length = header_length(header_bytes, size, path)
-        text = header_bytes[LENGTH_BYTES:]
-        if len(text) != length:
-            raise HeaderError(path, "the header has another length than it says")
-        header = parse_header(text, size, path)
-        index = AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
-        layout = detect_layout(index, manifest.options, str(shards))
-        plan = build_plan(layout, manifest.placement, manifest.dtype)
-    except LorashardError as err:
-        raise ManifestError(path, f"does not describe its source ({err.message})") from err
-    if not has_files_of(manifest, plan):
-        raise ManifestError(path, "its tensor tables do not follow from its source and placement")
-    return layout, plan
-
-
-def source_was_pickled(manifest: Manifest) -> bool:
-    """Whether the source was adapter_model.bin; `merge` gives its tensors as safetensors."""
-    return PICKLE_NAME in manifest.source.files
-
-
-def is_plain_adapter(_path: Path, names: frozenset[str]) -> bool:
-    """Whether a directory with these names holds an adapter and nothing else."""
-    return names == {CONFIG_NAME, WEIGHTS_NAME}
 
 
 def _write_weights(

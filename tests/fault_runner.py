@@ -1,4 +1,4 @@
-"""Runs lorashard commands that fail at their n-th system call, for tests/test_crash.py.
+"""Runs lorashard commands that fail at their n-th system call, for tests/system/test_crash.py.
 
 Reads one JSON job per line, {"argv", "action", "at", "calls"}, and answers with one JSON line,
 {"code", "reached", "stderr"}. Each job runs in a forked child, so the imports are paid for once.
@@ -22,9 +22,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from lorashard import output
 from lorashard.cli import app
 from lorashard.errors import LorashardError
+from lorashard.storage import staging as output
 
 TIMEOUT_S = 30
 

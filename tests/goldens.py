@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lorashard import __version__
+from lorashard.version import __version__
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from lorashard.adapter.modules import ExpertModule
 from lorashard.errors import LayoutError
-from lorashard.experts import ExpertModule
 from tests.adapters import Adapter, Spec, build
 from tests.strategies import layout_of
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from lorashard.adapter import AdapterIndex, parse_config
+from lorashard.adapter.config import AdapterIndex, parse_config
+from lorashard.adapter.layout import AdapterLayout, detect_layout
+from lorashard.adapter.options import LayoutOptions
 from lorashard.header import build_header
-from lorashard.layout import AdapterLayout, detect_layout
-from lorashard.options import LayoutOptions
 from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, ONE_TENSOR_PER_EXPERT, Adapter, Spec
 
 DTYPE_NAMES = {

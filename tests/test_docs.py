@@ -1,4 +1,4 @@
-"""The documentation says what the code does: generated pages, examples, links, file tree."""
+"""The documentation says what the code does: generated pages, examples, links."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorashard.placement import explicit_placement
+from lorashard.shards.placement import explicit_placement
 from tests.adapters import Spec, build
 from tests.generate_docs import commands, pages, parameters
 
@@ -99,21 +99,6 @@ def test_forms_of_an_expert_map_in_format_page_are_accepted():
     placements = [explicit_placement(form, num_experts=4, ep_size=2) for form in forms]
     assert [p.ranks for p in placements[:4]] == [((0, 2), (3, 1))] * 4
     assert set(placements[4].layers) == {"5", "model.layers.7.mlp.experts"}
-
-
-def test_file_tree_of_readme_names_the_files_of_the_package():
-    tree = re.search(r"^lorashard/\n((?:  .*\n)+)", README.read_text(), re.MULTILINE)
-    assert tree is not None
-    named = [line.split()[0] for line in tree[1].splitlines()]
-    package = ROOT / "lorashard"
-    assert sorted(named) == sorted(str(f.relative_to(package)) for f in package.rglob("*.py"))
-
-
-def test_file_tree_of_readme_names_only_tests_that_exist():
-    tree = re.search(r"^tests/\n((?:  .*\n)+)", README.read_text(), re.MULTILINE)
-    assert tree is not None
-    named = [line.split()[0] for line in tree[1].splitlines()]
-    assert [name for name in named if not any((ROOT / "tests").glob(name.rstrip("/")))] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

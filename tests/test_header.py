@@ -12,15 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.errors import HeaderError
-from lorashard.header import (
-    ELEMENT_SIZE,
-    MAX_HEADER_BYTES,
-    Header,
-    build_header,
-    header_length,
-    parse_header,
-)
+from lorashard.header import MAX_HEADER_BYTES, Header, build_header, header_length, parse_header
 
 PATH = "a.safetensors"
 ONE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'

@@ -14,10 +14,10 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
-from lorashard import __version__
 from lorashard.cli import options as opt
 from lorashard.cli import render, shards
 from lorashard.errors import LorashardError
+from lorashard.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
-from lorashard.adapter import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
+from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
+from lorashard.adapter.read import find_remote_adapter
 from lorashard.cli import render
 from lorashard.errors import VerificationError
-from lorashard.manifest import MANIFEST_NAME
-from lorashard.pipeline import read_manifest
-from lorashard.pull import needed_files
-from lorashard.read import find_remote_adapter
-from lorashard.remote import Place, RemoteFolder, local_copy, locate
-from lorashard.verify import verify_shards
+from lorashard.shards.directory import needed_files, read_manifest
+from lorashard.shards.names import MANIFEST_NAME
+from lorashard.storage.remote import Location, RemoteFolder, local_copy, locate
+from lorashard.verify.verify import verify_shards
 
 
 def run_verify(
@@ -69,7 +68,7 @@ def run_verify(
         raise VerificationError(shards, findings)
 
 
-def _adapter_copy(place: Place) -> AbstractContextManager[Path]:
+def _adapter_copy(place: Location) -> AbstractContextManager[Path]:
     if isinstance(place, RemoteFolder):
         place = find_remote_adapter(place)
     return local_copy(place, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME))

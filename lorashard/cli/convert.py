@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorashard.adapter import CONFIG_NAME
+from lorashard.adapter.config import CONFIG_NAME
+from lorashard.adapter.options import Orientation
+from lorashard.adapter.read import is_plain_adapter
 from lorashard.cli import render
-from lorashard.convert import prepare_conversion, write_conversion
-from lorashard.emit import PeftLayout
-from lorashard.manifest import MANIFEST_NAME
-from lorashard.merge import is_plain_adapter
-from lorashard.options import Orientation
-from lorashard.output import check_target
-from lorashard.pipeline import read_manifest
-from lorashard.remote import local_copy, locate
+from lorashard.convert.convert import prepare_conversion, write_conversion
+from lorashard.convert.peft_tensors import PeftLayout
+from lorashard.shards.directory import read_manifest
+from lorashard.shards.names import MANIFEST_NAME
+from lorashard.storage.remote import local_copy, locate
+from lorashard.storage.staging import check_target
 
 
 def run_convert(

@@ -8,22 +8,16 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from lorashard.adapter.base_model import merge_facts
+from lorashard.adapter.options import LayoutOptions
+from lorashard.adapter.read import read_model_facts
 from lorashard.cli import render
-from lorashard.errors import LorashardError
-from lorashard.options import LayoutOptions
-from lorashard.pipeline import merge_facts
-from lorashard.read import read_model_facts
-from lorashard.remote import locate
-from lorashard.vllm_plugin.diagnosis import EngineFlags, Report, diagnose
-from lorashard.vllm_plugin.survey import has_vllm, survey, survey_adapter
+from lorashard.errors import NotReadyError
+from lorashard.storage.remote import locate
+from lorashard.vllm_plugin.doctor.diagnosis import EngineFlags, Report, diagnose
+from lorashard.vllm_plugin.doctor.survey import has_vllm, survey, survey_adapter
 
 __all__ = ["EngineFlags", "run_doctor"]
-
-
-class NotReadyError(LorashardError):
-    """Something would be refused, or is broken."""
-
-    exit_code = 5
 
 
 def run_doctor(path: Path | None, flags: EngineFlags, model: str | None, *, as_json: bool) -> None:

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lorashard.adapter.read import opened_adapter
 from lorashard.cli import render
-from lorashard.pipeline import (
-    SplitRequest,
-    has_manifest,
-    opened_adapter,
-    prepared_split,
-    read_layout,
-    read_manifest,
-)
-from lorashard.remote import locate
-from lorashard.summary import summarize_adapter, summarize_plan, summarize_shards
+from lorashard.inspect.summary import summarize_adapter, summarize_plan, summarize_shards
+from lorashard.shards.directory import has_manifest, read_manifest
+from lorashard.split.pipeline import SplitRequest, prepared_split, read_layout
+from lorashard.storage.remote import locate
 
 
 def run_inspect(path: str, request: SplitRequest, *, as_json: bool) -> None:

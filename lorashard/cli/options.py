@@ -10,7 +10,7 @@ import typer
 from lorashard.errors import AdapterError, PlacementError
 
 if TYPE_CHECKING:
-    from lorashard.pipeline import SplitRequest
+    from lorashard.split.pipeline import SplitRequest
 
 PlacementName = Literal["linear", "round_robin"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
@@ -148,8 +148,8 @@ def split_request(
     allow_pickle: bool,
 ) -> SplitRequest:
     """The request that the options make. Raises for combinations that contradict each other."""
-    from lorashard.options import LayoutOptions  # noqa: PLC0415 - keeps `--help` fast
-    from lorashard.pipeline import SplitRequest  # noqa: PLC0415
+    from lorashard.adapter.options import LayoutOptions  # noqa: PLC0415 - keeps `--help` fast
+    from lorashard.split.pipeline import SplitRequest  # noqa: PLC0415
 
     refuse_two_placements(placement, expert_map)
     if num_experts is not None and model is not None:

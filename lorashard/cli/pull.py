@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.cli import render
-from lorashard.manifest import MANIFEST_NAME
-from lorashard.pull import find_shards, needed_files, pull_shards
+from lorashard.shards.directory import needed_files
+from lorashard.shards.names import MANIFEST_NAME
+from lorashard.transfer.pull import find_shards, pull_shards
 
 
 def run_pull(

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorashard.card import CARD_NAME
 from lorashard.cli import render
-from lorashard.pipeline import read_manifest
-from lorashard.push import push_shards
+from lorashard.shards.directory import read_manifest
+from lorashard.transfer.card import CARD_NAME
+from lorashard.transfer.push import push_shards
 
 
 def run_push(

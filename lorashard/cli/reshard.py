@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from lorashard.cli import render
-from lorashard.pipeline import Strategy, read_manifest
-from lorashard.plan import REPLICATED_NAME
-from lorashard.remote import Place, RemoteFolder
-from lorashard.reshard import reshard_shards
+from lorashard.reshard.reshard import reshard_shards
+from lorashard.shards.directory import read_manifest
+from lorashard.shards.names import REPLICATED_NAME, adapter_name, directory_name
+from lorashard.shards.placement import Strategy
+from lorashard.storage.remote import Location, RemoteFolder
 
 
-def target(shards: Place, out: Path | None, ep_size: int) -> Path:
+def target(shards: Location, out: Path | None, ep_size: int) -> Path:
     """OUT, or beside SHARDS, or here for remote ones, its name ending in -epN."""
     if out is not None:
         return out
     beside = Path(shards.name if isinstance(shards, RemoteFolder) else os.path.abspath(shards))
-    stem = re.sub(r"(?<=.)-ep\d+$", "", beside.name)
-    return beside.parent / f"{stem}-ep{ep_size}"
+    return beside.parent / directory_name(adapter_name(beside.name), ep_size)
 
 
 def run_reshard(
-    shards: Place,
+    shards: Location,
     out: Path,
     ep_size: int,
     strategy: Strategy,
@@ -33,7 +32,7 @@ def run_reshard(
     force: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Place the experts of a shard directory anew; returns what `--json` prints."""
+    """Location the experts of a shard directory anew; returns what `--json` prints."""
     total = sum(file.digest.size_bytes for file in read_manifest(shards).files.values())
     with render.progress_bar(f"reshard {shards.name}", total, quiet=quiet) as progress:
         manifest = reshard_shards(

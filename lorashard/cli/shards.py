@@ -89,7 +89,7 @@ def reshard(
 ) -> None:
     """Place the experts of a shard directory anew, bit for bit, without the source adapter."""
     from lorashard.cli.reshard import run_reshard, target  # noqa: PLC0415
-    from lorashard.remote import locate  # noqa: PLC0415
+    from lorashard.storage.remote import locate  # noqa: PLC0415
 
     opt.refuse_two_placements(placement, expert_map)
     place = locate(shards)

@@ -7,25 +7,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorashard.adapter import CONFIG_NAME, WEIGHTS_NAME
-from lorashard.batch import Outcome, run_all
+from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
+from lorashard.adapter.read import is_plain_adapter
 from lorashard.cli import render
 from lorashard.errors import AdapterError, BatchError
-from lorashard.execute import Progress
-from lorashard.gather import Job, find_adapters, names_several, plan_jobs, read_list
-from lorashard.manifest import MANIFEST_NAME
-from lorashard.merge import is_plain_adapter, merge_shards, source_was_pickled
-from lorashard.output import check_target
-from lorashard.pipeline import (
-    SplitRequest,
-    has_manifest,
-    is_shard_directory,
-    prepared_split,
-    read_manifest,
-    write_shards,
-)
-from lorashard.remote import local_copy, locate
-from lorashard.resume import is_already_split
+from lorashard.merge import merge_shards
+from lorashard.progress import Progress
+from lorashard.shards.directory import has_manifest, is_shard_directory, read_manifest
+from lorashard.shards.names import MANIFEST_NAME
+from lorashard.shards.replan import source_was_pickled
+from lorashard.split.jobs import Job, find_adapters, names_several, plan_jobs, read_list
+from lorashard.split.pipeline import SplitRequest, prepared_split, write_shards
+from lorashard.split.resume import is_already_split
+from lorashard.storage.parallel import Outcome, run_all
+from lorashard.storage.remote import local_copy, locate
+from lorashard.storage.staging import check_target
 
 
 def chosen_jobs(

@@ -12,7 +12,7 @@ def register() -> None:
 
     if settings.is_set(settings.DISABLE):
         return
-    from lorashard.vllm_plugin.patch import apply_when_imported
-    from lorashard.vllm_plugin.patches import PATCHES
+    from lorashard.vllm_plugin.patches.apply import apply_when_imported
+    from lorashard.vllm_plugin.patches.table import PATCHES
 
     apply_when_imported(PATCHES)

@@ -10,9 +10,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lorashard.adapter import CONFIG_NAME
-from lorashard.manifest import MANIFEST_NAME
-from lorashard.plan import REPLICATED_NAME, rank_file_name
+from lorashard.adapter.config import CONFIG_NAME
+from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from tests.bench.generate import write_adapter
 from tests.bench.measure import run_command, warm_page_cache
 from tests.bench.models import MODELS, scale_layers

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorashard.vllm_plugin.patches import PATCHES
+from lorashard.vllm_plugin.patches.table import PATCHES
 from tests.goldens import check_golden
 from tests.tiny import (
     CONFIG,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorashard import __version__
+from lorashard.version import __version__
 from tests.tiny import run_cli
 
 PLACING = ("--ep-size", "--placement", "--expert-map", "--dtype")

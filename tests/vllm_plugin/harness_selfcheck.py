@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from lorashard.placement import linear_placement, round_robin_placement
+from lorashard.shards.placement import linear_placement, round_robin_placement
 from tests.adapters import Adapter, Spec, build
 from tests.vllm_plugin import harness
 

@@ -25,8 +25,9 @@ from lorashard.vllm_plugin import register
 
 register()
 
-from lorashard.vllm_plugin import expert_parallel, facts  # noqa: E402
-from lorashard.vllm_plugin.patch import outcomes  # noqa: E402
+from lorashard.vllm_plugin.engine import facts  # noqa: E402
+from lorashard.vllm_plugin.patches import expert_parallel  # noqa: E402
+from lorashard.vllm_plugin.patches.apply import outcomes  # noqa: E402
 from tests.vllm_plugin import harness, moe_stand_in  # noqa: E402
 from tests.vllm_plugin.harness_selfcheck import (  # noqa: E402
     SIZES,
@@ -385,7 +386,7 @@ def patch_states() -> dict[str, str]:
     import importlib
     import importlib.util
 
-    from lorashard.vllm_plugin.patches import PATCHES
+    from lorashard.vllm_plugin.patches.table import PATCHES
 
     for patch in PATCHES:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lorashard.pipeline import SplitRequest, split_adapter
+from lorashard.split.pipeline import SplitRequest, split_adapter
 from lorashard.vllm_plugin import register
 
 register()
@@ -56,7 +56,7 @@ def on_disk(
         built.write(plain)
     if form == "plain":
         return plain
-    from lorashard.options import LayoutOptions
+    from lorashard.adapter.options import LayoutOptions
 
     ranks = ep_size if form == "own shards" else 3
     out = FOLDER / f"{plain.name}-{ranks}-{strategy}-{form[:3]}"
@@ -539,7 +539,7 @@ def _reverses(self: Any, lora_model: Any) -> None:
 def experts_classes() -> list[str]:
     """The release's own experts classes: which apply LoRA, and which only take it."""
 
-    from lorashard.vllm_plugin.facts import reads_lora_context
+    from lorashard.vllm_plugin.engine.facts import reads_lora_context
 
     package = "vllm.model_executor.layers.fused_moe"
     wrong = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorashard.vllm_plugin.patches import PATCHES
+from lorashard.vllm_plugin.patches.table import PATCHES
 from tests.tiny import REPO
 from tests.vllm_release import PLUGIN_RELEASES, record, run_in_release
 

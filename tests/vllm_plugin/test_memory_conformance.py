@@ -1,4 +1,4 @@
-"""`lorashard.memory` against the buffers that vLLM 0.33.0 allocates, run on the CPU."""
+"""`lorashard.inspect.memory` against the buffers that vLLM 0.33.0 allocates, run on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorashard.memory import (
+from lorashard.inspect.memory import (
     Wrapper,
     expert_buffer_bytes,
     host_bytes_lorashard,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lorashard.placement import Placement, linear_placement, round_robin_placement
+from lorashard.shards.placement import Placement, linear_placement, round_robin_placement
 from tests.vllm_release import run_in_release
 
 EXPERT_COUNTS = (1, 2, 3, 5, 6, 7, 8, 15, 16, 40, 60, 64, 128, 160, 256, 384)

@@ -1,0 +1,148 @@
+"""Which parameter a fused PEFT tensor pair is for, and which way round it lies. Pure.
+
+PEFT's ParamWrapper names neither: `experts.base_layer.lora_A` and `experts.lora_A` are the
+innermost and the outermost wrapped parameter, and the in and out side are swapped for some
+(PEFT, transformers) pairs. The shapes decide, with H the hidden size and I the expert
+intermediate size:
+
+    role       standard                        transposed
+    gate_up    A [E*r, H]   B [2I, r*E]        A [E*r, 2I]  B [H, r*E]
+    up         A [E*r, H]   B [I, r*E]         A [E*r, I]   B [H, r*E]
+    down       A [E*r, I]   B [H, r*E]         A [E*r, H]   B [I, r*E]
+
+Every reading that the shapes allow is listed; exactly one must be left. A gated pair always has
+one. A pair without gate, or a single parameter, needs H from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from lorashard.adapter.keys import Projection
+from lorashard.adapter.options import LayoutOptions, Orientation
+from lorashard.errors import LayoutError
+from lorashard.header import TensorEntry
+
+Role = Literal["gate_up_proj", "up_proj", "down_proj"]
+
+# Parameters are wrapped in the order in which the module defines them, the first innermost.
+# All fused expert modules of transformers define down_proj last.
+_PAIRS: tuple[tuple[Role, ...], ...] = (
+    ("gate_up_proj", "down_proj"),
+    ("down_proj", "gate_up_proj"),
+    ("up_proj", "down_proj"),
+)
+_SINGLES: tuple[tuple[Role, ...], ...] = (("gate_up_proj",), ("up_proj",), ("down_proj",))
+
+
+@dataclass(frozen=True, slots=True)
+class FusedPair:
+    """lora_A and lora_B of one wrapped parameter; `projection` where the key says it."""
+
+    lora_a: TensorEntry  # [E*r, x]
+    lora_b: TensorEntry  # [y, r*E]
+    projection: Projection | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One consistent way to read a module's pairs: a role for each, one orientation for all."""
+
+    roles: tuple[Role, ...]
+    orientation: Orientation
+    hidden_size: int
+    intermediate_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{' + '.join(self.roles)}, {self.orientation} "
+            f"(hidden {self.hidden_size}, intermediate {self.intermediate_size})"
+        )
+
+
+def read_fused(
+    module: str,
+    pairs: Sequence[FusedPair],
+    target_parameters: Iterable[str],
+    options: LayoutOptions,
+    hidden_size_hint: int | None,
+) -> Reading:
+    """Find the one reading of `pairs` (innermost first).
+
+    hidden_size_hint: H as far as other tensors of the adapter show it.
+    Raises LayoutError if no reading or more than one is left.
+    """
+    possible = list(_consistent_readings(pairs, _named_roles(target_parameters)))
+    shapes = "; ".join(
+        f"lora_A {list(pair.lora_a.shape)}, lora_B {list(pair.lora_b.shape)}" for pair in pairs
+    )
+    if not possible:
+        raise LayoutError(
+            f"{module}: {shapes} fit no gate_up/up/down parameters.",
+            hint="Are lora_A and lora_B of one adapter, saved by PEFT with target_parameters?",
+        )
+    left = [
+        reading
+        for reading in possible
+        if options.hidden_size in (None, reading.hidden_size)
+        and options.intermediate_size in (None, reading.intermediate_size)
+        and options.orientation in (None, reading.orientation)
+    ]
+    if not left:
+        told = {
+            "hidden size": options.hidden_size,
+            "intermediate size": options.intermediate_size,
+            "orientation": options.orientation,
+        }
+        raise LayoutError(
+            f"{module}: {shapes} can be read as {' or '.join(map(str, possible))}, which "
+            f"contradicts {', '.join(f'{name} {v}' for name, v in told.items() if v)}.",
+            hint="Is --model the base model of this adapter?",
+        )
+    if len(left) > 1:  # other tensors may break the tie; experts can be narrower than attention
+        left = [r for r in left if r.hidden_size == hidden_size_hint] or left
+    if len(left) > 1:
+        raise LayoutError(
+            f"{module}: {shapes} can be read in more than one way: {'; or '.join(map(str, left))}.",
+            hint="Give --model MODEL_DIR (its config.json has the hidden size), or --orientation.",
+        )
+    return left[0]
+
+
+def _consistent_readings(pairs: Sequence[FusedPair], named: frozenset[Role]) -> Iterator[Reading]:
+    candidates = _PAIRS if len(pairs) == 2 else _SINGLES
+    for roles, orientation in product(candidates, ("standard", "transposed")):
+        if any(pair.projection not in (None, role) for pair, role in zip(pairs, roles)):
+            continue
+        if named and not named.issuperset(roles):
+            continue
+        sizes = {_sizes(pair, role, orientation) for pair, role in zip(pairs, roles)}
+        size = sizes.pop()
+        if not sizes and size is not None:
+            yield Reading(roles, orientation, *size)  # type: ignore[arg-type]
+
+
+def _sizes(pair: FusedPair, role: Role, orientation: str) -> tuple[int, int] | None:
+    """(H, I) that a pair implies in a role; None if it cannot have that role."""
+    in_features, out_features = pair.lora_a.shape[1], pair.lora_b.shape[0]
+    if orientation == "transposed":
+        in_features, out_features = out_features, in_features
+    if role == "down_proj":
+        return out_features, in_features
+    if role == "up_proj":
+        return in_features, out_features
+    return (in_features, out_features // 2) if out_features % 2 == 0 else None
+
+
+def _named_roles(target_parameters: Iterable[str]) -> frozenset[Role]:
+    """The roles that adapter_config.json's target_parameters name; empty if it names none."""
+    names = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in target_parameters}
+    roles: dict[str, Role] = {
+        "gate_up_proj": "gate_up_proj", "input_linear": "gate_up_proj",
+        "up_proj": "up_proj",
+        "down_proj": "down_proj", "output_linear": "down_proj",
+    }  # fmt: skip
+    return frozenset(roles[name] for name in names if name in roles)

@@ -1,0 +1,217 @@
+"""Tensor names and shapes -> what they mean: AdapterIndex -> AdapterLayout. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorashard.adapter.base_model import gate_up_named
+from lorashard.adapter.config import AdapterIndex, LoraConfig
+from lorashard.adapter.containers import (
+    ContainerFactors,
+    ContainerTensors,
+    SourceFactor,
+    read_container,
+)
+from lorashard.adapter.keys import ExpertKey, LoraKey, UnknownKey, parse_key
+from lorashard.adapter.modules import ExpertModule, build_module
+from lorashard.adapter.options import LayoutOptions
+from lorashard.dtypes import FLOAT_DTYPES
+from lorashard.errors import LayoutError, NoExpertsError, UnsupportedAdapterError
+from lorashard.header import TensorEntry
+
+MAX_EXPERTS = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """The meaning of every tensor: expert modules in the order of the file, and the rest.
+
+    gate_up_known: False where neither the model nor the adapter says how gate and up rows lie,
+    so that "concatenated" is assumed.
+    """
+
+    num_experts: int
+    modules: tuple[ExpertModule, ...]
+    replicated: tuple[TensorEntry, ...]
+    gate_up_known: bool
+
+    @property
+    def numbers_experts_only(self) -> bool:
+        """Whether no tensor holds all experts, so that more may exist than are numbered."""
+        sources = (s for m in self.modules for stack in m.stacks for s in stack.sources)
+        return all(len(source.experts or ()) <= 1 for source in sources)
+
+
+def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> AdapterLayout:
+    """Give every tensor its meaning. `where` names the adapter in messages.
+
+    Raises NoExpertsError, LayoutError or UnsupportedAdapterError; guesses neither an orientation
+    nor an expert count.
+    """
+    tensors, replicated, lora_keys = _collect(index, where)
+    _check_replicated(lora_keys, index.config)
+    tensors = {name: found for name, found in tensors.items() if not found.is_empty}
+    if not tensors:
+        raise NoExpertsError(where)
+    containers = {
+        name: read_container(name, found, index.config, options, _hidden_size(name, lora_keys))
+        for name, found in tensors.items()
+    }
+    num_experts = _count_experts(containers, options, _router_rows(containers, lora_keys))
+    gate_up = options.gate_up or gate_up_named(
+        index.config.base_model, index.config.base_model_class
+    )
+    modules = tuple(
+        build_module(name, container, num_experts, gate_up, index.config)
+        for name, container in containers.items()
+    )
+    known = gate_up is not None or all(m.gate_up in ("split", "none") for m in modules)
+    return AdapterLayout(num_experts, modules, tuple(replicated), known)
+
+
+def _collect(
+    index: AdapterIndex, where: str
+) -> tuple[dict[str, ContainerTensors], list[TensorEntry], list[tuple[LoraKey, TensorEntry]]]:
+    containers: dict[str, ContainerTensors] = {}
+    replicated: list[TensorEntry] = []
+    lora_keys: list[tuple[LoraKey, TensorEntry]] = []
+    for entry in index.tensors:
+        key = parse_key(entry.name, len(entry.shape))
+        if isinstance(key, ExpertKey):
+            if entry.dtype not in FLOAT_DTYPES:
+                raise LayoutError(f"{entry.name}: dtype {entry.dtype} is no LoRA factor's.")
+            container = containers.get(key.module)
+            if container is None:
+                container = containers[key.module] = ContainerTensors()
+            container.add(key, entry)
+        elif isinstance(key, UnknownKey):
+            raise UnsupportedAdapterError(
+                key.reason,
+                f"{where}: tensor {entry.name} {list(entry.shape)}",
+                hint="docs/adapter-layouts.md lists the layouts that lorashard reads.",
+            )
+        else:
+            replicated.append(entry)
+            if isinstance(key, LoraKey):
+                lora_keys.append((key, entry))
+    return containers, replicated, lora_keys
+
+
+def _check_replicated(lora_keys: Sequence[tuple[LoraKey, TensorEntry]], config: LoraConfig) -> None:
+    """Raise LayoutError for a factor alone, or one whose r is not the config's."""
+    matrices: dict[str, set[str]] = {}
+    for key, entry in lora_keys:
+        matrices.setdefault(key.module, set()).add(key.matrix)
+        _check_replicated_rank(key, entry, config)
+    for key, entry in lora_keys:
+        if len(matrices[key.module]) == 1:
+            raise LayoutError(
+                f"{entry.name} has no partner (lora_A and lora_B belong together).",
+                hint="The file is incomplete; save the adapter again.",
+            )
+
+
+def _check_replicated_rank(key: LoraKey, entry: TensorEntry, config: LoraConfig) -> None:
+    """A factor whose r is not the config's may be a stack of experts under an unknown name.
+
+    To replicate such a tensor would serve wrong experts without a word.
+    """
+    lora_rank = entry.shape[0] if key.matrix == "lora_A" else entry.shape[1]
+    expected = config.rank_of(key.module)
+    # A router that is a bare parameter is matched with the parameter's name at the end.
+    if lora_rank not in (expected, config.rank_of(f"{key.module}.weight")):
+        raise LayoutError(
+            f"{entry.name} {list(entry.shape)} has r={lora_rank}, adapter_config.json says "
+            f"{expected}.",
+            hint="If it holds several experts, its layout is not known; if not, the config is "
+            "not the one of this file.",
+        )
+
+
+def _hidden_size(module: str, lora_keys: Sequence[tuple[LoraKey, TensorEntry]]) -> int | None:
+    """The model's hidden size as the attention of the same layers shows it, if it agrees."""
+    stem = module.partition(".layers.")[0]
+    sizes = {
+        entry.shape[1]
+        for key, entry in lora_keys
+        if key.matrix == "lora_A"
+        and key.module.startswith(f"{stem}.layers.")
+        and key.module.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")
+    }
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _router_rows(
+    containers: Mapping[str, ContainerFactors], lora_keys: Sequence[tuple[LoraKey, TensorEntry]]
+) -> int | None:
+    """How many experts the trained routers choose from: at least as many as there are weights."""
+    blocks = {name.rpartition(".")[0] for name in containers}
+    rows = {
+        entry.shape[0]
+        for key, entry in lora_keys
+        if key.matrix == "lora_B"
+        and key.module.rpartition(".")[0] in blocks
+        and key.module.rpartition(".")[2] in ("gate", "router")
+    }
+    return max(rows, default=None)
+
+
+def _count_experts(
+    containers: Mapping[str, ContainerFactors], options: LayoutOptions, router_rows: int | None
+) -> int:
+    """E, from tensors that hold all experts, the model, or a gapless set of numbered experts."""
+    factors = [
+        factor
+        for container in containers.values()
+        for same in container.factors.values()
+        for factor in same
+        if factor.experts is not None
+    ]
+    stated = _stated_count(factors, options.num_experts)
+    num_experts = options.num_experts or stated or _counted(factors, router_rows)
+    for factor in factors:
+        if factor.experts and factor.experts[-1] >= num_experts:
+            raise LayoutError(
+                f"{factor.entry.name}: expert {factor.experts[-1]}, the model has {num_experts}.",
+                hint="Is --model the base model of this adapter?",
+            )
+    if num_experts > MAX_EXPERTS or (router_rows is not None and num_experts > router_rows):
+        limit = "more than any model" if num_experts > MAX_EXPERTS else f"the router {router_rows}"
+        raise LayoutError(
+            f"The adapter would have {num_experts} experts, {limit}.",
+            hint="Is adapter_config.json the one of this file (r, rank_pattern)?",
+        )
+    return num_experts
+
+
+def _counted(factors: Sequence[SourceFactor], router_rows: int | None) -> int:
+    """The number of experts trained, if nothing speaks against their being all."""
+    trained = {expert for factor in factors for expert in factor.experts or ()}
+    complete = bool(trained) and trained == set(range(len(trained)))
+    if not complete or (router_rows is not None and router_rows != len(trained)):
+        listed = ", ".join(map(str, sorted(trained)[:8])) or "none by number"
+        raise LayoutError(
+            f"The adapter trains experts {listed} and does not say how many there are"
+            + (f" (its router chooses from {router_rows})." if router_rows else "."),
+            hint="Give --model MODEL_DIR or --num-experts N.",
+        )
+    return len(trained)
+
+
+def _stated_count(factors: Sequence[SourceFactor], known: int | None) -> int | None:
+    """The one count that all tensors with an expert axis state; None if there are none."""
+    stated = {
+        len(factor.experts): factor.entry.name
+        for factor in factors
+        if factor.experts is not None and (len(factor.experts) > 1 or factor.axes != "erc")
+    }
+    if known is not None:
+        stated.setdefault(known, "the model")
+    if len(stated) > 1:
+        (count_a, name_a), (count_b, name_b) = list(stated.items())[:2]
+        raise LayoutError(
+            f"{name_a} holds {count_a} experts, {name_b} {count_b}.",
+            hint="Is --model the base model, and do r and rank_pattern fit the file?",
+        )
+    return next(iter(stated), None)

@@ -1,0 +1,171 @@
+"""The files of an adapter, here or remote -> AdapterIndex. The only reader of source headers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorashard.adapter.base_model import ModelFacts, parse_model_config
+from lorashard.adapter.config import (
+    CONFIG_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    AdapterIndex,
+    parse_config,
+)
+from lorashard.adapter.pickled import convert_pickle
+from lorashard.errors import AdapterError, UnsupportedAdapterError
+from lorashard.header import Header
+from lorashard.storage.local import ByteSource, LocalFile
+from lorashard.storage.remote import Location, RemoteFile, RemoteFolder
+from lorashard.storage.safetensors_file import read_header
+from lorashard.storage.small_files import parse_json, read_small_file, read_small_path
+
+_MODEL_CONFIG = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """An adapter, its tensor data not read yet.
+
+    header: the raw start of the weights, up to their data. repo, revision: on the Hub, else None.
+    """
+
+    place: Location
+    config_bytes: bytes
+    weights: Path | RemoteFile
+    header: bytes
+    index: AdapterIndex
+    repo: str | None = None
+    revision: str | None = None
+
+    def opened(self) -> AbstractContextManager[ByteSource]:
+        """The weights' bytes, from their data on. Raises AdapterError."""
+        if isinstance(self.weights, Path):
+            return closing(LocalFile(self.weights))
+        return self.weights.opened(self.index.data_begin)
+
+
+def read_adapter(place: Location) -> AdapterSource:
+    """Read config and header of the adapter in `place`; no tensor data.
+
+    Raises AdapterError (HeaderError for a damaged file).
+    """
+    if isinstance(place, RemoteFolder):
+        return _read_remote(find_remote_adapter(place))
+    directory = find_adapter(place)
+    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    config_bytes = read_small_file(directory, CONFIG_NAME)
+    if not weights_path.is_file():
+        raise _no_weights(directory, has_pickle=(directory / PICKLE_NAME).is_file())
+    raw, header = read_header(weights_path)
+    index = _index(config_bytes, header, str(config_path))
+    return AdapterSource(directory, config_bytes, weights_path, raw, index)
+
+
+def _read_remote(folder: RemoteFolder) -> AdapterSource:
+    weights = folder.file(WEIGHTS_NAME)
+    config = read_small_file(folder, CONFIG_NAME)
+    if weights is None:
+        raise _no_weights(folder, has_pickle=folder.has(PICKLE_NAME))
+    raw, header = read_header(weights)
+    index = _index(config, header, str(folder))
+    return AdapterSource(folder, config, weights, raw, index, folder.repo, folder.revision)
+
+
+def _index(config_bytes: bytes, header: Header, where: str) -> AdapterIndex:
+    config = parse_config(config_bytes, where)
+    return AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
+
+
+def find_remote_adapter(folder: RemoteFolder) -> RemoteFolder:
+    """The folder that holds the adapter: `folder`, or its one named adapter in a sub-folder."""
+    if folder.file(CONFIG_NAME) is not None:
+        return folder
+    named = [child for child in map(folder.child, folder.folders()) if child.file(CONFIG_NAME)]
+    if len(named) == 1:
+        return named[0]
+    raise _no_adapter(folder, named)
+
+
+def find_adapter(path: Path) -> Path:
+    """The directory that holds the adapter: `path`, or its one named adapter in a sub-folder."""
+    if not path.is_dir():
+        what = "is a file; name its directory" if path.exists() else "does not exist"
+        raise AdapterError(
+            f"{path} {what}.", hint=f"An adapter is a directory with {CONFIG_NAME} in it."
+        )
+    if (path / CONFIG_NAME).is_file():
+        return path
+    # PEFT saves an adapter that is not called "default" into a sub-folder of its name.
+    named = sorted(child for child in path.iterdir() if (child / CONFIG_NAME).is_file())
+    if len(named) == 1:
+        return named[0]
+    raise _no_adapter(path, named)
+
+
+def _no_adapter(place: Location, named: Sequence[Location]) -> AdapterError:
+    if named:
+        listed = ", ".join(str(child) for child in named[:5])
+        return AdapterError(
+            f"{place} holds {len(named)} adapters: {listed}.", hint="Name one of them."
+        )
+    return AdapterError(
+        f"{place}: no {CONFIG_NAME}.", hint="Is this a PEFT adapter, saved with save_pretrained?"
+    )
+
+
+def _no_weights(directory: Location, *, has_pickle: bool) -> AdapterError:
+    if has_pickle and isinstance(directory, RemoteFolder):
+        return UnsupportedAdapterError(
+            f"{PICKLE_NAME} (a pickle)",
+            str(directory),
+            hint="Download it, for example with `hf download`, and see --allow-pickle.",
+        )
+    if has_pickle:
+        return UnsupportedAdapterError(
+            f"{PICKLE_NAME} (a pickle)",
+            str(directory),
+            hint="--allow-pickle reads it with torch.load(weights_only=True).",
+        )
+    return AdapterError(
+        f"{directory}: no {WEIGHTS_NAME}.",
+        hint="Is the download complete? A shard directory is read with verify, inspect or merge.",
+    )
+
+
+@contextmanager
+def opened_adapter(adapter: Location, *, allow_pickle: bool) -> Iterator[AdapterSource]:
+    """Read an adapter's headers; a local pickle is converted into a temporary file first."""
+    if isinstance(adapter, RemoteFolder):
+        yield read_adapter(adapter)
+        return
+    directory = find_adapter(adapter)
+    if (
+        allow_pickle
+        and not (directory / WEIGHTS_NAME).exists()
+        and (directory / PICKLE_NAME).exists()
+    ):
+        with convert_pickle(directory) as converted:
+            yield read_adapter(converted)
+    else:
+        yield read_adapter(directory)
+
+
+def is_plain_adapter(_path: Path, names: frozenset[str]) -> bool:
+    """Whether a directory with these names holds an adapter and nothing else."""
+    return names == {CONFIG_NAME, WEIGHTS_NAME}
+
+
+def read_model_facts(model: Location) -> ModelFacts:
+    """What the base model's config.json says; `model` is its folder, or locally that file."""
+    if isinstance(model, Path) and not model.is_dir():
+        raw, file = read_small_path(model), str(model)
+    else:
+        raw, file = read_small_file(model, _MODEL_CONFIG), f"{model}/{_MODEL_CONFIG}"
+    config = parse_json(raw, model)
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: not a JSON object.", hint="Check the path.")
+    return parse_model_config(config, file)

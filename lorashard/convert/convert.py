@@ -1,0 +1,220 @@
+"""Shards -> a plain PEFT adapter in the layout of choice, with every expert's weight change exact.
+
+What the shards hold is what is converted, so cast shards will do. First every shard file is
+digested, and must have the digest in the manifest. Then the new file is written front to back, and
+what a tensor is made of is read from wherever its slots are: so the shards are read twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from blake3 import blake3
+
+from lorashard.adapter.base_model import merge_facts
+from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME, parse_config
+from lorashard.adapter.layout import AdapterLayout
+from lorashard.adapter.options import Orientation
+from lorashard.adapter.read import is_plain_adapter, read_model_facts
+from lorashard.convert.assemble import assemble
+from lorashard.convert.peft_tensors import PEFT_LAYOUTS, OutputTensor, PeftLayout
+from lorashard.convert.target import (
+    Conversion,
+    Places,
+    ask,
+    decide,
+    dtypes_in_shards,
+    find_slots,
+    inputs_to_compare,
+)
+from lorashard.dtypes import ELEMENT_SIZE
+from lorashard.errors import AdapterError, VerificationError
+from lorashard.progress import Progress
+from lorashard.shards.directory import check_file, read_manifest, reading_shards
+from lorashard.shards.manifest import Manifest
+from lorashard.shards.plan import ShardPlan, Target
+from lorashard.shards.replan import check_manifest, digest_finding, read_own_config, replan
+from lorashard.storage.local import LocalFile, write_all, write_synced
+from lorashard.storage.remote import locate
+from lorashard.storage.staging import check_target, staged_directory
+from lorashard.writing.blocks import BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedConversion:
+    """Everything decided about one shard directory, nothing written."""
+
+    shards: Path
+    manifest: Manifest
+    plan: ShardPlan
+    places: Places
+    conversion: Conversion
+
+    @property
+    def progress_bytes(self) -> int:
+        """What `write_conversion` reports in all: the shards digested, the adapter written."""
+        return sum(file.size_bytes for file in self.plan.files) + self.conversion.size_bytes
+
+
+def convert_shards(
+    shards: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    layout: PeftLayout,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    orientation: Orientation | None = None,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> PreparedConversion:
+    """Write the PEFT adapter `out` with the experts of `shards`. It appears whole or not at all.
+
+    layout: "per_expert", a pair for each expert, as PEFT writes with transformers 4; or "fused",
+    as PEFT >= 0.19 writes with transformers 5 and target_parameters.
+    model: the base model's directory, config.json or id on the Hub, for what the shards do not say
+    of it. orientation: which way round the fused parameters lie, where no one else says it.
+    progress: called with bytes digested or written since the last call.
+    Raises LayoutError for what the layout cannot say, ShardError if the shards are not what
+    `split` wrote.
+    """
+    target = Path(out)
+    check_target(target, force=force, replaceable=is_plain_adapter)
+    prepared = prepare_conversion(Path(shards), layout, model=model, orientation=orientation)
+    write_conversion(prepared, target, force=force, progress=progress)
+    return prepared
+
+
+def prepare_conversion(
+    shards: Path,
+    layout: PeftLayout,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    orientation: Orientation | None = None,
+) -> PreparedConversion:
+    """Decide everything. Reads headers, and the lora_A of gate and up for as long as they agree."""
+    if layout not in PEFT_LAYOUTS:
+        raise AdapterError(f"layout {layout!r} is not one of {', '.join(PEFT_LAYOUTS)}.")
+    manifest = read_manifest(shards)
+    config_bytes = read_own_config(manifest, shards)
+    source, plan = replan(manifest, config_bytes, shards)
+    check_manifest(manifest, source, shards)
+    for name, recorded in manifest.files.items():
+        check_file(shards / name, recorded)
+    config = parse_config(config_bytes, str(shards / CONFIG_NAME))
+    facts = read_model_facts(locate(model)) if model else None
+    merge_facts(manifest.options, facts)  # refuses a model with another number of experts
+    places = find_slots(source, manifest.placement, plan)
+    equal: frozenset[str] = frozenset()
+    if layout == "fused":
+        with reading_shards(), _opened(shards, plan) as files:
+            equal = frozenset(_modules_with_equal_inputs(source, plan, places, files))
+    options = replace(manifest.options, orientation=orientation)
+    asked = ask(source, plan, config, layout, options, facts, equal)
+    conversion = decide(source, plan, config, config_bytes, asked)
+    return PreparedConversion(shards, manifest, plan, places, conversion)
+
+
+def write_conversion(
+    prepared: PreparedConversion, out: Path, *, force: bool, progress: Progress
+) -> None:
+    """Carry out a prepared conversion."""
+    with staged_directory(
+        out, last=CONFIG_NAME, force=force, replaceable=is_plain_adapter
+    ) as staging:
+        with reading_shards(), _opened(prepared.shards, prepared.plan) as files:
+            _check_digests(prepared, files, progress)
+            _write_weights(prepared, files, staging / WEIGHTS_NAME, progress)
+        write_synced(staging / CONFIG_NAME, prepared.conversion.config)
+
+
+@contextmanager
+def _opened(shards: Path, plan: ShardPlan) -> Iterator[list[LocalFile]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(LocalFile(shards / file.name))) for file in plan.files]
+
+
+def _check_digests(
+    prepared: PreparedConversion, files: Sequence[LocalFile], progress: Progress
+) -> None:
+    findings = []
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    for planned, file in zip(prepared.plan.files, files):
+        digest = blake3()
+        for data, begin in _pieces(buffer, 0, planned.size_bytes):
+            file.read_into(data, begin)
+            digest.update(data)
+            progress(len(data))
+        if digest.hexdigest() != prepared.manifest.files[planned.name].digest.blake3:
+            findings.append(digest_finding(prepared.shards, planned.name))
+    if findings:
+        raise VerificationError(prepared.shards, tuple(findings))
+
+
+def _write_weights(
+    prepared: PreparedConversion, files: Sequence[LocalFile], path: Path, progress: Progress
+) -> None:
+    conversion = prepared.conversion
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    with path.open("xb", buffering=0) as out:
+        position = 0
+
+        def write(data: memoryview) -> None:
+            nonlocal position
+            write_all(out.fileno(), data, position)
+            position += len(data)
+            progress(len(data))
+
+        write(memoryview(conversion.header))
+        for tensor in conversion.tensors:
+            if isinstance(tensor, OutputTensor):
+                for block in assemble(tensor, prepared.places, files):
+                    write(block)
+                continue
+            for data, begin in _pieces(buffer, tensor.begin, tensor.end):
+                files[0].read_into(data, begin)
+                write(data)
+        assert position == conversion.size_bytes
+        os.fsync(out.fileno())
+
+
+def _pieces(buffer: memoryview, begin: int, end: int) -> Iterator[tuple[memoryview, int]]:
+    """The bytes [begin, end) of a file in pieces: where to read each to, and where it begins."""
+    for start in range(begin, end, len(buffer)):
+        yield buffer[: min(len(buffer), end - start)], start
+
+
+def _modules_with_equal_inputs(
+    source: AdapterLayout, plan: ShardPlan, places: Places, files: Sequence[LocalFile]
+) -> Iterator[str]:
+    """The modules whose gate and up have one lora_A; a module is read up to the first difference."""
+    dtypes = dtypes_in_shards(plan)
+    one, two = (memoryview(bytearray(BLOCK_BYTES)) for _ in range(2))
+    for module, gate, up in inputs_to_compare(source):
+        if dtypes[gate.name] != dtypes[up.name]:
+            continue
+        size = gate.rows * gate.cols * ELEMENT_SIZE[dtypes[gate.name]]
+        pairs = {(place, places[up.name][e]) for e, place in places[gate.name].items()}
+        if all(_equal(pair, size, files, (one, two)) for pair in sorted(pairs, key=_in_file_order)):
+            yield module
+
+
+def _in_file_order(pair: tuple[Target, Target]) -> tuple[int, int, int]:
+    return pair[0].file, pair[0].offset, pair[1].offset
+
+
+def _equal(
+    pair: tuple[Target, Target],
+    size_bytes: int,
+    files: Sequence[LocalFile],
+    buffers: tuple[memoryview, memoryview],
+) -> bool:
+    for begin in range(0, size_bytes, BLOCK_BYTES):
+        length = min(BLOCK_BYTES, size_bytes - begin)
+        for place, buffer in zip(pair, buffers):
+            files[place.file].read_into(buffer[:length], place.offset + begin)
+        if buffers[0][:length] != buffers[1][:length]:
+            return False
+    return True

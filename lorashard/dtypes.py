@@ -1,0 +1,49 @@
+"""The dtypes of safetensors files, by safetensors' own names. Pure values, the one table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class _Dtype(NamedTuple):
+    """size: bytes of an element. torch, exponent: of floats only.
+
+    exponent: the bits that are all set in an infinity and a NaN, and in no other value.
+    """
+
+    size: int
+    torch: str | None = None
+    exponent: int | None = None
+
+
+# In the order in which the reference writer puts tensors of different dtypes, the last one first.
+_DTYPES: Mapping[str, _Dtype] = {
+    "BOOL": _Dtype(1),
+    "U8": _Dtype(1),
+    "I8": _Dtype(1),
+    "F8_E5M2": _Dtype(1, "float8_e5m2", 0x7C),
+    # No infinity, and NaN only with all bits but the sign set: the mask covers the mantissa too.
+    "F8_E4M3": _Dtype(1, "float8_e4m3fn", 0x7F),
+    "I16": _Dtype(2),
+    "U16": _Dtype(2),
+    "F16": _Dtype(2, "float16", 0x7C00),
+    "BF16": _Dtype(2, "bfloat16", 0x7F80),
+    "I32": _Dtype(4),
+    "U32": _Dtype(4),
+    "F32": _Dtype(4, "float32", 0x7F80_0000),
+    "F64": _Dtype(8, "float64", 0x7FF0_0000_0000_0000),
+    "I64": _Dtype(8),
+    "U64": _Dtype(8),
+}
+
+ELEMENT_SIZE: Mapping[str, int] = {name: dtype.size for name, dtype in _DTYPES.items()}
+# Wider dtypes come first in a file, so that every tensor is aligned to its element size.
+FILE_ORDER: Mapping[str, int] = {name: place for place, name in enumerate(reversed(tuple(_DTYPES)))}
+TORCH_DTYPES: Mapping[str, str] = {n: d.torch for n, d in _DTYPES.items() if d.torch is not None}
+EXPONENT_BITS: Mapping[str, int] = {
+    name: dtype.exponent for name, dtype in _DTYPES.items() if dtype.exponent is not None
+}
+FLOAT_DTYPES = frozenset(TORCH_DTYPES)
+# What `--dtype` takes, by torch's name.
+CAST_DTYPES: Mapping[str, str] = {TORCH_DTYPES[name]: name for name in ("F32", "F16", "BF16")}

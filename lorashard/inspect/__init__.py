@@ -1,0 +1,1 @@
+"""What `lorashard inspect` and `plan` show: values -> numbers, nothing else."""

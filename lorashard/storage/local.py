@@ -1,0 +1,89 @@
+"""Where bytes are read from: a local file here, what is remote in fetch.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from lorashard.errors import HeaderError
+
+_AHEAD_BYTES = 16 * 2**20
+
+
+class ByteSource(Protocol):
+    """Random access to a known number of bytes."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset`; raise HeaderError if the source ends before."""
+
+
+def read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from byte `offset`; how many bytes there were. Several threads may do this."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+class LocalFile:
+    """A ByteSource over an open file descriptor."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file. Raises HeaderError if that fails."""
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as err:
+            raise HeaderError(path, f"cannot be read ({err.strerror})") from err
+        self._expected = 0  # where the next read begins if the file is read front to back
+        self._requested = 0  # up to where the disk was asked for
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset`; raise HeaderError if the file ends before."""
+        if offset == self._expected:
+            self._read_ahead(offset + len(buffer))
+        try:
+            done = read_at(self._fd, buffer, offset)
+        except OSError as err:
+            raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
+        if done < len(buffer):
+            raise HeaderError(self._path, f"it ended at byte {offset + done} while being read")
+        self._expected = offset + done
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def _read_ahead(self, position: int) -> None:
+        """Let the disk work on what comes next while the processor works on this."""
+        if hasattr(os, "posix_fadvise") and position > self._requested - _AHEAD_BYTES // 2:
+            begin = max(self._requested, position)
+            os.posix_fadvise(self._fd, begin, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            self._requested = begin + _AHEAD_BYTES
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`; a full disk raises OSError(ENOSPC)."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def sync_all(fds: Sequence[int]) -> None:
+    """Fsync several files at once: most of the time is spent waiting for the disk."""
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(os.fsync, fds))
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a small file and sync it to disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,25 @@
+"""The start of a safetensors file, here or remote -> its header; no tensor data is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorashard.header import LENGTH_BYTES, Header, header_length, parse_header
+from lorashard.storage.remote import RemoteFile
+
+
+def read_header(file: Path | RemoteFile) -> tuple[bytes, Header]:
+    """The raw bytes up to the data, and the validated header.
+
+    Raises HeaderError for a damaged file, OSError or AdapterError for one that cannot be read.
+    """
+    if isinstance(file, RemoteFile):
+        size, name = file.size_bytes, file.name
+        prefix = file.read(0, min(LENGTH_BYTES, size))
+        text = file.read(LENGTH_BYTES, LENGTH_BYTES + header_length(prefix, size, name))
+    else:
+        size, name = file.stat().st_size, str(file)
+        with file.open("rb") as opened:
+            prefix = opened.read(LENGTH_BYTES)
+            text = opened.read(header_length(prefix, size, name))
+    return prefix + text, parse_header(text, size, name)

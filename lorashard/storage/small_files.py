@@ -1,0 +1,53 @@
+"""Small files, read whole: configs and JSON, here or remote. Nothing larger than a limit is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lorashard.errors import AdapterError
+from lorashard.storage.remote import Location, RemoteFolder
+
+_MAX_BYTES = 16 * 2**20
+
+
+def read_small_file(folder: Location, name: str) -> bytes:
+    """A small file of a folder. Raises AdapterError if it is missing or absurdly large."""
+    if not isinstance(folder, RemoteFolder):
+        return read_small_path(folder / name)
+    file = folder.file(name)
+    if file is None:
+        raise AdapterError(f"{folder}: no {name}.", hint="Check the path.")
+    _check_size(file.name, file.size_bytes)
+    return file.read(0, file.size_bytes)
+
+
+def read_small_path(path: Path) -> bytes:
+    """A small local file. Raises AdapterError if it is missing or absurdly large."""
+    try:
+        _check_size(path, path.stat().st_size)
+        return path.read_bytes()
+    except OSError as err:
+        raise AdapterError(
+            f"{path}: {os.strerror(err.errno or 0)}.", hint="Check the path."
+        ) from err
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of a small local file. Raises AdapterError with the place of a mistake."""
+    return parse_json(read_small_path(path), path)
+
+
+def parse_json(raw: bytes, path: Location) -> Any:
+    """Parsed JSON; `path` is where it is from. Raises AdapterError with the place of a mistake."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as err:
+        raise AdapterError(f"{path}: not JSON ({err}).", hint="Check the path.") from err
+
+
+def _check_size(name: str | Path, size_bytes: int) -> None:
+    if size_bytes > _MAX_BYTES:
+        raise AdapterError(f"{name}: larger than {_MAX_BYTES} bytes.", hint="Save again.")

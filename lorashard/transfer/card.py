@@ -1,0 +1,131 @@
+"""The model card of a pushed shard directory: base model, source, placement, how to serve. Pure."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+from blake3 import blake3
+
+from lorashard.adapter.config import LoraConfig
+from lorashard.shards.manifest import Manifest
+from lorashard.shards.names import adapter_name
+from lorashard.shards.placement import Placement
+from lorashard.storage.hub import last_name
+from lorashard.vllm_options import smallest_max_lora_rank
+
+CARD_NAME = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# The card's last line holds the digest of what is above it: so a card that someone has edited is
+# told from one that may be written again.
+_SEAL = re.compile(r"<!-- written by lorashard push, ([0-9a-f]{16}) -->\n\Z")
+
+
+def format_card(manifest: Manifest, config: LoraConfig, place: str) -> str:
+    """place: where the directory will be, as `pull` takes it."""
+    name = last_name(place)
+    folder = shlex.quote(name)
+    placement, ep_size = manifest.placement, manifest.placement.ep_size
+    facts = {
+        "base model": _code(config.base_model) if config.base_model else "not named by the adapter",
+        "source": _source(manifest),
+        "experts": f"{placement.num_experts} in each of {len(manifest.modules)} modules",
+        "placement": f"{placement.strategy}, {ep_size} expert-parallel rank{'s' * (ep_size > 1)}",
+        "LoRA rank": str(max(module.lora_rank for module in manifest.modules.values())),
+        "values": f"cast to {manifest.dtype}" if manifest.dtype else "the source's, bit for bit",
+        "written by": f"lorashard {manifest.lorashard_version}",
+    }
+    table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
+    body = f"""---
+{_metadata(config)}
+---
+
+# {name}
+
+A LoRA adapter of a Mixture-of-Experts model, split into one file for each expert-parallel rank by
+[lorashard](https://pypi.org/project/lorashard/).
+
+| | |
+|---|---|
+{table}
+
+## Files
+
+{_files(manifest)}
+
+## Serve it
+
+With the vLLM plugin that `pip install lorashard` brings:
+
+```
+lorashard pull {shlex.quote(place)} --node-ranks 0-{ep_size - 1} -o {folder}
+vllm serve {_model_argument(config)} {_serve_flags(placement)} --enable-lora \\
+  --max-lora-rank {_max_lora_rank(manifest, config)} --lora-modules {adapter_name(name)}=./{folder}
+```
+
+`pull` takes `--ep-rank K` or `--node-ranks A-B` for the ranks of one pod or node, and fetches no other rank's
+bytes. `lorashard reshard` places the experts for another number of ranks, and `lorashard merge` gives the source
+adapter back{" (not for values that were cast)" if manifest.dtype else ""}.
+"""
+    return f"{body}\n<!-- written by lorashard push, {_digest(body)} -->\n"
+
+
+def is_untouched(card: str) -> bool:
+    """Whether `card` is one that format_card wrote and nobody has changed."""
+    seal = _SEAL.search(card)
+    return seal is not None and seal[1] == _digest(card[: seal.start()].removesuffix("\n"))
+
+
+def _metadata(config: LoraConfig) -> str:
+    """The card's fields as YAML. The Hub refuses a base_model that is not a Hub id."""
+    from huggingface_hub import ModelCardData
+
+    named: dict[str, Any] = {}
+    if config.base_model and _HUB_ID.fullmatch(config.base_model):
+        named = {"base_model": config.base_model, "base_model_relation": "adapter"}
+    tags = ["lora", "mixture-of-experts", "expert-parallel", "vllm"]
+    return ModelCardData(library_name="lorashard", tags=tags, **named).to_yaml().strip()
+
+
+def _digest(body: str) -> str:
+    return blake3(body.encode()).hexdigest()[:16]
+
+
+def _code(text: str) -> str:
+    """Text from an adapter's config, harmless in a Markdown table."""
+    return "`" + re.sub(r"[`|\s]+", " ", text).strip()[:200] + "`"
+
+
+def _source(manifest: Manifest) -> str:
+    source = manifest.source
+    if source.repo is None:
+        return "an adapter that was not on the Hub"
+    return f"{_code(source.repo)} at {_code(source.revision or 'main')}"
+
+
+def _files(manifest: Manifest) -> str:
+    rows = ["| file | experts | size in bytes |", "|---|---|---|"]
+    holds = ["none", *(str(len(experts)) for experts in manifest.placement.ranks)]
+    for (name, file), experts in zip(manifest.files.items(), holds):
+        rows.append(f"| `{name}` | {experts} | {file.digest.size_bytes:,} |")
+    return "\n".join(rows)
+
+
+def _serve_flags(placement: Placement) -> str:
+    flags = f"-tp {placement.ep_size} --enable-expert-parallel"
+    if placement.strategy == "round_robin":
+        flags += " --expert-placement-strategy round_robin"
+    return flags
+
+
+def _max_lora_rank(manifest: Manifest, config: LoraConfig) -> int:
+    """The smallest of the sizes that vLLM knows which takes the adapter."""
+    modules = (module.lora_rank for module in manifest.modules.values())
+    needed = max(config.lora_rank, *config.rank_pattern.values(), *modules)
+    return smallest_max_lora_rank(needed)
+
+
+def _model_argument(config: LoraConfig) -> str:
+    named = config.base_model
+    return named if named and re.fullmatch(r"[\w./-]+", named) else "MODEL"

@@ -1,0 +1,196 @@
+"""A finished shard directory -> a repository on the Hub, or a folder behind another URL.
+
+On the Hub it is one commit, so a reader sees the old directory or the new one. Elsewhere the
+manifest goes up last and comes down first: without it a directory is not taken for finished.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorashard.adapter.config import (
+    CONFIG_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    LoraConfig,
+    parse_config,
+)
+from lorashard.errors import AdapterError, OutputExistsError, VerificationError
+from lorashard.progress import Progress
+from lorashard.shards.directory import read_manifest
+from lorashard.shards.manifest import Manifest
+from lorashard.shards.names import MANIFEST_NAME
+from lorashard.storage.hub import HubAddress, looks_like_hub_id, parse_address, translating_errors
+from lorashard.storage.remote import RemoteFolder, is_object_store, open_url
+from lorashard.storage.small_files import read_small_file
+from lorashard.transfer.card import CARD_NAME, format_card, is_untouched
+from lorashard.verify.verify import verify_shards
+
+_RANK_FILE = re.compile(r"ep-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What was done. revision: the commit on the Hub. removed: files of other placements.
+
+    kept_card: whether the place has a model card that someone has edited, and so is as it was.
+    """
+
+    place: str
+    revision: str | None
+    names: tuple[str, ...]
+    removed: tuple[str, ...]
+    kept_card: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """Decided from what is there: which files go up, the card's text, which files go."""
+
+    names: tuple[str, ...]
+    card: str | None
+    removed: tuple[str, ...]
+
+
+def push_shards(
+    shards: str | os.PathLike[str],
+    target: str,
+    *,
+    private: bool = False,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> Pushed:
+    """Prove the shard directory `shards` against its digests, and upload it with a model card.
+
+    target: hf://owner/name[@branch][/folder], made if it does not exist, or another URL.
+    private: if the repository has to be made. force: replace shards that are at a URL; on the Hub
+    the history keeps them.
+    progress: called with bytes checked since the last call.
+    Raises ShardError, or AdapterError for a place that does not answer or does not let us.
+    """
+    shards = Path(shards)
+    manifest = read_manifest(shards)
+    if findings := verify_shards(shards, progress=progress):
+        raise VerificationError(shards, findings)
+    config = parse_config(read_small_file(shards, CONFIG_NAME), str(shards / CONFIG_NAME))
+    if target.startswith("hf://") or looks_like_hub_id(target):
+        return _to_hub(shards, manifest, config, parse_address(target), private=private)
+    if "://" not in target:
+        raise AdapterError(f"{target}: not hf://owner/name, nor another URL.")
+    return _to_url(shards, manifest, config, target.rstrip("/"), force=force)
+
+
+def _to_hub(
+    shards: Path, manifest: Manifest, config: LoraConfig, address: HubAddress, *, private: bool
+) -> Pushed:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api, branch, place = HfApi(), address.revision or "main", str(address)
+    with translating_errors(place):
+        parent = _head(api, address.repo, branch, private=private)
+        present = _names_on_hub(api, address, parent)
+        old_card = None
+        if CARD_NAME in present:
+            copy = api.hf_hub_download(address.repo, address.within(CARD_NAME), revision=parent)
+            old_card = Path(copy).read_text("utf-8", "replace")
+        upload = _decide(manifest, config, place, present, old_card)
+        added = {name: str(shards / name) for name in upload.names}
+        card = {} if upload.card is None else {CARD_NAME: upload.card.encode()}
+        operations = [CommitOperationAdd(address.within(n), c) for n, c in (added | card).items()]
+        removals = [CommitOperationDelete(address.within(name)) for name in upload.removed]
+        done = api.create_commit(
+            address.repo,
+            [*operations, *removals],
+            commit_message=f"lorashard push: {manifest.placement.ep_size} expert-parallel ranks",
+            revision=branch,
+            parent_commit=parent,  # refused if someone else was faster
+        )
+    return Pushed(place, done.oid, upload.names, upload.removed, upload.card is None)
+
+
+def _head(api: Any, repo: str, branch: str, *, private: bool) -> str:
+    """The branch's last commit; repository and branch are made if they do not exist."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return str(api.model_info(repo, revision=branch).sha)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, private=private, exist_ok=True)
+    except RevisionNotFoundError:
+        api.create_branch(repo, branch=branch)
+        return str(api.model_info(repo, revision=branch).sha)
+    if branch != "main":
+        api.create_branch(repo, branch=branch)
+    return str(api.model_info(repo, revision=branch).sha)
+
+
+def _names_on_hub(api: Any, address: HubAddress, commit: str) -> frozenset[str]:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        tree = api.list_repo_tree(address.repo, address.folder or None, revision=commit)
+        return frozenset(entry.path.rpartition("/")[2] for entry in tree)
+    except EntryNotFoundError:
+        return frozenset()
+
+
+def _to_url(
+    shards: Path, manifest: Manifest, config: LoraConfig, place: str, *, force: bool
+) -> Pushed:
+    folder = open_url(place)
+    assert isinstance(folder, RemoteFolder), "only a Hub address can be a local directory"
+    fs, path = folder.fs, folder.path
+    with translating_errors(place):
+        present = _names_at(fs, path)
+        card = (
+            fs.cat_file(f"{path}/{CARD_NAME}").decode("utf-8", "replace")
+            if CARD_NAME in present
+            else None
+        )
+        upload = _decide(manifest, config, place, present, card)
+        if MANIFEST_NAME in present:
+            if not force:
+                raise OutputExistsError(
+                    place, reason="exists", hint="--force replaces it; or choose another place."
+                )
+            fs.rm_file(f"{path}/{MANIFEST_NAME}")
+        if not is_object_store(fs):  # of which s3fs would make a bucket that does not exist
+            fs.makedirs(path, exist_ok=True)
+        for name in upload.names[:-1]:
+            fs.put_file(str(shards / name), f"{path}/{name}")
+        if upload.card is not None:
+            fs.pipe_file(f"{path}/{CARD_NAME}", upload.card.encode())
+        for name in upload.removed:
+            fs.rm_file(f"{path}/{name}")
+        fs.put_file(str(shards / MANIFEST_NAME), f"{path}/{MANIFEST_NAME}")
+    return Pushed(place, None, upload.names, upload.removed, upload.card is None)
+
+
+def _names_at(fs: Any, path: str) -> frozenset[str]:
+    try:
+        entries = fs.ls(path, detail=False, refresh=True)
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(entry.rstrip("/").rpartition("/")[2] for entry in entries)
+
+
+def _decide(
+    manifest: Manifest, config: LoraConfig, place: str, present: Collection[str], card: str | None
+) -> _Upload:
+    """The manifest is the last of the names. Raises OutputExistsError if an adapter is there."""
+    if WEIGHTS_NAME in present or PICKLE_NAME in present:
+        raise OutputExistsError(
+            place,
+            reason="holds an adapter already, whose adapter_config.json would be replaced",
+            hint=f"Choose another place, for example {place}/ep{manifest.placement.ep_size}.",
+        )
+    names = (CONFIG_NAME, *manifest.files, MANIFEST_NAME)
+    stale = (name for name in present if _RANK_FILE.fullmatch(name) and name not in names)
+    ours = card is None or is_untouched(card)
+    new_card = format_card(manifest, config, place) if ours else None
+    return _Upload(names, new_card, tuple(sorted(stale)))

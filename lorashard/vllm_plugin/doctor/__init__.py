@@ -1,0 +1,1 @@
+"""What `lorashard doctor` says: `survey` looks, `diagnosis` decides."""

@@ -1,0 +1,101 @@
+"""VLLM's configuration and modules -> EngineFacts."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorashard.vllm_plugin.engine.guards import EngineFacts
+
+
+def config_facts(vllm_config: Any) -> EngineFacts:
+    """What the configuration says before a model is loaded."""
+    parallel = vllm_config.parallel_config
+    model = vllm_config.model_config
+    count = getattr(model, "get_num_experts", None)
+    sizes = ("tensor_parallel_size", "prefill_context_parallel_size", "data_parallel_size")
+    ranks = math.prod(int(getattr(parallel, name, 1)) for name in sizes)
+    return EngineFacts(
+        expert_parallel=bool(parallel.enable_expert_parallel) and ranks > 1,
+        data_parallel_size=int(getattr(parallel, "data_parallel_size", 1)),
+        eplb=bool(getattr(parallel, "enable_eplb", False)),
+        num_experts=int(count()) if count is not None else None,
+    )
+
+
+def module_facts(
+    vllm_config: Any, wrappers: Mapping[str, Any], contract_breaks: Sequence[str]
+) -> EngineFacts:
+    """The same with what the loaded model's MoE layers add."""
+    experts = [e for e in map(_experts_of, wrappers.values()) if e is not None]
+    classes = dict.fromkeys(map(type, experts))  # one for all layers, mostly: source is read once
+    return dataclasses.replace(
+        config_facts(vllm_config),
+        num_experts=None if wrappers else 0,  # vLLM does not know the count of every model
+        contract_breaks=tuple(contract_breaks),
+        experts_class=type(experts[-1]).__name__ if experts else None,
+        reads_lora=all(map(reads_lora_context, classes)),
+        leaves_rows=any(map(_leaves_rows, classes)),
+        rearranged_for=next(filter(None, map(_rearranged_for, wrappers.values())), None),
+    )
+
+
+def _experts_of(wrapper: Any) -> Any:
+    """The object that computes a layer's experts: what each release calls its kernel."""
+    method = getattr(wrapper.base_layer, "quant_method", None)
+    kernel = (
+        getattr(wrapper, "_moe_kernel", None)  # from 0.21.0
+        or getattr(method, "moe_kernel", None)  # 0.17 to 0.20
+        or getattr(method, "moe_mk", None)  # 0.16
+    )
+    return getattr(getattr(kernel, "impl", kernel), "fused_experts", None)
+
+
+def _rearranged_for(wrapper: Any) -> str | None:
+    """The kernel whose weight layout an unquantised layer has, if LoRA takes another kernel.
+
+    Up to 0.19 LoRA makes a Triton kernel whatever the method chose (0.19.1 oracle/unquantized.py);
+    with expert parallelism VLLM_USE_FLASHINFER_MOE_FP16 chooses one that swaps gate and up.
+    """
+    method = getattr(wrapper.base_layer, "quant_method", None)
+    method = getattr(method, "old_quant_method", method)
+    backend = getattr(method, "unquantized_backend", None)
+    if backend is None or getattr(method, "supports_internal_mk", False):
+        return None
+    return None if backend.name == "TRITON" else str(backend.value)
+
+
+def reads_lora_context(experts_class: type) -> bool:
+    """Whether `apply` of an experts class looks at its LoRA context.
+
+    Up to 0.19 there is no context: LoRA wraps the steps of any class that it accepts. Later a class
+    can inherit `supports_lora() -> True` and override `apply` without it: TritonWNA16Experts
+    (0.20.2 fused_moe.py:2189, 0.33.0 experts/triton_moe.py:656).
+    """
+    if not hasattr(experts_class, "supports_lora"):
+        return True
+    for owner in experts_class.__mro__:
+        method = vars(owner).get("apply")
+        if method is None:
+            continue
+        try:
+            source = inspect.getsource(method)
+        except (OSError, TypeError):
+            return True  # no source to read: nothing known against it
+        if "lora" in source:
+            return True
+        if "super().apply(" not in source:
+            return False
+    return True
+
+
+def _leaves_rows(experts_class: type) -> bool:
+    """Up to 0.24 the unfused gpt-oss experts sum with `moe_sum`, not `masked_moe_sum`."""
+    unfused = next(
+        (c for c in experts_class.__mro__ if c.__name__ == "UnfusedOAITritonExperts"), None
+    )
+    return unfused is not None and not hasattr(sys.modules[unfused.__module__], "masked_moe_sum")

@@ -1,0 +1,134 @@
+"""Names in an adapter -> names in vLLM's model, by vLLM's own rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorashard.adapter.keys import PEFT_PREFIX, LoraKey, parse_key
+from lorashard.errors import LayoutError
+from lorashard.header import TensorEntry
+
+_LAYER = re.compile(r"(?:.*\.)?layers\.[0-9]+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNames:
+    """Names of one engine's modules.
+
+    dense: every name under which vLLM finds the LoRA of a module that is not experts.
+    absent: prefixes of what lives on other pipeline stages.
+    aliases: names that a text-only adapter uses -> names in a multimodal model.
+    """
+
+    dense: frozenset[str]
+    absent: tuple[str, ...]
+    aliases: Mapping[str, str]
+
+
+def read_model_names(manager: Any) -> ModelNames:
+    """The names of a LoRAModelManager's model."""
+    # From 0.31 on; before, vLLM takes the model's own names only.
+    text_names = getattr(manager, "_get_text_lora_names", lambda _: ())
+    dense = set(manager.modules)
+    for packed, parts in manager.packed_modules.items():
+        if not packed.endswith(".experts"):
+            dense.update(parts)
+    dense.update([short for name in dense for short in text_names(name)])
+    if getattr(manager, "is_pooling_model", False):
+        dense.update([name.removeprefix("model.") for name in dense])
+    return ModelNames(
+        frozenset(dense),
+        tuple(
+            f"{name}."
+            for name, module in manager.model.named_modules()
+            if type(module).__name__ == "PPMissingLayer"
+        ),
+        {short: name for name in manager.modules for short in text_names(name)},
+    )
+
+
+class ModuleNames:
+    """The naming of one load: the model's names, and how vLLM renames this adapter's.
+
+    asked: the keyword arguments of `from_local_checkpoint` (weights_mapper, skip_prefixes).
+    """
+
+    def __init__(self, manager: Any, model: ModelNames, asked: Mapping[str, Any]) -> None:
+        self._targets = getattr(manager.lora_config, "target_modules", None)
+        self._model = model
+        self._mapper = asked.get("weights_mapper")
+        self._skip = tuple(asked.get("skip_prefixes") or ())
+
+    def renamed(self, module: str) -> str:
+        """A module's name as vLLM looks it up."""
+        from vllm.lora.utils import parse_fine_tuned_lora_name
+
+        name, _ = parse_fine_tuned_lora_name(f"{PEFT_PREFIX}{module}.lora_A.weight", self._mapper)
+        return str(name)
+
+    def is_elsewhere(self, module: str) -> bool:
+        """Whether a module is another pipeline stage's, or one that the model leaves out."""
+        return any(
+            name.startswith(self._model.absent)
+            or any(name.startswith(skip) or f".{skip}" in name for skip in self._skip)
+            for name in (module, self.renamed(module))
+        )
+
+    def moe_module(self, module: str, live: Collection[str]) -> str | None:
+        """The live MoE layer that an experts container of the adapter is, or None."""
+        return find_moe_module(module, self.renamed(module), live, self._model.aliases)
+
+    def check_dense(self, entries: Iterable[TensorEntry]) -> None:
+        """Raise LayoutError for a tensor that no module of the model takes."""
+        for entry in entries:
+            key = parse_key(entry.name, len(entry.shape))
+            if not isinstance(key, LoraKey):
+                continue
+            renamed = self.renamed(key.module)
+            if renamed in self._model.dense or self._is_filtered(renamed):
+                continue
+            if not self.is_elsewhere(key.module):
+                raise LayoutError(
+                    f"{entry.name}: no module of the model takes this tensor of the adapter.",
+                    hint="vLLM would drop it without a word. Is the adapter for this model, and "
+                    f"does vLLM support LoRA on {renamed.rpartition('.')[2]}?",
+                )
+
+    def _is_filtered(self, module: str) -> bool:
+        """Whether the deployment leaves the module out on purpose (--lora-target-modules)."""
+        return self._targets is not None and module.rpartition(".")[2] not in self._targets
+
+
+def find_moe_module(
+    module: str, renamed: str, live: Collection[str], aliases: Mapping[str, str]
+) -> str | None:
+    """The live MoE layer that an adapter's experts container is, or None.
+
+    Tried: the name itself, the name as vLLM renames weights, the name of a text-only adapter of a
+    multimodal model (`aliases`), and the one MoE layer of the same decoder layer, because models
+    call the block differently (Mixtral: `block_sparse_moe` in vLLM and transformers 4, `mlp` in
+    transformers 5).
+    """
+    for candidate in (module, renamed, aliases.get(module), aliases.get(renamed)):
+        if candidate in live:
+            return candidate
+    for candidate in (renamed, module, *_with_alias_prefix(renamed, aliases)):
+        layer = _LAYER.match(candidate)
+        if layer:
+            same = [name for name in live if name.startswith(layer[0])]
+            if len(same) == 1:
+                return same[0]
+    return None
+
+
+def _with_alias_prefix(name: str, aliases: Mapping[str, str]) -> Sequence[str]:
+    """`name` under the prefixes that turn text-only names into the model's."""
+    prefixes = set()
+    for short, long in aliases.items():
+        head, found, tail = short.partition("layers.")
+        if found and long.endswith(found + tail):
+            prefixes.add((head, long.removesuffix(found + tail)))
+    return [long + name[len(short) :] for short, long in sorted(prefixes) if name.startswith(short)]

@@ -1,0 +1,181 @@
+"""Host memory that adapters are read into: pinned once, and used again by the next adapter.
+
+A first read into fresh memory costs more for page faults and for registering the pages with CUDA
+than for the bytes themselves, so a region outlives its adapter. PyTorch's own pinned allocator is
+not used: it rounds every block up to a power of two (lorashard/inspect/memory.py has the figures).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import mmap
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from lorashard.storage.buffers import allocate
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Bytes = npt.NDArray[np.uint8]
+
+_GRAIN = 2 * 2**20  # sizes are multiples of a huge page
+_TOUCH_STEP = 32 * 2**20  # bytes that one thread makes present at once
+
+logger = logging.getLogger("vllm.lorashard")
+
+
+class Region:
+    """Anonymous memory of a fixed size, registered with CUDA where there is one."""
+
+    def __init__(self, size: int, device: Any, threads: Executor) -> None:
+        import numpy as np
+
+        self._memory: mmap.mmap = allocate(max(_GRAIN, -(-size // _GRAIN) * _GRAIN))
+        self.bytes: Bytes = np.frombuffer(self._memory, np.uint8)
+        pages = [self.bytes[at : at + _TOUCH_STEP] for at in range(0, self.size, _TOUCH_STEP)]
+        list(threads.map(_touch, pages))
+        self.is_pinned = device.type == "cuda" and _register(self.bytes)
+        self._in_use: list[Any] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self._memory)
+
+    def mark_used(self) -> None:
+        """Copies to the device may be under way; `wait` waits for those issued until now."""
+        if self.is_pinned:
+            import torch
+
+            streams = {torch.cuda.current_stream(), torch.cuda.default_stream()}
+            self._in_use = [stream.record_event() for stream in streams]
+
+    def wait(self) -> None:
+        """Return once no copy to the device reads this memory any more."""
+        for event in self._in_use:
+            event.synchronize()
+        self._in_use = []
+
+    def free(self) -> None:
+        """Give the memory back. No view of it may be left."""
+        self.wait()
+        if self.is_pinned:
+            import torch
+
+            cudart: Any = torch.cuda.cudart  # untyped in torch
+            cudart().cudaHostUnregister(self.bytes.ctypes.data)
+        del self.bytes
+        self._memory.close()
+
+
+class RegionPool:
+    """At most `limit` regions, as long as no more are held at once.
+
+    A region comes back by itself when the last tensor on it is gone.
+    """
+
+    def __init__(self, limit: int, device: Any, threads: Executor) -> None:
+        self._limit = limit
+        self._device = device
+        self._threads = threads
+        self._free: list[Region] = []
+        self._returned: list[Region] = []  # appended to by finalizers, at any moment
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def warm(self, count: int, size: int) -> None:
+        """Have up to `count` regions of `size` bytes ready."""
+        with self._lock:
+            missing = min(count, self._limit) - len(self._free) - self._held
+            self._free.extend(
+                Region(size, self._device, self._threads) for _ in range(max(0, missing))
+            )
+
+    def take(self, size: int) -> Bytes:
+        """`size` bytes of a region, of any content. It is free again once the array is gone, and its
+        slices, memoryviews and tensors. `numpy.asarray` of it does not hold it.
+        """
+        with self._lock:
+            self._collect_returned()
+            region = self._fitting(size)
+            if region is None:
+                self._make_room()
+                region = Region(size, self._device, self._threads)
+            self._held += 1
+        region.wait()
+        # numpy hangs a slice of a slice on the array underneath, unless that is of another type.
+        # So a view of the lease keeps the lease, and only a subclass does that.
+        lease: Bytes = region.bytes[:size].view(_lease_type())
+        finalizer = weakref.finalize(lease, _give_back(self._returned, region))
+        finalizer.atexit = False
+        return lease
+
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of the regions that are free now."""
+        with self._lock:
+            self._collect_returned()
+            return tuple(region.size for region in self._free)
+
+    def _collect_returned(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.pop())
+            self._held -= 1
+
+    def _fitting(self, size: int) -> Region | None:
+        """The smallest free region that is large enough."""
+        fitting = min((r for r in self._free if r.size >= size), key=lambda r: r.size, default=None)
+        if fitting is not None:
+            self._free.remove(fitting)
+        return fitting
+
+    def _make_room(self) -> None:
+        """Free what does not fit, so that a new region stays within the limit."""
+        if len(self._free) + self._held >= self._limit and not self._free:
+            gc.collect(0)  # an adapter that failed to load may still hang in its own traceback
+            self._collect_returned()
+        self._free.sort(key=lambda region: region.size)
+        while self._free and len(self._free) + self._held >= self._limit:
+            self._free.pop(0).free()
+
+
+@cache
+def _lease_type() -> Any:
+    import numpy as np
+
+    return type("Lease", (np.ndarray,), {})
+
+
+def _give_back(returned: list[Region], region: Region) -> Callable[[], None]:
+    def give_back() -> None:
+        region.mark_used()
+        returned.append(region)
+
+    return give_back
+
+
+def _touch(pages: Bytes) -> None:
+    pages[:: mmap.PAGESIZE] = 0
+
+
+def _register(pages: Bytes) -> bool:
+    """Pin the pages for copies to every device of this process. False where CUDA refuses."""
+    import torch
+
+    portable = 1  # cudaHostRegisterPortable
+    cudart: Any = torch.cuda.cudart  # untyped in torch
+    code = cudart().cudaHostRegister(pages.ctypes.data, len(pages), portable)
+    if int(code) != 0:
+        logger.warning(
+            "lorashard: cudaHostRegister of %.2f GB failed (error %d); adapters are read into "
+            "pageable memory, which is slower. Is the locked-memory limit (ulimit -l) too low?",
+            len(pages) / 1e9,
+            int(code),
+        )
+    return int(code) == 0

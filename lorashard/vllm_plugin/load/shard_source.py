@@ -1,0 +1,179 @@
+"""A shard directory -> AdapterContents. Rank files are opened when they are needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from blake3 import blake3
+
+from lorashard.adapter.config import CONFIG_NAME, parse_config
+from lorashard.adapter.keys import Matrix
+from lorashard.errors import ManifestError, ShardError
+from lorashard.shards.directory import check_file, read_manifest
+from lorashard.shards.manifest import Manifest, ShardFile
+from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
+from lorashard.storage.local import read_at
+from lorashard.storage.small_files import read_small_file
+from lorashard.vllm_plugin.load.assembly import Stack
+from lorashard.vllm_plugin.load.contents import (
+    REPLICATED,
+    AdapterContents,
+    ModuleContents,
+    TensorSource,
+)
+from lorashard.vllm_plugin.settings import verifies_fully
+
+
+def is_shard_directory(path: Path) -> bool:
+    """Whether a directory claims to be one of lorashard's."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
+    """Read the manifest; rank files are opened when they are needed. Files close with `stack`.
+
+    Raises ManifestError, ShardError or AdapterError.
+    """
+    manifest = read_manifest(path)
+    config_bytes = read_small_file(path, CONFIG_NAME)
+    recorded = manifest.source.files[CONFIG_NAME]
+    if blake3(config_bytes).hexdigest() != recorded.blake3:
+        raise ManifestError(
+            path / CONFIG_NAME, "not the file that the shards were made from", hint=_COPY_AGAIN
+        )
+    files = ShardFiles(path, manifest)
+    stack.callback(files.close)
+    shared = _stacks_in(manifest.files[REPLICATED_NAME], manifest, shared=True)
+    # Every rank file has the same tensors but for dimension 0, so the first describes them all.
+    ranked = _stacks_in(manifest.files[rank_file_name(0, manifest.placement.ep_size)], manifest)
+    _check_slots(path, manifest, ranked)
+    modules = tuple(
+        ModuleContents(
+            name, info.gate_up, info.scaling,
+            (*ranked.get(name, ()), *shared.get(name, ())), manifest.placement.ranks_of(name),
+        )
+        for name, info in manifest.modules.items()
+    )  # fmt: skip
+    taken = {stack.name for stacks in shared.values() for stack in stacks}
+    dense = tuple(e for e in manifest.files[REPLICATED_NAME].tensors if e.name not in taken)
+    return AdapterContents(
+        parse_config(config_bytes, str(path / CONFIG_NAME)),
+        manifest.placement.num_experts,
+        manifest.gate_up_known,
+        modules,
+        dense,
+        files,
+    )
+
+
+_COPY_AGAIN = "Copy the whole directory again; its files belong together."
+
+
+def _stacks_in(
+    file: ShardFile, manifest: Manifest, *, shared: bool = False
+) -> dict[str, list[Stack]]:
+    """The expert stacks of one shard file, by module."""
+    found: dict[str, list[Stack]] = {}
+    entries = {entry.name: entry for entry in file.tensors}
+    matrices: tuple[Matrix, ...] = ("lora_A", "lora_B")
+    for module, info in manifest.modules.items():
+        for projection in info.scaling:
+            for matrix in matrices:
+                entry = entries.get(f"{module}.{projection}.{matrix}")
+                if entry is None:
+                    continue
+                if len(entry.shape) != 3:
+                    raise ShardError(f"{entry.name} has {len(entry.shape)} dimensions, not 3.")
+                found.setdefault(module, []).append(
+                    Stack(entry.name, projection, matrix, entry.dtype, *entry.shape[1:], shared)
+                )
+    return found
+
+
+def _check_slots(path: Path, manifest: Manifest, ranked: Mapping[str, list[Stack]]) -> None:
+    """Raise ManifestError unless every rank file has one slot for each expert of its rank."""
+    ep_size = manifest.placement.ep_size
+    for ep_rank in range(ep_size):
+        file = manifest.files[rank_file_name(ep_rank, ep_size)]
+        entries = {entry.name: (entry.dtype, entry.shape) for entry in file.tensors}
+        for module, stacks in ranked.items():
+            slots = len(manifest.placement.ranks_of(module)[ep_rank])
+            for stack in stacks:
+                expected = (stack.dtype, (slots, stack.rows, stack.cols))
+                if entries.get(stack.name) != expected:
+                    raise ManifestError(
+                        path / MANIFEST_NAME, f"{stack.name} of rank {ep_rank} is not {expected}"
+                    )
+
+
+class ShardFiles(Mapping[int, TensorSource]):
+    """The files of a shard directory by ep rank (REPLICATED: the replicated one), opened at need."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._open: dict[int, RankFile] = {}
+
+    def __getitem__(self, ep_rank: int) -> RankFile:
+        if ep_rank not in self._open:
+            ep_size = self._manifest.placement.ep_size
+            name = REPLICATED_NAME if ep_rank == REPLICATED else rank_file_name(ep_rank, ep_size)
+            self._open[ep_rank] = RankFile(self._directory / name, self._manifest.files[name])
+        return self._open[ep_rank]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._open)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for file in self._open.values():
+            file.close()
+
+
+class RankFile:
+    """A TensorSource over one shard file whose size and header are the manifest's.
+
+    With LORASHARD_VERIFY=full its bytes are, too. Raises ShardError.
+    """
+
+    def __init__(self, path: Path, recorded: ShardFile) -> None:
+        self._path = path
+        try:
+            check_file(path, recorded)
+        except ShardError as err:
+            # The name once more, on its own: vLLM's server hides paths in what it answers.
+            raise ShardError(f"rank file {path.name}: {err.message}", hint=err.hint) from err
+        self._offsets = {entry.name: entry.begin for entry in recorded.tensors}
+        if verifies_fully():
+            digest = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+            if digest != recorded.digest.blake3:
+                raise ShardError(
+                    f"rank file {path.name}: {path}: its bytes are not those that were written.",
+                    hint=_COPY_AGAIN,
+                )
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def offset_of(self, name: str) -> int:
+        """First byte of a tensor."""
+        if name not in self._offsets:
+            raise ShardError(f"rank file {self._path.name}: no tensor {name}.", hint=_COPY_AGAIN)
+        return self._offsets[name]
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset`; safe to call from several threads."""
+        done = read_at(self._fd, buffer, offset)
+        if done < len(buffer):
+            raise ShardError(
+                f"rank file {self._path.name}: it ended at byte {offset + done} while being read.",
+                hint=_COPY_AGAIN,
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)

@@ -1,0 +1,181 @@
+"""A patch is a record; applying one replaces a method in place, once.
+
+Method, not class: vLLM compares `__class__.__name__` and holds its classes in several places
+(0.33.0 lora/model_manager.py:701, lora/utils.py:83), so a subclass would be half seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger("vllm.lorashard")
+
+_MARK = "_lorashard_original"
+
+# original -> replacement. The replacement gets the original's arguments.
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One change to vLLM.
+
+    module, owner, method: what is replaced. parameters: the leading parameter names that the
+    replacement relies on. why, how: for people, `lorashard doctor` shows them. upstream: the code
+    or thread that it is about. since, until: releases, inclusive; until None = still needed.
+    needed: looks at the class; False where this release needs no patch.
+    """
+
+    module: str
+    owner: str
+    method: str
+    parameters: tuple[str, ...]
+    why: str
+    how: str
+    upstream: str
+    since: str
+    until: str | None
+    wrap: Wrap
+    needed: Callable[[type], bool] = lambda _: True
+
+    @property
+    def target(self) -> str:
+        """The full name of what is replaced."""
+        return f"{self.module}.{self.owner}.{self.method}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a patch: applied, not needed, or broken (with the reason)."""
+
+    patch: Patch
+    state: str
+    reason: str = ""
+
+
+outcomes: dict[str, Outcome] = {}
+_asked_for: dict[str, Patch] = {}
+
+
+def broken() -> tuple[str, ...]:
+    """A sentence for each patch that did not get into a module that is imported."""
+    failed = [o for o in outcomes.values() if o.state == "broken"]
+    missed = [
+        target
+        for target, patch in _asked_for.items()
+        if target not in outcomes and _is_imported(patch.module)
+    ]
+    return (
+        *(f"{outcome.patch.target}: {outcome.reason}" for outcome in failed),
+        *(f"{target}: its module was imported without the patch" for target in missed),
+    )
+
+
+def apply_patch(patch: Patch) -> Outcome:
+    """Replace the method if its module has what the patch relies on. Does nothing twice."""
+    owner = getattr(sys.modules[patch.module], patch.owner, None)
+    method = vars(owner).get(patch.method) if isinstance(owner, type) else None
+    if hasattr(method, _MARK):
+        return outcomes.setdefault(patch.target, Outcome(patch, "applied"))
+    outcome = _applied(patch, owner, method)
+    outcomes[patch.target] = outcome
+    if outcome.state == "broken":
+        logger.error(
+            "lorashard: cannot patch %s: %s. This vLLM is not one that lorashard knows; "
+            "`lorashard doctor` says more.", patch.target, outcome.reason,
+        )  # fmt: skip
+    return outcome
+
+
+def _applied(patch: Patch, owner: Any, method: Any) -> Outcome:
+    if absent := _absent(patch, owner, method):
+        # What mends releases until some release has nothing to do where its target is gone.
+        return Outcome(patch, "broken" if patch.until is None else "not needed", absent)
+    if not inspect.isfunction(method):
+        return Outcome(patch, "broken", f"{patch.method} is a {type(method).__name__}")
+    try:
+        if not patch.needed(owner):
+            return Outcome(patch, "not needed", "this release has no need of it")
+    except OSError as err:  # `needed` reads source
+        return Outcome(patch, "broken", f"what it does cannot be read: {err}")
+    found = tuple(inspect.signature(method).parameters)
+    if found[: len(patch.parameters)] != patch.parameters:
+        return Outcome(patch, "broken", f"its parameters are {', '.join(found)}")
+    replacement = functools.wraps(method)(patch.wrap(method))
+    setattr(replacement, _MARK, method)
+    setattr(owner, patch.method, replacement)
+    return Outcome(patch, "applied")
+
+
+def _absent(patch: Patch, owner: Any, method: Any) -> str:
+    if not isinstance(owner, type):
+        return f"there is no class {patch.owner}"
+    return f"{patch.owner} has no method {patch.method} of its own" if method is None else ""
+
+
+def apply_when_imported(patches: Sequence[Patch]) -> None:
+    """Apply each patch as soon as its module is imported; now, if that has happened.
+
+    So that the API server, which never loads a LoRA, imports no LoRA code.
+    """
+    for patch in patches:
+        _asked_for[patch.target] = patch
+        if _is_imported(patch.module):
+            apply_patch(patch)
+    all_there = all(_is_imported(patch.module) for patch in patches)
+    if not all_there and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _is_imported(name: str) -> bool:
+    """Whether a module is there and executed to its end."""
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Lets the other finders find a module, and has its patches applied once it is executed."""
+
+    def find_spec(
+        self, fullname: str, path: Any, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        patches = [patch for patch in _asked_for.values() if patch.module == fullname]
+        if not patches:
+            return None
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec: importlib.machinery.ModuleSpec | None = (
+                find(fullname, path, target) if find is not None else None
+            )
+            if spec is not None and spec.loader is not None:
+                spec.loader = _PatchingLoader(spec.loader, patches)
+                return spec
+        return None
+
+
+class _PatchingLoader(importlib.abc.Loader):
+    def __init__(self, loader: Any, patches: Sequence[Patch]) -> None:
+        self._loader = loader
+        self._patches = patches
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # inspect.getsource and pickling by name look at the loader: leave vLLM's own there.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        for patch in self._patches:
+            apply_patch(patch)

@@ -1,0 +1,163 @@
+"""The table of patches: what is changed in vLLM, why, and from and until which release."""
+
+from __future__ import annotations
+
+from lorashard.vllm_plugin.patches import activations, expert_parallel, punica, seams, warm_up
+from lorashard.vllm_plugin.patches.apply import Patch
+
+_VLLM = "https://github.com/vllm-project/vllm"
+_SOURCE = f"{_VLLM}/blob/v0.33.0/vllm"
+
+_MANAGERS = "vllm.lora.worker_manager"
+_LAYERS = "vllm.lora.layers.fused_moe"
+_PUNICA = "vllm.lora.punica_wrapper.punica_gpu"
+_MOE = "vllm.model_executor.layers.fused_moe"
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        module=_MANAGERS,
+        owner="WorkerLoRAManager",
+        method="_load_adapter",
+        parameters=("self", "lora_request"),
+        why="Every rank parses and repacks the whole adapter and takes the experts [ep_rank * n, "
+        "(ep_rank + 1) * n), which are the wrong ones where experts are uneven or round-robin.",
+        how="During the call, lorashard's loader stands in for LoRAModel: it reads this rank's "
+        "rows, as each layer's _expert_map names them.",
+        upstream=f"{_SOURCE}/lora/model_manager.py#L1144",
+        since="0.16.0",
+        until=None,
+        wrap=seams.wrap_load_adapter,
+    ),
+    *(
+        Patch(
+            module=_MANAGERS,
+            owner=owner,
+            method="create_lora_manager",
+            parameters=("self", "model", "vllm_config"),
+            why="What would be silently wrong must stop the start, not show in the answers.",
+            how="Checks the engine and vLLM's own contracts around the call, and prepares the "
+            "loader and its pinned buffers.",
+            upstream=f"{_SOURCE}/lora/worker_manager.py#L87",
+            since="0.16.0",
+            until=None,
+            wrap=seams.wrap_create_lora_manager,
+        )
+        for owner in ("WorkerLoRAManager", "LRUCacheWorkerLoRAManager")
+    ),
+    *(
+        Patch(
+            module=_LAYERS,
+            owner=owner,
+            method="create_lora_weights",
+            parameters=("self", "max_loras", "lora_config", "model_config"),
+            why="--fully-sharded-loras with --enable-expert-parallel stops at an assertion.",
+            how="MoE layers under expert parallelism are built as if LoRA were not fully sharded; "
+            "dense layers stay sharded.",
+            upstream=f"{_SOURCE}/lora/layers/fused_moe.py#L244",
+            since="0.16.0",
+            until=None,
+            wrap=seams.wrap_create_lora_weights,
+        )
+        for owner in ("FusedMoEWithLoRA", "FusedMoE3DWithLoRA")
+    ),
+    Patch(
+        module="vllm.engine.arg_utils",
+        owner="EngineArgs",
+        method="create_engine_config",
+        parameters=("self",),
+        why="A refusal after minutes of loading weights, from inside a worker, is hard to read.",
+        how="Looks at the finished configuration for what lorashard refuses.",
+        upstream=f"{_SOURCE}/engine/arg_utils.py#L2245",
+        since="0.16.0",
+        until=None,
+        wrap=seams.wrap_create_engine_config,
+    ),
+    Patch(
+        module="vllm.lora.model_manager",
+        owner="LoRAModelManager",
+        method="create_dummy_lora",
+        parameters=("self", "lora_id", "rank"),
+        why="The warm-up makes a dummy adapter of all the model's experts, which the buffers of a "
+        "rank are too small for (until 0.21.0), and fails on a rank without experts.",
+        how="MoE layers for which vLLM cannot make one get zeros of their buffers' size.",
+        upstream=f"{_SOURCE}/lora/model_manager.py#L648",
+        since="0.16.0",
+        until=None,
+        wrap=warm_up.wrap_create_dummy_lora,
+    ),
+    Patch(
+        module=_LAYERS,
+        owner="FusedMoEWithLoRA",
+        method="__init__",
+        parameters=("self", "base_layer"),
+        why="LoRA with --enable-expert-parallel stops at an assertion, behind which the layer "
+        "would be cut by tensor-parallel rank as well.",
+        how="The layer keeps the kernel of its quant method and takes tp_size and tp_rank from "
+        "the MoE layer (1 and 0).",
+        upstream=f"{_VLLM}/pull/40867",
+        since="0.16.0",
+        until="0.20.2",
+        wrap=expert_parallel.wrap_init,
+        needed=expert_parallel.refuses_expert_parallelism,
+    ),
+    Patch(
+        module=_PUNICA,
+        owner="PunicaWrapperGPU",
+        method="moe_lora_align_block_size",
+        parameters=("self", "topk_ids", "num_tokens", "block_size", "num_experts", "max_loras",
+                    "adapter_enabled", "expert_map"),
+        why="Under expert parallelism the CUDA op counts local experts but is given global ids, "
+        "and its unwritten output is an index into the expert map: illegal memory access.",
+        how="The op gets the number of all experts and the map itself, on ids that start as -1.",
+        upstream=f"{_VLLM}/pull/40867",
+        since="0.16.0",
+        until="0.20.2",
+        wrap=punica.wrap_align_block_size,
+        needed=punica.maps_uninitialised_ids,
+    ),
+    Patch(
+        module=_PUNICA,
+        owner="PunicaWrapperGPU",
+        method="add_lora_fused_moe",
+        parameters=("self", "y", "x", "lora_a_stacked"),
+        why="Requests for the base model can get deltas of an adapter that was used before (until "
+        "0.23.0), and the kernel cannot be run on a rank without experts.",
+        how="A batch without LoRA, or a rank without experts, adds none.",
+        upstream=f"{_VLLM}/issues/42008",
+        since="0.16.0",
+        until=None,
+        wrap=punica.wrap_add_lora_fused_moe,
+    ),
+    Patch(
+        module=f"{_MOE}.fused_moe_modular_method",
+        owner="FusedMoEModularMethod",
+        method="apply",
+        parameters=("self", "layer", "x", "topk_weights", "topk_ids"),
+        why="LoRA on FP8 experts is computed from quantised activations without their scale.",
+        how="Keeps the layer's input on the LoRA context while the experts run.",
+        upstream=f"{_VLLM}/pull/42120",
+        since="0.20.0",
+        until="0.23.0",
+        wrap=activations.wrap_modular_apply,
+        needed=activations.gives_lora_quantised_input,
+    ),
+    *(
+        Patch(
+            module=module,
+            owner="LoRAExpertsMixin",
+            method="apply_w13_lora",
+            parameters=("self", "lora_context", "y", "x"),
+            why="LoRA on FP8 experts is computed from quantised activations without their scale.",
+            how="Takes the input that was kept where the one given is quantised.",
+            upstream=f"{_VLLM}/pull/42120",
+            since=since,
+            until=until,
+            wrap=activations.wrap_apply_w13_lora,
+            needed=activations.gives_lora_quantised_input,
+        )
+        for module, since, until in (
+            (f"{_MOE}.lora_experts_mixin", "0.20.0", "0.21.0"),
+            (f"{_MOE}.experts.lora_experts_mixin", "0.22.0", "0.23.0"),
+        )
+    ),
+)  # fmt: skip

@@ -1,0 +1,66 @@
+"""The dummy adapters of vLLM's warm-up, for MoE layers whose experts are split over ranks.
+
+vLLM makes one for each of all the model's experts and looks each up in buffers that hold the
+local ones only (to 0.21.0), and it cannot make one for a rank without experts (to this day).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lorashard.vllm_plugin.engine.live import WRAPPER_3D, moe_wrappers
+
+
+def wrap_create_dummy_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    """LoRAModelManager.create_dummy_lora: zeros for the local experts, packed as `set_lora` wants.
+
+    vLLM makes the rest of the dummy as always.
+    """
+
+    def create_dummy_lora(self: Any, lora_id: int, rank: int, *args: Any, **kwargs: Any) -> Any:
+        ours = {name: w for name, w in moe_wrappers(self).items() if _is_beyond_stock(w)}
+        if not ours:
+            return original(self, lora_id, rank, *args, **kwargs)
+        matches = self._match_target_modules
+        self._match_target_modules = lambda name, *more: name not in ours and matches(name, *more)
+        try:
+            dummy = original(self, lora_id, rank, *args, **kwargs)
+        finally:
+            del self._match_target_modules  # the class's own again
+        dummy.loras.update(_zeros(ours, rank))
+        return dummy
+
+    return create_dummy_lora
+
+
+def _is_beyond_stock(wrapper: Any) -> bool:
+    """`n_slices` came with dummies of local size (0.22.1 lora/layers/fused_moe.py:47)."""
+    if not wrapper.base_layer.moe_config.moe_parallel_config.use_ep:
+        return False
+    return not hasattr(wrapper, "n_slices") or wrapper.w13_lora_a_stacked[0].shape[1] == 0
+
+
+def _zeros(wrappers: dict[str, Any], rank: int) -> Iterator[tuple[str, Any]]:
+    from vllm.lora.lora_weights import PackedLoRALayerWeights
+
+    for name, wrapper in wrappers.items():
+        # Gate, down, up; or gate and up in one, down. Without a gate the up projection twice.
+        w13 = list(zip(wrapper.w13_lora_a_stacked, wrapper.w13_lora_b_stacked, strict=True))
+        w2 = (wrapper.w2_lora_a_stacked[0], wrapper.w2_lora_b_stacked[0])
+        stacks = [w13[0], w2] + ([] if type(wrapper).__name__ == WRAPPER_3D else [w13[-1]])
+        yield (
+            name,
+            PackedLoRALayerWeights(
+                name,
+                rank,
+                [rank] * len(stacks),
+                [_host_zeros(a, a.shape[1], rank, a.shape[3]) for a, _ in stacks],
+                [_host_zeros(b, b.shape[1], b.shape[2], rank) for _, b in stacks],
+                scaling=[1] * len(stacks),
+            ),
+        )
+
+
+def _host_zeros(like: Any, *shape: int) -> Any:
+    return like.new_zeros(shape, device="cpu")

@@ -1,0 +1,144 @@
+"""BLAKE3 of files that are still being written: each front to back, behind the writers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from lorashard.shards.plan import CopyRange, ShardPlan
+from lorashard.storage.buffers import allocate
+from lorashard.storage.syscalls import start_writeback
+
+_STEP = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Milestone:
+    """Once source bytes [0, source_end) are processed, the file is final up to dest_end."""
+
+    source_end: int
+    dest_end: int
+
+
+def find_milestones(plan: ShardPlan) -> tuple[tuple[Milestone, ...], ...]:
+    """Per file, when which prefix of it is final: both fields ascend.
+
+    So a file can be digested front to back while its later parts are still to be written.
+    """
+    regions: list[list[tuple[int, int, int]]] = [
+        [(0, len(file.header), 0)] for file in plan.files
+    ]  # (dest begin, dest end, source end)
+    for op in plan.reads:
+        slots = (op.targets,) if isinstance(op, CopyRange) else op.targets
+        size = op.end - op.begin if isinstance(op, CopyRange) else op.slot_bytes
+        for targets in slots:
+            for target in targets:
+                regions[target.file].append((target.offset, target.offset + size, op.end))
+    for zero in plan.zeros:
+        begin = zero.target.offset
+        regions[zero.target.file].append((begin, begin + zero.size_bytes, 0))
+    return tuple(_prefix_maxima(sorted(pieces)) for pieces in regions)
+
+
+def _prefix_maxima(pieces: Sequence[tuple[int, int, int]]) -> tuple[Milestone, ...]:
+    milestones: list[Milestone] = []
+    needed = 0
+    for _, dest_end, source_end in pieces:
+        needed = max(needed, source_end)
+        if milestones and milestones[-1].source_end == needed:
+            milestones.pop()
+        milestones.append(Milestone(needed, dest_end))
+    return tuple(milestones)
+
+
+class TrailingDigests:
+    """Digests each output file front to back on a thread of its own, behind the writers."""
+
+    def __init__(self, fds: Sequence[int], plan: ShardPlan) -> None:
+        self._fds = fds
+        self._sizes = [file.size_bytes for file in plan.files]
+        self._milestones = find_milestones(plan)
+        self._passed = [0] * len(fds)  # per file, how many milestones are reached
+        self._digested = [0] * len(fds)  # per file, bytes
+        self._digests = [blake3() for _ in fds]
+        self._source_end = 0
+        self._finished = self._stopped = False
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="lorashard-digest", daemon=True)
+
+    def __enter__(self) -> TrailingDigests:  # noqa: PYI034 - Self needs Python 3.11
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    def advance(self, source_end: int) -> None:
+        """Source bytes [0, source_end) are where they belong."""
+        with self._changed:
+            self._source_end = max(self._source_end, source_end)
+            self._changed.notify()
+
+    def finish(self) -> tuple[str, ...]:
+        """Everything is written: digest what is left and return the digests."""
+        with self._changed:
+            self._finished = True
+            self._changed.notify()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return tuple(digest.hexdigest() for digest in self._digests)
+
+    def _run(self) -> None:
+        try:
+            buffer = memoryview(allocate(_STEP))
+            while not self._stopped:
+                with self._changed:
+                    finished, source_end = self._finished, self._source_end
+                progressed = [
+                    self._catch_up(file, source_end, finished, buffer)
+                    for file in range(len(self._fds))
+                ]
+                if finished and not any(progressed):
+                    return
+                with self._changed:
+                    unchanged = (finished, source_end) == (self._finished, self._source_end)
+                    if unchanged and not any(progressed) and not self._stopped:
+                        self._changed.wait()
+        except BaseException as err:  # noqa: BLE001 - handed to the caller's thread by finish()
+            self._error = err
+
+    def _catch_up(self, file: int, source_end: int, finished: bool, buffer: memoryview) -> bool:
+        """Digest one step of a file's final prefix; True if there was one."""
+        final = self._sizes[file] if finished else self._final_prefix(file, source_end)
+        begin = self._digested[file]
+        length = min(final - begin, _STEP)
+        if length <= 0 or (length < _STEP and not finished):
+            return False
+        done = 0
+        while done < length:
+            count = os.preadv(self._fds[file], [buffer[done:length]], begin + done)
+            if count == 0:
+                raise OSError(errno.EIO, "an output file became shorter while it was written")
+            done += count
+        self._digests[file].update(buffer[:length])
+        self._digested[file] = begin + length
+        start_writeback(self._fds[file], begin, length)
+        return True
+
+    def _final_prefix(self, file: int, source_end: int) -> int:
+        milestones: Sequence[Milestone] = self._milestones[file]
+        passed = self._passed[file]
+        while passed < len(milestones) and milestones[passed].source_end <= source_end:
+            passed += 1
+        self._passed[file] = passed
+        return milestones[passed - 1].dest_end if passed else 0

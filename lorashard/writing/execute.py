@@ -1,0 +1,187 @@
+"""ShardPlan -> files. One forward pass over the source, bounded memory, digests on the way.
+
+Three kinds of threads share the work, all of it in calls that release the GIL: the caller's
+reads blocks in source order and digests them, two write them to where they belong, and one
+digests each output file behind the writers, as far as it is final.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from lorashard.progress import Progress
+from lorashard.shards.plan import ShardPlan
+from lorashard.storage.buffers import BufferPool, allocate
+from lorashard.storage.local import ByteSource, sync_all, write_all
+from lorashard.storage.syscalls import reserve
+from lorashard.writing.blocks import (
+    BLOCK_BYTES,
+    Block,
+    CopyBlock,
+    RearrangeBlock,
+    split_into_blocks,
+)
+from lorashard.writing.digest import TrailingDigests
+from lorashard.writing.rearrange import rearrange_block, scratch_bytes
+
+_WRITERS = 2
+_READ_STEP = 2**20  # read and digested at once: as much as stays in the processor's cache
+_BUFFERS = _WRITERS + 2  # one being read, one waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """BLAKE3 in hex: of the whole source, and of each output file in plan order."""
+
+    source: str
+    files: tuple[str, ...]
+
+
+def execute_plan(
+    plan: ShardPlan,
+    source: ByteSource,
+    source_header: bytes,
+    directory: Path,
+    progress: Progress,
+) -> Digests:
+    """Write every file of `plan` into the empty `directory`, synced to disk.
+
+    source_header: the source's bytes up to its data, read already.
+    progress: called with the number of source bytes done since the last call.
+    """
+    digest = blake3(source_header)
+    files = write_files(plan, source, directory, progress, digest.update)
+    return Digests(digest.hexdigest(), files)
+
+
+def write_files(
+    plan: ShardPlan,
+    source: ByteSource,
+    directory: Path,
+    progress: Progress,
+    seen: Callable[[memoryview], object] = lambda _: None,
+) -> tuple[str, ...]:
+    """The same for a source whose digest is not wanted; returns those of the files.
+
+    seen: called with each piece of the source, in order, while it is in the processor's cache.
+    """
+    with ExitStack() as stack:
+        fds = [stack.enter_context(_created(directory / file.name)) for file in plan.files]
+        for fd, file in zip(fds, plan.files):
+            reserve(fd, file.size_bytes)  # what nothing is written to reads as zeros
+            write_all(fd, memoryview(file.header), 0)
+        behind = stack.enter_context(TrailingDigests(fds, plan))
+        _copy_blocks(plan, source, fds, behind, progress, seen)
+        files = behind.finish()
+        sync_all(fds)
+    return files
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _copy_blocks(
+    plan: ShardPlan,
+    source: ByteSource,
+    fds: Sequence[int],
+    behind: TrailingDigests,
+    progress: Progress,
+    seen: Callable[[memoryview], object],
+) -> None:
+    buffers = BufferPool(_BUFFERS, BLOCK_BYTES)
+    done = _InOrder(behind.advance)
+    scratch = threading.local()
+    with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
+        futures: list[Future[None]] = []
+        for number, block in enumerate(split_into_blocks(plan.reads)):
+            buffer = buffers.take(block.end - block.begin)
+            data = memoryview(buffer)[: block.end - block.begin]
+            for step in range(0, len(data), _READ_STEP):
+                piece = data[step : step + _READ_STEP]
+                source.read_into(piece, block.begin + step)
+                seen(piece)
+            future = pool.submit(_write_block, block, data, fds, scratch)
+            # Only now may the buffer go back: `seen` is done with it too.
+            future.add_done_callback(_release(number, block.end, buffer, buffers, done))
+            progress(block.end - block.begin)
+            futures = _drop_finished([*futures, future])
+        for future in futures:
+            future.result()
+
+
+def _release(
+    number: int, source_end: int, buffer: mmap.mmap, buffers: BufferPool, done: _InOrder
+) -> Callable[[Future[None]], None]:
+    """What happens once a block is written: its buffer is free, its source bytes are done."""
+
+    def release(future: Future[None]) -> None:
+        buffers.give(buffer)
+        if future.exception() is None:
+            done.mark(number, source_end)
+
+    return release
+
+
+def _drop_finished(futures: list[Future[None]]) -> list[Future[None]]:
+    """Raise the first writer's error; keep what is still running."""
+    for future in futures:
+        if future.done():
+            future.result()
+    return [future for future in futures if not future.done()]
+
+
+def _write_block(
+    block: Block, data: memoryview, fds: Sequence[int], scratch: threading.local
+) -> None:
+    if isinstance(block, CopyBlock):
+        for copy in block.copies:
+            piece = data[copy.begin - block.begin : copy.end - block.begin]
+            for target in copy.targets:
+                write_all(fds[target.file], piece, target.offset)
+        return
+    for targets, view in rearrange_block(block, data, _scratch(block, scratch)):
+        for target in targets:
+            write_all(fds[target.file], view, target.offset)
+
+
+def _scratch(block: RearrangeBlock, local: threading.local) -> memoryview:
+    needed = scratch_bytes(block)
+    held: mmap.mmap | None = getattr(local, "buffer", None)
+    if held is None or len(held) < needed:
+        local.buffer = held = allocate(needed)
+    return memoryview(held)[:needed]
+
+
+class _InOrder:
+    """Blocks are written out of order; tells how far the source is processed without a gap."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+        self._lock = threading.Lock()
+        self._next = 0
+        self._ends: dict[int, int] = {}
+
+    def mark(self, number: int, source_end: int) -> None:
+        with self._lock:
+            self._ends[number] = source_end
+            reached = None
+            while self._next in self._ends:
+                reached = self._ends.pop(self._next)
+                self._next += 1
+        if reached is not None:
+            self._advance(reached)

@@ -1,0 +1,124 @@
+"""One block of a Rearrange -> the bytes of each expert's slot, and back.
+
+Bits are moved by numpy as integers, so nothing can change on the way; torch is imported only to
+cast to another dtype, because numpy has no bfloat16. Neither is imported where bytes are copied as
+they are.
+
+Legend: e expert, r row, c column of a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from lorashard.dtypes import ELEMENT_SIZE, TORCH_DTYPES
+from lorashard.errors import LayoutError
+from lorashard.shards.plan import Rearrange, Target
+from lorashard.writing.blocks import RearrangeBlock, axis_sizes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Bits = npt.NDArray[np.unsignedinteger[Any]]
+
+# Where some bytes of every copy of one expert go, and the bytes.
+SlotView = tuple[tuple[Target, ...], memoryview]
+
+
+def rearrange_block(
+    block: RearrangeBlock, source: memoryview, scratch: memoryview
+) -> Iterator[SlotView]:
+    """Yield (places, bytes) for every slot that the block touches.
+
+    source: the block's bytes. scratch: scratch_bytes(block) long; the yielded views point into
+    it and are valid until the next call.
+    """
+    source = _cast(source, block.op)
+    in_source, in_slots = _views(block, source, scratch)
+    filled = in_slots[:, : in_source.shape[1], : in_source.shape[2]]
+    if filled.shape != in_slots.shape:
+        in_slots[:] = 0
+    filled[:] = in_source
+    yield from slot_views(block, scratch)
+
+
+def restore_block(block: RearrangeBlock, scratch: memoryview, source: memoryview) -> None:
+    """The inverse: fill `source` with the block's bytes from slots read into `scratch`."""
+    in_source, in_slots = _views(block, source, scratch)
+    in_source[:] = in_slots[:, : in_source.shape[1], : in_source.shape[2]]
+
+
+def slot_views(block: RearrangeBlock, scratch: memoryview) -> Iterator[SlotView]:
+    """Where each stretch of `scratch` stands in the output files."""
+    op, element_size = block.op, ELEMENT_SIZE[block.op.dtype]
+    sizes = _block_sizes(block)
+    per_expert = len(scratch) // sizes["e"]
+    first_expert = block.first if op.axes[0] == "e" else 0
+    for position in range(sizes["e"]):
+        view = scratch[position * per_expert : (position + 1) * per_expert]
+        targets = op.targets[first_expert + position]
+        if op.axes[0] == "e" or sizes[op.axes[0]] == axis_sizes(op)[op.axes[0]]:
+            yield targets, view
+        elif op.axes[0] == "r":
+            yield _shifted(targets, block.first * op.slot_cols * element_size), view
+        else:  # columns [first, last) of every row
+            width = sizes["c"] * element_size
+            for row in range(sizes["r"]):
+                shift = (row * op.slot_cols + block.first) * element_size
+                yield _shifted(targets, shift), view[row * width : (row + 1) * width]
+
+
+def scratch_bytes(block: RearrangeBlock) -> int:
+    """How much scratch a block needs: its factors in the target dtype, rows padded."""
+    return prod(_scratch_shape(block)) * ELEMENT_SIZE[block.op.dtype]
+
+
+def _block_sizes(block: RearrangeBlock) -> dict[str, int]:
+    return axis_sizes(block.op) | {block.op.axes[0]: block.last - block.first}
+
+
+def _scratch_shape(block: RearrangeBlock) -> tuple[int, int, int]:
+    """[expert, row, col]: whole slots, cut only along the axis that the block is cut along."""
+    op, sizes = block.op, _block_sizes(block)
+    rows = sizes["r"] if op.axes[0] == "r" else op.slot_rows
+    cols = sizes["c"] if op.axes[0] == "c" else op.slot_cols
+    return sizes["e"], rows, cols
+
+
+def _shifted(targets: tuple[Target, ...], shift: int) -> tuple[Target, ...]:
+    return tuple(Target(target.file, target.offset + shift) for target in targets)
+
+
+def _views(block: RearrangeBlock, source: memoryview, scratch: memoryview) -> tuple[Bits, Bits]:
+    """The block's source and slots, both seen as [expert, row, col] of bits."""
+    import numpy as np  # noqa: PLC0415 - copies need none of it
+
+    axes, sizes = block.op.axes, _block_sizes(block)
+    kind = np.dtype(f"u{ELEMENT_SIZE[block.op.dtype]}")
+    in_source = np.frombuffer(source, kind).reshape([sizes[axis] for axis in axes])
+    in_slots = np.frombuffer(scratch, kind).reshape(_scratch_shape(block))
+    return in_source.transpose([axes.index(axis) for axis in "erc"]), in_slots
+
+
+def _cast(data: memoryview, op: Rearrange) -> memoryview:
+    """The block in the dtype of the slots."""
+    if op.dtype == op.source_dtype:
+        return data
+    import torch
+
+    source_dtype = getattr(torch, TORCH_DTYPES[op.source_dtype])
+    dtype = getattr(torch, TORCH_DTYPES[op.dtype])
+    count = len(data) // ELEMENT_SIZE[op.source_dtype]
+    cast = bytearray(count * ELEMENT_SIZE[op.dtype])
+    before, after = torch.frombuffer(data, dtype=source_dtype), torch.frombuffer(cast, dtype=dtype)
+    after.copy_(before)
+    lost = torch.isinf(after) & torch.isfinite(before)
+    if lost.any():
+        raise LayoutError(
+            f"A value is too large for {op.dtype}: {float(before[lost][0]):g}.",
+            hint="Choose bfloat16 or float32 for --dtype, or leave it out.",
+        )
+    return memoryview(cast)

@@ -1,0 +1,148 @@
+"""Adapters on disk, and the ways in which they are not adapters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lorashard import SplitRequest
+from lorashard.adapter.read import find_adapter, read_adapter, read_model_facts
+from lorashard.errors import AdapterError, HeaderError, UnsupportedAdapterError
+from lorashard.split.pipeline import prepared_split, write_shards
+from lorashard.storage.small_files import read_json
+from tests.tiny import save_adapter, save_config, save_pickled
+
+REQUEST = SplitRequest(ep_size=2)
+
+
+def test_an_adapter_is_read_without_its_tensor_data(tmp_path: Path) -> None:
+    source = read_adapter(save_adapter(tmp_path / "adapter"))
+    assert source.index.config.lora_rank == 2
+    assert len(source.index.tensors) == 26
+    assert len(source.header) == source.index.data_begin
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="nowhere does not exist"):
+        read_adapter(tmp_path / "nowhere")
+
+
+def test_a_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
+    weights = save_adapter(tmp_path / "adapter") / "adapter_model.safetensors"
+    with pytest.raises(AdapterError, match="is a file; name its directory"):
+        read_adapter(weights)
+
+
+def test_a_directory_without_config_is_no_adapter(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
+        read_adapter(adapter)
+
+
+def test_a_directory_without_weights_is_no_adapter(tmp_path: Path) -> None:
+    save_config(tmp_path)
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors"):
+        read_adapter(tmp_path)
+
+
+def test_weights_that_are_a_directory_are_missing(tmp_path: Path) -> None:
+    save_config(tmp_path)
+    (tmp_path / "adapter_model.safetensors").mkdir()
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors"):
+        read_adapter(tmp_path)
+
+
+def test_a_pickle_alone_is_refused_with_the_option_that_reads_it(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=r"adapter_model\.bin") as raised:
+        read_adapter(save_pickled(tmp_path / "adapter"))
+    assert "--allow-pickle" in str(raised.value)
+
+
+def test_safetensors_win_over_a_pickle_beside_them(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    (adapter / "adapter_model.bin").write_bytes(b"not a pickle")
+    assert Path(read_adapter(adapter).weights).name == "adapter_model.safetensors"
+
+
+def test_a_named_adapter_is_found_in_its_sub_folder(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "run" / "reviewer")
+    (tmp_path / "run" / "README.md").write_text("a model card")
+    assert find_adapter(tmp_path / "run") == adapter
+
+
+def test_two_named_adapters_are_listed(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "run" / "one")
+    save_adapter(tmp_path / "run" / "two")
+    with pytest.raises(AdapterError, match=r"holds 2 adapters: .*one, .*two") as raised:
+        find_adapter(tmp_path / "run")
+    assert "Name one of them" in str(raised.value)
+
+
+def test_linked_files_are_followed_as_a_hub_cache_has_them(tmp_path: Path) -> None:
+    blobs = save_adapter(tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "snapshot" / name).symlink_to(blobs / name)
+    assert len(read_adapter(tmp_path / "snapshot").index.tensors) == 26
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, 2000, -1])
+def test_cut_off_weights_are_refused(tmp_path: Path, keep: int) -> None:
+    weights = save_adapter(tmp_path / "adapter") / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(HeaderError, match=r"adapter_model\.safetensors"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_weights_cut_off_after_their_header_was_read_are_refused(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    with prepared_split(adapter, REQUEST) as prepared:
+        weights = prepared.source.weights
+        os.truncate(weights, weights.stat().st_size - 10)
+        with pytest.raises(HeaderError, match="while being read"):
+            write_shards(prepared, tmp_path / "out", REQUEST, force=False, progress=lambda _: None)
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_weights_that_vanish_after_their_header_was_read_are_named(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    with prepared_split(adapter, REQUEST) as prepared:
+        prepared.source.weights.unlink()
+        with pytest.raises(HeaderError, match=r"adapter_model\.safetensors.*No such file"):
+            write_shards(prepared, tmp_path / "out", REQUEST, force=False, progress=lambda _: None)
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1,"])
+def test_json_with_a_mistake_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "map.json").write_bytes(content)
+    with pytest.raises(AdapterError, match=r"map\.json: not JSON"):
+        read_json(tmp_path / "map.json")
+
+
+def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"map\.json: No such file"):
+        read_json(tmp_path / "map.json")
+
+
+def test_an_absurdly_large_config_is_not_read(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    os.truncate(adapter / "adapter_config.json", 2**40)
+    with pytest.raises(AdapterError, match="larger than"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("named", ["model", "model/config.json"])
+def test_model_facts_come_from_a_directory_or_its_config(tmp_path: Path, named: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"num_experts": 4, "hidden_size": 8}')
+    assert read_model_facts(tmp_path / named).num_experts == 4
+
+
+def test_a_model_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(AdapterError, match="not a JSON object"):
+        read_model_facts(tmp_path)

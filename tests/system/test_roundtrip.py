@@ -1,0 +1,280 @@
+"""Any adapter, split any way: every slot holds the right bits, and merge undoes split exactly."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorashard import LayoutOptions, SplitRequest, merge_shards, split_adapter, verify_shards
+from lorashard.writing.blocks import split_into_blocks
+from tests.adapters import (
+    LAYOUTS,
+    NON_GATED_LAYOUTS,
+    ONE_TENSOR_PER_EXPERT,
+    SPLIT,
+    Adapter,
+    Spec,
+    build,
+)
+from tests.coded_values import bits
+from tests.strategies import rank_lists, specs
+from tests.tiny import contents
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CASES = [Spec(layout) for layout in LAYOUTS] + [Spec(x, gated=False) for x in NON_GATED_LAYOUTS]
+case_name = "{0.layout}-gated={0.gated}".format
+run = settings(max_examples=30, deadline=None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """An adapter and how to split it; block_bytes: what is read at once, None = the default."""
+
+    spec: Spec
+    ep_size: int = 3
+    strategy: Any = "linear"
+    ranks: tuple[tuple[int, ...], ...] | None = None
+    block_bytes: int | None = None
+    dtype: str | None = None
+
+
+@st.composite
+def jobs(draw: st.DrawFn, **of_specs: Any) -> Job:
+    spec = draw(specs(**of_specs))
+    ep_size = draw(st.integers(1, 10))
+    strategy = draw(st.sampled_from(["linear", "round_robin", "explicit"]))
+    ranks = None
+    if strategy == "explicit":
+        ranks = tuple(map(tuple, draw(rank_lists(spec.num_experts, ep_size))))
+    block_bytes = draw(st.sampled_from([None, 1, 8, 40, 200]))
+    return Job(spec, ep_size, "linear" if ranks else strategy, ranks, block_bytes)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A split that has been carried out in a directory of its own."""
+
+    adapter: Adapter
+    source: Path
+    shards: Path
+    manifest: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.shards / name)
+
+
+@contextmanager
+def carried_out(job: Job) -> Iterator[Done]:
+    adapter = build(job.spec)
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        if job.block_bytes:
+            sizes = (job.block_bytes, 2 * job.block_bytes)
+            patch.setattr(split_into_blocks, "__defaults__", sizes)
+        root = Path(name)
+        expert_map = None
+        if job.ranks is not None:
+            expert_map = root / "map.json"
+            expert_map.write_text(json.dumps({"ranks": job.ranks}), encoding="utf-8")
+        request = SplitRequest(
+            job.ep_size,
+            job.strategy,
+            expert_map,
+            dtype=job.dtype,
+            options=LayoutOptions(**adapter.options),
+        )
+        source, shards = adapter.write(root / "adapter"), root / "shards"
+        split_adapter(source, shards, request)
+        manifest = json.loads((shards / "lorashard.json").read_bytes())
+        yield Done(adapter, source, shards, manifest)
+
+
+def wrong_slots(done: Done, dtype: torch.dtype | None = None) -> list[str]:
+    """The slots that do not hold what the builder says, over all ranks and modules."""
+    wrong: list[str] = []
+    shared = done.tensors("replicated.safetensors")
+    ranks = done.manifest["placement"]["ranks"]
+    for ep_rank, experts in enumerate(ranks):
+        own = done.tensors(f"ep-{ep_rank:05d}-of-{len(ranks):05d}.safetensors")
+        for module in done.adapter.modules:
+            for slot, expert in enumerate(experts):
+                for projection in done.adapter.spec.trained():
+                    pair = done.adapter.factors.get((module, expert, projection))
+                    for matrix in (0, 1):
+                        name = f"{module}.{projection}.lora_{'AB'[matrix]}"
+                        found = own[name][slot] if name in own else shared[name][0]
+                        wanted = torch.zeros_like(found)
+                        if pair is not None:
+                            factor = pair[matrix] if dtype is None else pair[matrix].to(dtype)
+                            wanted[: factor.shape[0], : factor.shape[1]] = factor
+                        if found.dtype != wanted.dtype or not torch.equal(
+                            bits(found), bits(wanted)
+                        ):
+                            wrong.append(f"rank {ep_rank} {name} expert {expert}")
+    return wrong
+
+
+@pytest.mark.parametrize("spec", CASES, ids=case_name)
+def test_each_layout_is_split_expert_by_expert(spec: Spec):
+    with carried_out(Job(replace(spec, num_layers=2, extras=True))) as done:
+        assert wrong_slots(done) == []
+
+
+@pytest.mark.parametrize("spec", CASES, ids=case_name)
+def test_each_layout_is_merged_to_the_same_file(spec: Spec):
+    with carried_out(Job(replace(spec, num_layers=2, fill="bits"), block_bytes=16)) as done:
+        merge_shards(done.shards, done.shards.parent / "merged")
+        assert_same_adapter(done)
+
+
+def assert_same_adapter(done: Done) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        merged = done.shards.parent / "merged" / name
+        assert merged.read_bytes() == (done.source / name).read_bytes(), name
+
+
+@given(job=jobs(fill="bits"))
+@run
+def test_every_slot_holds_its_expert_bit_for_bit(job: Job):
+    with carried_out(job) as done:
+        assert wrong_slots(done) == []
+
+
+@given(job=jobs(fill="bits"))
+@run
+def test_merge_gives_back_the_source_byte_for_byte(job: Job):
+    with carried_out(job) as done:
+        merge_shards(done.shards, done.shards.parent / "merged")
+        assert_same_adapter(done)
+
+
+@given(job=jobs(fill="random"))
+@run
+def test_verify_finds_nothing_in_what_split_wrote(job: Job):
+    with carried_out(job) as done:
+        assert verify_shards(done.shards, against=done.source) == ()
+
+
+def test_verify_finds_nothing_in_one_fused_expert():
+    with carried_out(Job(Spec("L2", num_experts=1), ep_size=1)) as done:
+        assert verify_shards(done.shards, against=done.source) == ()
+
+
+@given(job=jobs(fill="bits"), other=st.sampled_from([None, 8, 64]))
+@run
+def test_the_same_split_gives_the_same_bytes_whatever_the_block_size(job: Job, other: int | None):
+    with carried_out(job) as one, carried_out(replace(job, block_bytes=other)) as two:
+        names = sorted(path.name for path in one.shards.iterdir())
+        assert names == sorted(path.name for path in two.shards.iterdir())
+        for name in names:
+            assert (one.shards / name).read_bytes() == (two.shards / name).read_bytes(), name
+
+
+@given(job=jobs(fill="bits"))
+@run
+def test_tensors_of_no_expert_are_replicated_unchanged(job: Job):
+    with carried_out(replace(job, spec=replace(job.spec, extras=True))) as done:
+        found = done.tensors("replicated.safetensors")
+        for name, tensor in done.adapter.replicated.items():
+            assert torch.equal(bits(found[name]), bits(tensor)), name
+
+
+@given(job=jobs(fill="random"), dtype=st.sampled_from(sorted(DTYPES)))
+@run
+def test_a_cast_gives_the_values_that_torch_gives(job: Job, dtype: str):
+    with carried_out(replace(job, dtype=dtype)) as done:
+        assert wrong_slots(done, DTYPES[dtype]) == []
+
+
+@given(job=jobs(fill="random"), dtype=st.sampled_from(sorted(DTYPES)))
+@run
+def test_replicated_tensors_are_cast_as_torch_casts(job: Job, dtype: str):
+    job = replace(job, spec=replace(job.spec, extras=True), dtype=dtype)
+    with carried_out(job) as done:
+        found = done.tensors("replicated.safetensors")
+        for name, tensor in done.adapter.replicated.items():
+            assert torch.equal(bits(found[name]), bits(tensor.to(DTYPES[dtype]))), name
+
+
+@given(job=jobs(fill="random"), dtype=st.sampled_from(sorted(DTYPES)))
+@run
+def test_verify_finds_nothing_after_a_cast(job: Job, dtype: str):
+    with carried_out(replace(job, dtype=dtype)) as done:
+        assert verify_shards(done.shards, against=done.source) == ()
+
+
+@given(
+    job=jobs(layouts=ONE_TENSOR_PER_EXPERT, fill="bits"),
+    projections=st.sets(st.sampled_from(SPLIT), min_size=1),
+)
+@run
+def test_a_projection_that_is_not_trained_is_absent(job: Job, projections: set[str]):
+    trained = tuple(p for p in SPLIT if p in projections)
+    with carried_out(replace(job, spec=replace(job.spec, projections=trained))) as done:
+        assert wrong_slots(done) == []
+        stacks = {name.rsplit(".", 2)[1] for name in done.tensors(rank_0(job))}
+        assert stacks == projections
+
+
+@given(job=jobs(layouts=ONE_TENSOR_PER_EXPERT, fill="coded"))
+@run
+def test_the_manifest_names_every_rank_that_is_not_the_stack_s(job: Job):
+    with carried_out(job) as done:
+        for module in done.adapter.modules:
+            info = done.manifest["modules"][module]
+            odd = info.get("expert_lora_ranks", {})
+            for projection in done.adapter.spec.trained():
+                real = [
+                    pair[0].shape[0] if pair else 0
+                    for e in range(job.spec.num_experts)
+                    for pair in [done.adapter.factors.get((module, e, projection))]
+                ]
+                told = odd.get(projection, {})
+                assert [told.get(str(e), max(real)) for e in range(len(real))] == real
+
+
+@given(job=jobs(layouts=ONE_TENSOR_PER_EXPERT, fill="coded"))
+@run
+def test_the_manifest_names_the_experts_that_are_not_trained(job: Job):
+    trained = range(job.spec.num_experts) if job.spec.experts is None else job.spec.experts
+    absent = sorted(set(range(job.spec.num_experts)) - set(trained))
+    with carried_out(job) as done:
+        for info in done.manifest["modules"].values():
+            assert info["absent_experts"] == absent
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("layout", ["L1", "L2", "L7"])
+def test_one_byte_floats_are_rearranged_bit_for_bit(layout: str, dtype: torch.dtype):
+    with carried_out(Job(Spec(layout, dtype=dtype, fill="bits"))) as done:
+        assert wrong_slots(done) == []
+
+
+def rank_0(job: Job) -> str:
+    return f"ep-00000-of-{job.ep_size:05d}.safetensors"
+
+
+# Real models have 64 to 512 experts, and a partial adapter leaves most of them out.
+@pytest.mark.parametrize("num_experts", [64, 128, 512])
+def test_an_adapter_that_trains_a_few_of_many_experts_is_split_proven_and_merged(
+    tmp_path: Path, num_experts: int
+):
+    spec = Spec("L1", num_experts=num_experts, experts=(0, 3, num_experts - 1), lora_ranks={3: 1})
+    source = build(spec).write(tmp_path / "adapter")
+    shards, merged = tmp_path / "shards", tmp_path / "merged"
+    request = SplitRequest(ep_size=2, options=LayoutOptions(num_experts=num_experts))
+    split_adapter(source, shards, request)
+    assert verify_shards(shards, against=source) == ()
+    merge_shards(shards, merged)
+    assert contents(merged) == contents(source)

@@ -1,0 +1,151 @@
+"""All ranks load an adapter or none does: real gloo groups of four processes, 2 x 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+
+from lorashard.vllm_plugin.load.agreement import cpu_groups, load_together
+from tests.tiny import REPO
+
+# Ranks 0 and 1 are tensor-parallel, as are 2 and 3; 0 and 2 are pipeline stages, as are 1 and 3.
+# Every case is a load on each rank; what a rank answers is its result, or the error.
+SCRIPT = """
+import json, os, sys
+from datetime import timedelta
+import torch.distributed as dist
+from lorashard.vllm_plugin.load.agreement import cpu_groups, load_together
+
+CASES = json.loads(sys.argv[1])
+folder = sys.argv[2]
+
+def work(rank):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
+                            world_size=4, timeout=timedelta(seconds=30))
+    tensor, pipeline = ([dist.new_group(ranks) for ranks in sets]
+                        for sets in ([(0, 1), (2, 3)], [(0, 2), (1, 3)]))
+    kinds = {"none": [], "tp": [tensor[rank // 2]], "tp and pp": [tensor[rank // 2], pipeline[rank % 2]]}
+    answers = {}
+    for name, (kind, failing) in CASES.items():
+        def load():
+            if rank in failing:
+                raise KeyError(f"file of rank {rank}")
+            return f"{name} {rank}"
+        try:
+            answers[name] = ["loaded", load_together(load, kinds[kind])]
+        except Exception as err:
+            answers[name] = [type(err).__name__, str(err)]
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(answers, file)
+    dist.barrier()
+
+children = []
+for rank in range(4):
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            work(rank)
+            code = 0
+        except BaseException as err:
+            print(rank, repr(err), file=sys.stderr, flush=True)
+        os._exit(code)
+    children.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+"""
+
+CASES: dict[str, tuple[str, list[int]]] = {
+    "all well": ("tp and pp", []),
+    "one of two": ("tp", [1]),
+    "both": ("tp", [0, 1, 2, 3]),
+    "two of four": ("tp and pp", [1, 2]),
+    "far corner": ("tp and pp", [3]),
+    "no group": ("none", [2]),
+    "well again": ("tp and pp", []),
+}
+
+
+@cache
+def answers(folder: str) -> list[dict[str, list[str]]]:
+    """What each rank got in each case."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(CASES), folder],
+        env=os.environ | {
+            "PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = []
+    for rank in range(4):
+        with open(f"{folder}/{rank}.json") as file:  # noqa: PTH123 - a plain name
+            found.append(json.load(file))
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
+    return answers(str(tmp_path_factory.mktemp("ranks")))
+
+
+def elsewhere(rank: int) -> list[str]:
+    told = f"Another rank could not load the adapter: KeyError: 'file of rank {rank}'"
+    return ["ValueError", told]
+
+
+def own(rank: int) -> list[str]:
+    return ["KeyError", f"'file of rank {rank}'"]
+
+
+@pytest.mark.parametrize("case", ["all well", "well again"])
+def test_where_all_succeed_each_gets_its_own_result(ranks: Any, case: str) -> None:
+    assert [rank[case] for rank in ranks] == [["loaded", f"{case} {n}"] for n in range(4)]
+
+
+def test_where_one_fails_it_raises_its_error_and_the_other_names_that(ranks: Any) -> None:
+    assert [rank["one of two"] for rank in ranks[:2]] == [elsewhere(1), own(1)]
+
+
+def test_a_group_without_a_failure_goes_on(ranks: Any) -> None:
+    assert [rank["one of two"][0] for rank in ranks[2:]] == ["loaded", "loaded"]
+
+
+def test_where_all_fail_each_raises_its_own_error(ranks: Any) -> None:
+    assert [rank["both"] for rank in ranks] == [own(n) for n in range(4)]
+
+
+def test_a_failure_reaches_the_ranks_that_share_no_group_with_it(ranks: Any) -> None:
+    found = [rank["far corner"] for rank in ranks]
+    assert found == [elsewhere(3), elsewhere(3), elsewhere(3), own(3)]
+
+
+def test_of_two_failures_the_others_name_the_first_that_they_hear_of(ranks: Any) -> None:
+    assert [rank["two of four"] for rank in ranks] == [elsewhere(1), own(1), own(2), elsewhere(2)]
+
+
+def test_without_a_group_each_is_on_its_own(ranks: Any) -> None:
+    kinds = [rank["no group"][0] for rank in ranks]
+    assert kinds == ["loaded", "loaded", "KeyError", "loaded"]
+
+
+def test_alone_the_result_and_the_error_are_those_of_the_load() -> None:
+    result = object()
+    assert load_together(lambda: result, []) is result
+    error = OSError("no such file")
+
+    def fail() -> object:
+        raise error
+
+    with pytest.raises(OSError, match="no such file") as caught:
+        load_together(fail, [])
+    assert caught.value is error
+
+
+def test_a_process_without_distributed_torch_has_no_groups() -> None:
+    assert cpu_groups() == []

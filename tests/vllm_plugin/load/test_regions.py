@@ -1,0 +1,195 @@
+"""Host memory that adapters are read into, on the CPU: taken, given back, used again."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorashard.vllm_plugin.load.regions import RegionPool
+
+MIB = 2**20
+GRAIN = 2 * MIB  # regions are multiples of it
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as made:
+        yield made
+
+
+@pytest.fixture
+def pool(threads: ThreadPoolExecutor) -> RegionPool:
+    return RegionPool(3, torch.device("cpu"), threads)
+
+
+def address(lease: Any) -> int:
+    return int(lease.ctypes.data)
+
+
+@pytest.mark.parametrize("size", [1, 1000, GRAIN, GRAIN + 1, 33 * MIB])
+def test_a_lease_has_the_size_that_was_asked_for_and_can_be_written(
+    pool: RegionPool, size: int
+) -> None:
+    lease = pool.take(size)
+    assert lease.nbytes == size
+    lease[:] = 7
+    assert lease[-1] == 7
+
+
+def test_a_region_comes_back_when_its_lease_is_gone(pool: RegionPool) -> None:
+    lease = pool.take(1000)
+    assert pool.sizes() == ()
+    del lease
+    assert pool.sizes() == (GRAIN,)
+
+
+def test_it_comes_back_with_the_last_tensor_and_not_before(pool: RegionPool) -> None:
+    lease = pool.take(1000)
+    tensors = list(torch.from_numpy(lease).split(100))
+    views = [tensor.view(torch.bfloat16).view(5, 10) for tensor in tensors]
+    del lease, tensors
+    while views:
+        assert pool.sizes() == ()
+        views.pop()
+    assert pool.sizes() == (GRAIN,)
+
+
+def test_it_does_not_come_back_while_a_slice_of_a_slice_is_there(pool: RegionPool) -> None:
+    view = pool.take(1000)[10:900][::2]
+    assert pool.sizes() == ()
+    del view
+    assert pool.sizes() == (GRAIN,)
+
+
+def test_it_does_not_come_back_while_a_memoryview_is_there(pool: RegionPool) -> None:
+    view = memoryview(pool.take(1000))[10:20]
+    assert pool.sizes() == ()
+    del view
+    assert pool.sizes() == (GRAIN,)
+
+
+def test_memory_is_used_again(pool: RegionPool) -> None:
+    lease = pool.take(GRAIN)
+    first = address(lease)
+    del lease
+    for size in (1, GRAIN):
+        lease = pool.take(size)
+        assert address(lease) == first
+        del lease
+    assert pool.sizes() == (GRAIN,)
+
+
+def test_the_smallest_region_that_fits_is_taken(pool: RegionPool) -> None:
+    leases = {size: pool.take(size * MIB) for size in (6, 2, 4)}
+    places = {size: address(lease) for size, lease in leases.items()}
+    leases.clear()
+    taken = [pool.take(size * MIB) for size in (3, 1, 3)]
+    assert [address(lease) for lease in taken] == [places[4], places[2], places[6]]
+
+
+def test_warm_regions_are_ready_and_taken(pool: RegionPool) -> None:
+    pool.warm(2, 5 * MIB)
+    assert pool.sizes() == (6 * MIB, 6 * MIB)
+    leases = [pool.take(5 * MIB) for _ in range(2)]
+    assert pool.sizes() == ()
+    leases.clear()
+    assert pool.sizes() == (6 * MIB, 6 * MIB)
+
+
+@pytest.mark.parametrize(("count", "ready"), [(0, 0), (-1, 0), (1, 1), (3, 3), (9, 3)])
+def test_no_more_regions_are_warmed_than_the_limit(
+    pool: RegionPool, count: int, ready: int
+) -> None:
+    pool.warm(count, MIB)
+    assert len(pool.sizes()) == ready
+
+
+def test_warming_counts_what_is_there_and_what_is_held(pool: RegionPool) -> None:
+    held = pool.take(MIB)
+    pool.warm(2, MIB)
+    pool.warm(2, MIB)
+    assert len(pool.sizes()) == 1
+    assert held.nbytes == MIB
+
+
+def test_a_region_that_fits_nothing_makes_room_for_a_larger_one(pool: RegionPool) -> None:
+    leases = [pool.take(size * MIB) for size in (2, 4, 6)]
+    leases.clear()
+    lease = pool.take(8 * MIB)
+    assert sorted(pool.sizes()) == [4 * MIB, 6 * MIB], "the smallest one went"
+    del lease
+    assert sorted(pool.sizes()) == [4 * MIB, 6 * MIB, 8 * MIB]
+
+
+def test_more_than_the_limit_can_be_held_and_the_surplus_goes_at_the_next_need(
+    pool: RegionPool,
+) -> None:
+    leases = [pool.take(MIB) for _ in range(5)]
+    assert len({address(lease) for lease in leases}) == 5
+    leases.clear()
+    larger = pool.take(4 * MIB)
+    assert sorted(pool.sizes()) == [GRAIN, GRAIN]
+    assert larger.nbytes == 4 * MIB
+
+
+def test_a_lease_that_hangs_in_a_cycle_is_looked_for_before_the_limit_is_passed(
+    pool: RegionPool,
+) -> None:
+    gc.disable()
+    try:
+        leases = [pool.take(MIB) for _ in range(2)]
+        places = {address(lease) for lease in leases}
+        failed: list[Any] = [pool.take(MIB)]
+        hanging = address(failed[0])
+        failed.append(failed)  # as a traceback holds the frame that holds it
+        del failed
+        assert pool.sizes() == ()
+        larger = pool.take(4 * MIB)
+        assert pool.sizes() == ()
+        leases.clear()
+        assert sorted(pool.sizes()) == [GRAIN, GRAIN], "the one in the cycle was freed"
+        assert address(larger) not in places
+        assert hanging not in places
+    finally:
+        gc.enable()
+    gc.collect()
+    assert sorted(pool.sizes()) == [GRAIN, GRAIN], "so it does not come back"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    limit=st.integers(1, 4),
+    warmed=st.integers(0, 4),
+    steps=st.lists(st.integers(1, 5 * MIB) | st.just(0) | st.just(-1), max_size=14),
+)
+def test_leases_never_overlap_and_what_is_not_held_stays_within_the_limit(
+    threads: ThreadPoolExecutor, limit: int, warmed: int, steps: list[int]
+) -> None:
+    """A positive step takes that many bytes, 0 drops the oldest lease, -1 the newest."""
+    pool = RegionPool(limit, torch.device("cpu"), threads)
+    pool.warm(warmed, GRAIN)
+    leases: list[tuple[int, Any]] = []
+    most_held = 0
+    for number, step in enumerate(steps):
+        if step > 0:
+            lease = pool.take(step)
+            lease[[0, -1]] = number
+            leases.append((number, lease))
+            del lease
+        elif leases:
+            leases.pop(step)
+        most_held = max(most_held, len(leases))
+        ends = sorted((address(lease), address(lease) + lease.nbytes) for _, lease in leases)
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(ends))
+        assert all(lease[0] == lease[-1] == number for number, lease in leases)
+        assert len(pool.sizes()) + len(leases) <= max(limit, most_held)
+    leases.clear()
+    assert len(pool.sizes()) <= max(limit, most_held)
