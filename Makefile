@@ -1,5 +1,5 @@
-# `make demo` and `make test` set up all that they need in .venv, a virtual environment of this
-# checkout's own. Everything else is for development: `make help`.
+# `make demo` and `make test` set up everything they need in .venv, a virtual environment of this
+# checkout. The other targets are for development: `make help`.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
@@ -11,52 +11,52 @@ COMPAT ?= 0.16.0 0.17.1 0.18.1 0.19.1 0.20.2 0.21.0 0.22.1 0.23.0 0.24.0 0.25.1 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check compat resolve gpu-test fmt lint type bench golden docs clean
 
-help: ## this list
+help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.test ## make a small real MoE adapter, split it for EP 2, verify it, show what is where
+demo: $(VENV)/.test ## make a small real MoE adapter, split it for EP 2, verify it, and show what is where
 	$(BIN)/python -m tests.demo
 
-test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm ## set up everything and run the tests
+test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm ## set up everything and run the tests (what CI runs)
 	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q
 
-check: lint type test ## what CI runs, and lint and types
+check: lint type test ## the tests, lint and types: run this before a review
 
-compat: $(VENV)/.test $(VENV)/.vllm ## the plugin in one vLLM of every minor release, on the CPU; writes docs/compat
+compat: $(VENV)/.test $(VENV)/.vllm ## run the plugin in one vLLM of every minor release, on the CPU; writes docs/compat
 	$(BIN)/python tests/vllm_release.py $(COMPAT)
 	LORASHARD_RECORD=docs/compat LORASHARD_RELEASES="$(COMPAT)" LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q tests/vllm_plugin/test_loading_conformance.py tests/vllm_plugin/test_layers_conformance.py
 
-resolve: $(VENV)/.base ## what pip would change in the environment of each vLLM release: nothing
+resolve: $(VENV)/.base ## show that installing lorashard changes no package next to any vLLM release
 	$(PIP) --group resolve
 	$(BIN)/python -m tests.resolve_releases
 
-gpu-test: ## the acceptance on two GPUs, in the environment of vLLM (WORK=dir PYTHON=python)
+gpu-test: ## run the acceptance tests on two GPUs, in vLLM's environment (WORK=dir PYTHON=python)
 	$(PYTHON) -m tests.gpu --work $(or $(WORK),/tmp/lorashard-gpu) --http --load --out lorashard-gpu.json
 
-fmt: $(VENV)/.lint ## format, and mend what ruff can
+fmt: $(VENV)/.lint ## format, and fix what ruff can
 	$(BIN)/ruff format lorashard tests docs
 	$(BIN)/ruff check --fix-only --quiet lorashard tests docs
 
-lint: $(VENV)/.lint ## formatting and lint
+lint: $(VENV)/.lint ## check formatting and lint
 	$(BIN)/ruff format --check lorashard tests docs
 	$(BIN)/ruff check lorashard tests docs
 
-type: $(VENV)/.lint ## mypy --strict
+type: $(VENV)/.lint ## check types (mypy --strict)
 	$(BIN)/mypy
 
-bench: $(VENV)/.test ## the ratios and the chart of the README (17 GB of disk; SCALE=0.3 for a first look)
+bench: $(VENV)/.test ## measure the README's ratios and draw its chart (17 GB of disk; SCALE=0.3 for a first look)
 	$(BIN)/python -m tests.bench --scale $(or $(SCALE),1.0) --chart docs/bench.svg --json docs/bench.json
 
 golden: $(VENV)/.test ## rewrite the golden files of --json output; review the diff
 	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/cli
 
-docs: $(VENV)/.test ## rewrite the generated pages
+docs: $(VENV)/.test ## rewrite the generated pages of docs/
 	$(BIN)/python -m tests.generate_docs
 
-clean: ## remove the virtual environment and everything made
+clean: ## remove the virtual environment and everything else that was made
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache
 
-# torch goes first: with it in place nothing pulls another build of it.
+# torch goes first: once it is there, nothing pulls in another build of it.
 $(VENV)/.base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade "pip>=25.1"

@@ -1,33 +1,38 @@
-"""The house as its imports draw it: rooms, the floors they stand on, and the arrows between them.
+"""The house as its imports draw it: its rooms, the floors they stand on, the arrows between them.
 
     python -m tests.architecture [CHECKOUT]
 
-A room is a folder or a module directly below `lorashard/`, an arrow an import from one room into
-another. A room stands one floor above the highest one that it imports. With a CHECKOUT, another one
-(of an earlier commit, say) is counted. `python -m tests.generate_docs` puts the picture into
-docs/architecture.md.
+A room is a folder or a module directly below `lorashard/` (or below a folder of it); an arrow is an
+import from one room into another. A room stands one floor above the highest room that it imports.
+CHECKOUT counts another working tree, of an earlier commit for example. docs/architecture.md draws
+the same house (tests/architecture_page.py).
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+import argparse
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.imports import own_imports, source_files
 from tests.tiny import REPO
 
-# Rooms that draw no picture: everything may import them, and they import next to nothing.
-_GROUND = frozenset({"dtypes", "errors", "header", "progress", "version", "vllm_options"})
+PLUGIN = "vllm_plugin"
+
+# Left out of the picture: everything may import these, and they import next to nothing.
+GROUND = frozenset({"dtypes", "errors", "header", "progress", "version", "vllm_options"})
 _FACES = frozenset({"", "__main__"})
+_WIDTH = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class House:
-    """arrows: room -> the rooms that it imports. upward: those of them into the package's own face.
+    """arrows: room -> the rooms that it imports. Room "" is the package's own face, `__init__`.
 
-    circles: rooms that import each other, also over others; then there are no floors.
+    upward: how many arrows point into the face. circles: rooms that import each other, also by way
+    of others. floors: room -> its floor, from 1; empty if there are circles.
     """
 
     arrows: Mapping[str, frozenset[str]]
@@ -39,18 +44,30 @@ class House:
     def num_arrows(self) -> int:
         return sum(map(len, self.arrows.values()))
 
+    @property
+    def summary(self) -> str:
+        """The counts, in one line."""
+        return (
+            f"{len(self.arrows)} rooms on {max(self.floors.values(), default=0)} floors, "
+            f"{self.num_arrows} arrows, {self.upward} pointing up, {len(self.circles)} circles"
+        )
+
+    def top_down(self) -> list[str]:
+        """Rooms by floor, the highest first, then by name."""
+        return sorted(self.arrows, key=lambda room: (-self.floors.get(room, 0), room))
+
 
 def read_house(package: Path, within: str = "") -> House:
-    """The rooms of a package, or of the folder `within` it."""
+    """The rooms of a package, or of the folder `within` it (a dotted name)."""
     modules = source_files(package)
-    found: dict[str, set[str]] = {}
+    targets: dict[str, set[str]] = {}
     for module, imported in own_imports(package, modules).items():
         room = _room(module, within)
         if room is None:
             continue
-        into = {_room(name, within) for name in imported}
-        found.setdefault(room, set()).update(name for name in into if name not in (None, room))
-    arrows = {room: frozenset(into) for room, into in sorted(found.items())}
+        rooms = {_room(name, within) for name in imported}
+        targets.setdefault(room, set()).update(name for name in rooms if name not in (None, room))
+    arrows = {room: frozenset(into) for room, into in sorted(targets.items())}
     downward = {room: into - {""} for room, into in arrows.items()}
     upward = sum(len(arrows[room] - into) for room, into in downward.items())
     circles = _circles(downward)
@@ -58,7 +75,7 @@ def read_house(package: Path, within: str = "") -> House:
 
 
 def _room(module: str, within: str) -> str | None:
-    """The room that a module is in; None for what is outside of `within`."""
+    """The room that a module is in; None for a module outside of `within`."""
     if within:
         if not module.startswith(f"{within}."):
             return None
@@ -91,26 +108,25 @@ def _circles(arrows: Mapping[str, frozenset[str]]) -> tuple[frozenset[str], ...]
 
 
 def _reachable(arrows: Mapping[str, frozenset[str]], start: str) -> set[str]:
-    found: set[str] = set()
+    reached: set[str] = set()
     waiting = list(arrows[start])
     while waiting:
         room = waiting.pop()
-        if room not in found:
-            found.add(room)
+        if room not in reached:
+            reached.add(room)
             waiting += arrows[room]
-    return found
+    return reached
 
 
 def mermaid(house: House) -> str:
-    """A picture of the rooms. Arrows point the way that data flows: from the imported to the importer.
+    """A picture of the rooms. Arrows point the way data flows: from the imported to the importer.
 
-    Where one room imports another both directly and over a third, the direct arrow is left out.
+    Where a room imports another both directly and by way of a third, the direct arrow is left out.
     """
-    shown = [room for room in house.arrows if room not in _GROUND | _FACES]
-    lines = ["flowchart LR"]
-    lines += [f"    {room}([{room}])" for room in sorted(shown, key=house.floors.__getitem__)]
-    for room in sorted(shown, key=house.floors.__getitem__):
-        into = house.arrows[room] - _GROUND - _FACES
+    shown = [room for room in reversed(house.top_down()) if room not in GROUND | _FACES]
+    lines = ["flowchart LR", *(f"    {room}([{room}])" for room in shown)]
+    for room in shown:
+        into = house.arrows[room] - GROUND - _FACES
         direct = [
             name
             for name in sorted(into)
@@ -120,19 +136,37 @@ def mermaid(house: House) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    package = Path(sys.argv[1]) / "lorashard" if len(sys.argv) > 1 else REPO / "lorashard"
-    house = read_house(package)
-    for room in sorted(house.arrows, key=lambda room: -house.floors.get(room, 0)):
-        name = room or "__init__"
-        into = ", ".join(sorted(other or "__init__" for other in house.arrows[room]))
-        print(f"floor {house.floors.get(room, '?'):>2}  {name:<14} {into}")
+def report(package: Path, within: str = "") -> Iterator[str]:
+    """Lines to read: the counts, then every room from the top floor down with what it imports."""
+    house = read_house(package, within)
+    name = "/".join((package.name, *filter(None, within.split("."))))
+    yield f"{name}/: {house.summary}"
+    yield ""
+    longest = max(len(room or "__init__") for room in house.arrows)
+    yield f"floor  {'room':<{longest}}  imports"
+    for room in house.top_down():
+        into = ", ".join(sorted(other or "__init__" for other in house.arrows[room])) or "-"
+        left = f"{house.floors.get(room, '?'):>5}  {room or '__init__':<{longest}}  "
+        yield textwrap.fill(
+            into, _WIDTH, initial_indent=left, subsequent_indent=" " * len(left)
+        ).rstrip()
     for circle in house.circles:
-        print("circle:", ", ".join(sorted(circle)))
-    print(
-        f"{len(house.arrows)} rooms, {max(house.floors.values(), default=0)} floors, "
-        f"{house.num_arrows} arrows, {house.upward} of them up, {len(house.circles)} circles"
+        yield f"circle: {', '.join(sorted(circle))}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.architecture",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("checkout", nargs="?", type=Path, default=REPO, metavar="CHECKOUT")
+    package = parser.parse_args().checkout / "lorashard"
+    if not (package / "__init__.py").is_file():
+        parser.error(f"{package} is not a package")
+    print("\n".join(report(package)))
+    if (package / PLUGIN).is_dir():
+        print("", *report(package, PLUGIN), sep="\n")
 
 
 if __name__ == "__main__":

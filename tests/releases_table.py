@@ -1,8 +1,7 @@
-"""Writes docs/releases.md: what was run with each minor release of vLLM, from the recorded results.
-
-python -m tests.releases_table
+"""docs/releases.md: what was run with each minor release of vLLM, from the recorded results.
 
 docs/gpu/*.json come from `python -m tests.gpu --out`, docs/compat/*.json from `make compat`.
+`python -m tests.generate_docs` writes the page.
 """
 
 from __future__ import annotations
@@ -28,33 +27,34 @@ ALONE = (
 
 INTRO = """# vLLM releases
 
-What was run with lorashard in each minor release of vLLM, and what came out. `python -m tests.releases_table` writes this page
-from the recorded results.
+What was run with lorashard in each minor release of vLLM, and what came out. `make docs` writes this page from the recorded
+results.
 
 **On the CPU** (`make compat`): the release's own LoRA manager, layer classes and adapter loading, around MoE layers without
-weights. Every adapter layout, as a plain adapter, as its own shards and as shards for another number of ranks, on every rank of 1, 2,
-3 and 8, linear and round-robin, even and uneven experts, ranks without experts, the 2-D and the 3-D class and experts without a gate;
-each loaded factor is compared, expert by expert. Also: which kernel a layer keeps, the warm-up, what LoRA is given to read, what is
-asked of the CUDA op that sorts tokens, and what is refused.
+weights. Every adapter layout is loaded three ways: as a plain adapter, as its own shards, and as shards split for another number of
+ranks. Covered are every rank of 1, 2, 3 and 8; linear and round-robin placement; even and uneven expert counts; ranks without experts;
+the 2-D and the 3-D class; and experts without a gate. Each loaded factor is compared, expert by expert. The other checks: which kernel a
+layer keeps, the warm-up, what LoRA is given to read, what is asked of the CUDA op that sorts tokens, and what is refused.
 
-**On two H200** (`make gpu-test`): real engines, `-tp 2`, tiny models; the figure is the mean absolute difference of prompt
-log-probabilities from a float32 reference with the adapter merged, first of the base model alone, then over all adapters. Every single
-answer, and what vLLM gives without lorashard, is in [gpu.md](gpu.md). "–" was not run on GPUs.
+**On two H200 GPUs** (`make gpu-test`): real engines, `-tp 2`, tiny models. The figure is the mean absolute difference of prompt
+log-probabilities from a float32 reference with the adapter merged: first for the base model alone, then over all adapters.
+[gpu.md](gpu.md) has every single answer, and what vLLM gives without lorashard. "–" means not run on GPUs.
 """
 
 NOTES = """
 What was not run:
 
-- **0.16.0 to 0.19.1 with their own kernels**, which want torch 2.9 and 2.10. On the GPUs their Python code ran over the kernels of 0.20.2.
-  That shows what is Python or Triton: which kernel is chosen, buffers, placement, LoRA's and the experts' Triton kernels, FP8, CUDA graphs from
-  0.17.1 on, and the CUDA op that sorts tokens in 0.20.2's build (equal schema; 576 calls in each release, none wrong). It does not show their
-  own compiled ops, CUDA graphs on 0.16.0 (0.20.2's FlashAttention wants a larger buffer than 0.16.0 has), or a server.
-- **The releases with "–"** on GPUs: their line rests on the CPU run alone.
-- Other patch releases than the ones named. A patch looks at the code that it finds, not at the version.
+- **0.16.0 to 0.19.1 with their own kernels**, which need torch 2.9 and 2.10. On the GPUs, their Python code ran over the kernels of
+  0.20.2. That covers everything written in Python or Triton: which kernel is chosen, buffers, placement, the Triton kernels of LoRA and of
+  the experts, FP8, CUDA graphs from 0.17.1 on, and the CUDA op that sorts tokens in 0.20.2's build (same schema; 576 calls in each
+  release, none wrong). It does not cover their own compiled ops, CUDA graphs on 0.16.0 (0.20.2's FlashAttention needs a larger buffer than
+  0.16.0 has), or a server.
+- **The releases with "–"** on GPUs: their row rests on the CPU run alone.
+- Patch releases other than the ones named. A patch looks at the code it finds, not at the version.
 - More than two ranks on GPUs, several nodes, pipeline parallelism, the Ray executor, ROCm, MXFP4 gpt-oss.
 - FP8 without expert parallelism together with `--fully-sharded-loras`.
-- Some GPU cases of 0.22.1, 0.26.0 and 0.33.0 with the present code: they ran with the code before it; [gpu.md](gpu.md) names them. The two
-  checks of 0.33.0's server that were not right are messages that lacked a file's name; that is mended, and the later servers show it.
+- Some GPU cases of 0.22.1, 0.26.0 and 0.33.0 with the present code: they ran with earlier code; [gpu.md](gpu.md) names them. The two
+  checks of 0.33.0's server that failed are messages that lacked a file's name. That is fixed, and later server runs show it.
 """
 
 
@@ -132,24 +132,17 @@ def make_page() -> str:
     """The page as text."""
     compat, gpu = _load("compat"), _load("gpu")
     rows = [
-        ["vLLM", "alone, with EP", "with lorashard, on the CPU", "two H200, bf16", "two H200, FP8",
+        ["vLLM", "alone, with EP", "with lorashard, on the CPU", "two H200 GPUs, bf16", "two H200 GPUs, FP8",
          "`vllm serve`", "kernels on the GPU"],
         ["---"] * 7,
     ]  # fmt: skip
     for release in minor_releases():
-        ours = [d for d in gpu.values() if d["release"] == release and not d["stock"]]
-        ran = any(d["cases"] for d in ours)
-        kernels = next((d["kernels"] for d in ours if d.get("kernels")), "its own")
+        runs = [d for d in gpu.values() if d["release"] == release and not d["stock"]]
+        ran = any(d["cases"] for d in runs)
+        kernels = next((d["kernels"] for d in runs if d.get("kernels")), "its own")
         rows.append([
-            release, _alone(release), _cpu(release, compat), _gpu(ours, False), _gpu(ours, True),
-            _server(ours), kernels if ran else "–",
+            release, _alone(release), _cpu(release, compat), _gpu(runs, False), _gpu(runs, True),
+            _server(runs), kernels if ran else "–",
         ])  # fmt: skip
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    notes = (
-        (DOCS / "releases-notes.md").read_text() if (DOCS / "releases-notes.md").exists() else ""
-    )
-    return f"{INTRO.strip()}\n\n{table}\n{notes}"
-
-
-if __name__ == "__main__":
-    (DOCS / "releases.md").write_text(make_page())
+    return f"{INTRO.strip()}\n\n{table}\n{NOTES}"

@@ -1,6 +1,6 @@
 """Turn results of `python -m tests.gpu --out` into a markdown table.
 
-python -m tests.gpu.report docs/gpu/*.json > docs/gpu.md
+python -m tests.gpu.report docs/gpu/*.json    # `make docs` writes docs/gpu.md
 """
 
 import argparse
@@ -144,41 +144,39 @@ def _pair(values: Sequence[float], unit: str) -> str:
 
 INTRO = """# vLLM with lorashard, on GPUs
 
-Two H200 of one host, tensor parallel size 2, tiny models with random weights. A figure is the mean
-absolute difference of 188 prompt log-probabilities from a float32 reference of transformers with the
-adapter merged into the weights; "base" is the same without an adapter, and shows the noise of bf16 or
-FP8. **Right** is an error of at most the base model's + 0.035 (or x 1.35, if that is more) and a
-correlation above 0.9 of what the adapter changes with what it should. An adapter's noise is not the base
-model's: transformers itself, in bf16 on the CPU, is 0.022 to 0.041 from its float32 self for the adapters
-of glm16. With half of the experts wrong the error is 0.14 or more.
+Two H200 GPUs in one host, tensor parallel size 2, tiny models with random weights. Each figure is the mean absolute difference of 188
+prompt log-probabilities from a float32 reference: transformers, with the adapter merged into the weights. "Base" is the same without an
+adapter, and shows the noise of bf16 or FP8. An answer is **right** if its error is at most the base model's + 0.035 (or × 1.35, if that is
+more), and if what the adapter changes correlates above 0.9 with what it should change. An adapter's noise is not the base model's:
+transformers itself, in bf16 on the CPU, is 0.022 to 0.041 from its float32 self for the adapters of glm16. With half of the experts wrong,
+the error is 0.14 or more.
 
-What the cases are stands in `tests/gpu/cases.py`: plain adapters and shard directories, one tensor per
-expert and fused, half of the experts, rsLoRA with an alpha pattern, directories cut for another number of
-ranks or another placement, more adapters than slots. glm is a GLM-4-MoE (15: 8 + 7 experts; g2: expert
-groups, so that round-robin placement is in force), gpt_oss has the 3-D LoRA class, nemotron_h has experts
-without a gate. "Without lorashard" is the same engine with `LORASHARD_DISABLE=1` and plain adapters.
+`tests/gpu/cases.py` defines the cases: plain adapters and shard directories, one tensor per expert and fused, half of the experts, rsLoRA
+with an alpha pattern, directories split for another number of ranks or another placement, more adapters than slots. glm is a GLM-4-MoE (15
+means 8 + 7 experts; g2 means expert groups, so that round-robin placement takes effect), gpt_oss has the 3-D LoRA class, and nemotron_h has
+experts without a gate. "Without lorashard" is the same engine with `LORASHARD_DISABLE=1` and plain adapters.
 
-Made with, per release, and written by the last line (results: `docs/gpu/`):
+To repeat, for each release (results go to `docs/gpu/`); the last line writes this page:
 
     python -m tests.gpu --work W --out docs/gpu/RELEASE.json --http --load    # make gpu-test
     python -m tests.gpu --work W --stock --out docs/gpu/RELEASE-stock.json
-    python -m tests.gpu.report docs/gpu/*.json > docs/gpu.md
+    make docs
 
-Notes on these runs.
+Notes on these runs:
 
-- **0.16.0 to 0.19.1** are their Python code over the kernels of 0.20.2, because their own are built for older releases of torch than
-  the host's. The schemas of the ops that they call on this path were compared and are equal; FP8's `cutlass_scaled_mm` has moved to another
-  library of 0.20.2's and is loaded from there. FlashAttention's scheduler metadata is larger than 0.16.0's buffer for it, so 0.16.0 could not be
-  run with CUDA graphs. A server was not run on these.
-- Cases whose lines in docs/gpu have no `leak` ran with the plugin as it was before it could serve older releases: 0.26.0, eleven bf16 cases of
-  0.22.1 and five of 0.33.0; so did the servers and the load times of these three. In 0.33.0's server run the messages for a truncated and a
-  missing rank file were right but lacked the file's name, which vLLM cuts out of paths; that was mended before the other servers ran.
-- `leak` is how far the base model's answer to a request of two tokens moves when an adapter is used in between. Without lorashard, 0.20.2 without
-  expert parallelism gives 0.030, 0.113 and 0.258 in bf16 (vLLM issue 42008); that is what is not right in its row glm16-no-ep.
-- FP8 is not the same twice, with or without lorashard: the base model's answers differ by up to 0.036 between two requests. So after the last
-  adapter the base model may differ by 0.35 of its error.
-- The first case of 0.21.0's qwen1 failed in LoRA's kernel, which cannot be run on a rank without experts; that was mended, and the runs here are
-  the ones after. qwen1 is a model of one expert on two ranks; vLLM's own model class refuses it, and `tests/gpu/one_expert.py` lifts that.
+- **0.16.0 to 0.19.1** are their Python code over the kernels of 0.20.2, because their own were built for releases of torch older than the
+  host's. The schemas of the ops that they call on this path were compared and are the same; FP8's `cutlass_scaled_mm` has moved to another of
+  0.20.2's libraries and is loaded from there. FlashAttention's scheduler metadata is larger than 0.16.0's buffer for it, so 0.16.0 could not be
+  run with CUDA graphs. No server was run on these releases.
+- Cases whose lines in `docs/gpu` have no `leak` ran with the plugin as it was before it supported older releases: 0.26.0, eleven bf16 cases of
+  0.22.1 and five of 0.33.0. The same goes for the servers and the load times of these three. In 0.33.0's server run, the messages for a truncated
+  and a missing rank file were right but lacked the file's name, which vLLM cuts out of paths; that was fixed before the other servers ran.
+- `leak` is how far the base model's answer to a request of two tokens moves when an adapter is used in between. Without lorashard, 0.20.2
+  without expert parallelism gives 0.030, 0.113 and 0.258 in bf16 (vLLM issue 42008); that is what is wrong in its row glm16-no-ep.
+- FP8 does not repeat exactly, with or without lorashard: the base model's answers differ by up to 0.036 between two requests. After the last
+  adapter, the base model may therefore differ by 0.35 of its error.
+- The first run of 0.21.0's qwen1 failed in LoRA's kernel, which cannot run on a rank without experts. That was fixed, and the runs here are from
+  after the fix. qwen1 is a model of one expert on two ranks; vLLM's own model class refuses it, and `tests/gpu/one_expert.py` lifts that.
 """
 
 
