@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tests.architecture import PLUGIN, House, mermaid, read_house
@@ -61,11 +61,11 @@ def _packages(package: Path) -> Iterator[str]:
         yield "\n".join([text, *(table if rows else ())])
 
 
-def _import_order(package: Path):
-    """A sort key: a folder comes after those that it may import, and before those in it."""
+def _import_order(package: Path) -> Callable[[str], tuple[int, str, int, str]]:
+    """A sort key: a folder comes after those that it imports, and before those in it."""
     floors = {within: read_house(package, within).floors for within in ("", PLUGIN)}
 
-    def key(folder: str) -> tuple[object, ...]:
+    def key(folder: str) -> tuple[int, str, int, str]:
         outer, _, inner = folder.partition(".")
         return (
             floors[""][outer] if outer else 0,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lorashard.shards.placement import explicit_placement
 from tests.adapters import Spec, build
@@ -17,7 +18,7 @@ from tests.generate_docs import commands, pages, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
 
 _RUNNABLE = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.DOTALL)
 _FENCED = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
@@ -42,9 +43,18 @@ def run_examples(page: Path) -> dict[str, object]:
     return names
 
 
-@pytest.mark.parametrize("name", ["cli.md", "errors.md"])
+@pytest.mark.parametrize(
+    "name", ["architecture.md", "cli.md", "errors.md", "gpu.md", "releases.md"]
+)
 def test_generated_page_is_fresh(name):
     assert (ROOT / "docs" / name).read_text() == pages()[name], "run `make docs`"
+
+
+def test_pre_commit_runs_all_of_make_check_but_the_tests():
+    (checks,) = re.findall(r"^check: (.*?) ##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook["entry"] for hook in repo["hooks"]]
+    assert [*hooks, "make test"] == [f"make {target}" for target in checks.split()]
 
 
 @pytest.mark.parametrize("command", commands())
