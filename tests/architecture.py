@@ -123,7 +123,8 @@ def mermaid(house: House) -> str:
 
     Where a room imports another both directly and by way of a third, the direct arrow is left out.
     """
-    shown = [room for room in reversed(house.top_down()) if room not in GROUND | _FACES]
+    rooms = sorted(house.arrows, key=lambda room: (house.floors.get(room, 0), room))
+    shown = [room for room in rooms if room not in GROUND | _FACES]
     lines = ["flowchart LR", *(f"    {room}([{room}])" for room in shown)]
     for room in shown:
         into = house.arrows[room] - GROUND - _FACES
