@@ -1,6 +1,6 @@
 """A small real MoE adapter, split, verified, inspected, planned and merged back.
 
-python -m tests.demo        everything it makes stays in .demo
+python -m tests.demo        everything it makes is in .demo
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ADAPTER, SHARDS, RESTORED = DEMO / "adapter", DEMO / "adapter-ep2", DEMO / "rest
 def main() -> None:
     os.chdir(ROOT)
     shutil.rmtree(DEMO, ignore_errors=True)
-    print("A random Qwen3-MoE (2 layers, 8 experts), with a LoRA on attention and all experts.")
+    print("A random Qwen3-MoE (2 layers, 8 experts) with a LoRA on attention and all experts.")
     make_adapter(DEMO / "model", ADAPTER)
     run("split", ADAPTER, "--ep-size", "2", "-o", SHARDS)
     run("verify", SHARDS, "--against", ADAPTER)
@@ -31,17 +31,17 @@ def main() -> None:
     compare(ADAPTER, RESTORED)
     print("\nWhat is where:")
     for path, meaning in (
-        (DEMO / "model", "config.json of the base model"),
+        (DEMO / "model", "the base model's config.json"),
         (ADAPTER, "the adapter as PEFT saved it"),
-        (SHARDS, "one file per expert-parallel rank, and the manifest"),
-        (RESTORED, "the adapter, put together again from the shards"),
+        (SHARDS, "one file per expert-parallel rank, plus what all ranks need and the manifest"),
+        (RESTORED, "the adapter again, merged from the shards"),
     ):
         names = ", ".join(sorted(child.name for child in path.iterdir()))
         print(f"  {path!s:<20}{meaning}\n{'':<22}{names}")
 
 
 def make_adapter(model_dir: Path, adapter_dir: Path) -> None:
-    """Save what PEFT makes of a tiny Qwen3-MoE; all factors random, none zero."""
+    """Save a LoRA of a tiny Qwen3-MoE, as PEFT writes it; all factors random, none zero."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore", FutureWarning)  # transformers' own, about PEFT
     import torch
@@ -62,7 +62,7 @@ def make_adapter(model_dir: Path, adapter_dir: Path) -> None:
     )
     config.save_pretrained(model_dir)
     model = Qwen3MoeForCausalLM(config)
-    model.name_or_path = str(model_dir)  # what PEFT writes down as the base model
+    model.name_or_path = str(model_dir)  # what PEFT records as the base model
     lora = LoraConfig(
         r=4,
         lora_alpha=8,
@@ -75,7 +75,7 @@ def make_adapter(model_dir: Path, adapter_dir: Path) -> None:
 
 
 def run(command: str, *arguments: str | Path) -> None:
-    """Show a command line, run it with this Python, stop if it fails."""
+    """Print a command line, run it with this Python, and stop if it fails."""
     words = [command, *map(str, arguments)]
     print(f"\n$ lorashard {shlex.join(words)}", flush=True)
     finished = subprocess.run([sys.executable, "-m", "lorashard", *words], check=False)
@@ -88,7 +88,9 @@ def compare(adapter: Path, restored: Path) -> None:
     for original in sorted(adapter.iterdir()):
         if original.read_bytes() != (restored / original.name).read_bytes():
             sys.exit(f"{restored / original.name} differs from {original}")
-        print(f"{original.name}: the same {original.stat().st_size:,} bytes as in {adapter}")
+        print(
+            f"{original.name}: identical to the one in {adapter} ({original.stat().st_size:,} bytes)"
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m tests.bench --scale 0.05            seconds, for a first look
     python -m tests.bench --work /data/bench      minutes and about 20 GB of disk
 
-A missed target is marked and fails nothing: a benchmark is not a test.
+A missed target is marked, but nothing fails: a benchmark is not a test.
 """
 
 import argparse
@@ -32,19 +32,23 @@ def _parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="glm-4.5-air")
-    parser.add_argument("--scale", type=float, default=1.0, help="part of the layers")
-    parser.add_argument("--form", choices=FORMS, help="only this form (default: both)")
-    parser.add_argument("--only-pull", action="store_true", help="keeps the rest of --json's FILE")
-    parser.add_argument("--ep-size", type=int, default=8)
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="fraction of the model's layers (default: 1.0)"
+    )
+    parser.add_argument("--form", choices=FORMS, help="measure only this form (default: both)")
+    parser.add_argument(
+        "--only-pull", action="store_true", help="measure only pull; keep the rest of --json's FILE"
+    )
+    parser.add_argument("--ep-size", type=int, default=8, help="default: 8")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument(
         "--work",
         type=Path,
-        help="directory on the disk to measure; adapters stay there for the next run"
-        " (default: a temporary one)",
+        help="directory on the disk to measure; adapters are kept there for the next run"
+        " (default: a temporary directory)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run")
-    parser.add_argument("--chart", type=Path, metavar="FILE", help="write an SVG")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all runs")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios as an SVG")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Draw the ratios to the rivals as an SVG bar chart; same rows, same bytes."""
+"""Draw the ratios to the rivals as an SVG bar chart. The same rows give the same bytes."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ _BAR_STEP = 28
 _BAR_HEIGHT = 16
 _HEADING_STEP = 30
 
+_HEADINGS = {"per_expert": "adapter with one tensor per expert", "fused": "fused adapter"}
 _INK, _GRID, _BACKGROUND = "#222222", "#dddddd", "#ffffff"
 _BAR, _MISSED, _TARGET = "#4878a8", "#c8703c", "#111111"
 
@@ -100,14 +101,17 @@ def draw_chart(rows: Sequence[Row], subtitle: str) -> str:
         # Its own background keeps it readable on a dark page.
         f'<rect width="100%" height="100%" fill="{_BACKGROUND}"/>',
         _text(
-            16, 26, "Time relative to the rival: 1× is as fast, less is better", 'font-size="16"'
+            16,
+            26,
+            "Time relative to a plain tool (1× = same time, lower is better)",
+            'font-size="16"',
         ),
         _text(16, 46, subtitle, 'font-size="11"'),
         *_axis(end, bottom, scale),
     ]
     y = float(_TOP)
     for form in forms:
-        parts.append(_text(16, y + 20, f"{form} adapter", 'font-weight="bold"'))
+        parts.append(_text(16, y + 20, _HEADINGS[form], 'font-weight="bold"'))
         y += _HEADING_STEP
         for row in (row for row in bars if row.form == form):
             parts += _bar(row, y, scale)

@@ -148,7 +148,7 @@ def main() -> None:
         "--scale",
         type=float,
         default=1.0,
-        help="part of the model's layers to keep, at least 2 (shapes stay real)",
+        help="fraction of the model's layers to keep, at least 2 layers (shapes stay real)",
     )
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Say where numbers come from: a figure without its machine is worth little."""
+"""The machine that the numbers come from: without it, a figure is worth little."""
 
 import os
 import platform

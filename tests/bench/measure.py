@@ -1,4 +1,4 @@
-"""Measure commands, and say which files the page cache holds while they run."""
+"""Measure commands, and control which files are in the page cache while they run."""
 
 import json
 import os

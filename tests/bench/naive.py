@@ -2,8 +2,8 @@
 
     python -m tests.bench.naive ADAPTER OUT --ep-size 8
 
-It writes the tensors of a shard directory, without manifest, digests or checks, and
-knows PEFT's two plain layouts only.
+It writes the tensors of a shard directory, without manifest, digests or checks, and knows
+only PEFT's two plain layouts.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """`pull` of one rank against huggingface_hub downloading everything, from a Hub on loopback.
 
-Loopback is not a network: it is measured as fast as it goes, where this machine's processors are
-the limit, and with a network's bandwidth, which all connections share, with and without a wait
-before each answer.
+Loopback is not a network. It is measured at full speed, where this machine's processors are the limit,
+and with a network's bandwidth, shared by all connections, with and without a delay before each
+answer.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from tests.bench.rows import Row, make_row
 from tests.bench.suite import LORASHARD, Settings
 from tests.hub_server import HubServer
 
-# Of the layers of the other parts: enough to make start-up small, and done in two minutes.
+# Fraction of the other parts' layers: enough to make start-up small, and done in two minutes.
 PART = 0.15
 
 
@@ -55,7 +55,7 @@ def bench_pull(settings: Settings) -> Iterator[Row]:
     """Measure with each bandwidth. The shards are those of a per-expert adapter."""
     model = scale_layers(MODELS[settings.model], settings.scale * PART)
     adapter = settings.work / f"{settings.model}-{model.num_layers}-layers-per_expert"
-    print(f"pull: writing or reusing {adapter}", file=sys.stderr)
+    print(f"pull: using {adapter}, writing it if it is not there", file=sys.stderr)
     write_adapter(adapter, model, "per_expert")
     shards = settings.work / "shards"
     shutil.rmtree(shards, ignore_errors=True)

@@ -22,8 +22,8 @@ def run_rounds(contestants: Sequence[Contestant], num_rounds: int) -> dict[str, 
     """Run each contestant once per round. Returns {name: one run per round}."""
     runs: dict[str, list[Run]] = {contestant.name: [] for contestant in contestants}
     for round_number in range(num_rounds):
-        # Every second round goes backwards: what one command leaves behind (free pages,
-        # disk queues) then helps or harms each of its neighbours equally.
+        # Every second round runs backwards, so that what one command leaves behind (free pages,
+        # disk queues) helps or harms each of its neighbours equally.
         order = contestants if round_number % 2 == 0 else contestants[::-1]
         for contestant in order:
             contestant.prepare()

@@ -1,8 +1,8 @@
 """What is measured: each lorashard command against a plain tool that does the same I/O.
 
 Every command runs on this machine's disk and page cache in the same session as its
-rival. On a fresh VM the first touch of a page of memory is slow (about 0.3 GB/s), so
-each part begins with an untimed run that touches them.
+rival. On a fresh VM, the first touch of a memory page is slow (about 0.3 GB/s), so each
+part begins with an untimed run.
 """
 
 import shutil
@@ -27,7 +27,7 @@ LORASHARD = (sys.executable, "-m", "lorashard")
 # `split` reads, hashes, writes and fsyncs. `cp` returns while the data is still in memory; with a
 # sync it does what split does, without the two digests. A fused lora_B is transposed as well.
 SPLIT_VS_CP = {"per_expert": Target(1.25, "x"), "fused": Target(2.0, "x")}
-# Hashing should hide behind a disk. Nothing hides it when the files are in memory, so
+# A disk should hide the cost of hashing. Nothing hides it when the files are in memory, so
 # the warm row has no target.
 VERIFY_COLD_VS_CAT = Target(1.25, "x")
 INSPECT_SECONDS = Target(0.5, "s")
@@ -110,7 +110,7 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
 
 
 def _bench_verify(settings: Settings, form: Form, adapter: Path) -> Iterator[Row]:
-    """Compare `verify` with reading the same files, from the disk and from memory."""
+    """Compare `verify` with reading the same files, from disk and from memory."""
     shards = settings.work / "shards"
     shutil.rmtree(shards, ignore_errors=True)
     ep_size = ("--ep-size", str(settings.ep_size))
@@ -164,7 +164,7 @@ def bench_form(settings: Settings, form: Form) -> Iterator[Row]:
     """Measure every command that reads an adapter, on one adapter of this form."""
     model = scale_layers(MODELS[settings.model], settings.scale)
     adapter = settings.work / f"{settings.model}-{model.num_layers}-layers-{form}"
-    print(f"{form}: writing or reusing {adapter}", file=sys.stderr)
+    print(f"{form}: using {adapter}, writing it if it is not there", file=sys.stderr)
     weights = write_adapter(adapter, model, form)
     yield from _bench_split(settings, form, adapter, weights)
     yield from _bench_verify(settings, form, adapter)

@@ -1,4 +1,4 @@
-"""Show the results as a table for people."""
+"""Print the results as a table."""
 
 from collections.abc import Mapping, Sequence
 
@@ -32,10 +32,10 @@ def _target(row: Row) -> str:
 def print_table(title: str, rows: Sequence[Row], machine: Mapping[str, str]) -> None:
     table = Table(title=title)
     table.add_column("adapter")
-    table.add_column("what")
+    table.add_column("command")
     table.add_column("seconds", justify="right")
     table.add_column("GB/s", justify="right")
-    table.add_column("ratio to rival")
+    table.add_column("time relative to")
     table.add_column("target")
     table.add_column("peak MB", justify="right")
     for row, following in zip(rows, (*rows[1:], None), strict=True):
