@@ -68,7 +68,7 @@ def _import_order(package: Path) -> Callable[[str], tuple[int, str, int, str]]:
     def key(folder: str) -> tuple[int, str, int, str]:
         outer, _, inner = folder.partition(".")
         return (
-            floors[""][outer] if outer else 0,
+            floors[""].get(outer, 0) if outer else 0,
             outer,
             floors[PLUGIN].get(inner, 0) if outer == PLUGIN else 0,
             inner,

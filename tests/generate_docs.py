@@ -72,7 +72,7 @@ class Parameter:
     """An argument or option as its command declares it."""
 
     names: tuple[str, ...]  # of an option; empty for an argument
-    value: str  # what stands after the name; empty for a flag
+    value: str  # what follows the name; empty for a flag
     help: str
     required: bool
     default: str

@@ -46,7 +46,7 @@ def _axis(end: float, bottom: float, scale: float) -> Iterator[str]:
         x = _LABEL_WIDTH + tick * step * scale
         yield _line(x, _TOP, bottom, _GRID, 1)
         yield _text(x, bottom + 16, f"{tick * step:g}×", 'text-anchor="middle"')
-    # The rival itself stands at 1.
+    # The plain tool itself is at 1.
     yield _line(_LABEL_WIDTH + scale, _TOP, bottom, _INK, 1.5)
 
 
