@@ -1,12 +1,12 @@
-"""What would be silently wrong is refused at start, with the reason and the way out. Pure.
+"""Rules for what would be silently wrong: it is refused at start, with the reason and the way out.
 
-`EngineFacts` are taken from vLLM's objects by `facts.py`; here it is decided. Each refusal can be
-overridden by a variable whose name says what is risked.
+In: `EngineFacts`, which `facts.py` takes from vLLM's objects. Out: a `Refusal` for each rule that
+applies. Setting a refusal's variable, whose name says what is risked, overrides it. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -15,8 +15,9 @@ class EngineFacts:
     """What decides whether LoRA on experts is right in this engine. None = not known yet.
 
     experts_class: the class that computes the experts. reads_lora: whether its code looks at the
-    LoRA context. leaves_rows: rows of experts elsewhere are summed unwritten. rearranged_for: the
-    kernel whose weight layout the experts have, where LoRA computes them with another.
+    LoRA context. leaves_rows: it sums rows of remote experts that nothing has written.
+    rearranged_for: the kernel whose weight layout the experts have, where LoRA computes them with
+    another. contract_breaks: sentences on how this vLLM differs from what the plugin relies on.
     """
 
     expert_parallel: bool
@@ -32,87 +33,106 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One reason not to start; `variable` set to 1 starts all the same."""
+    """One reason not to start; setting `variable` to 1 overrides it."""
 
     variable: str
     reason: str
     way_out: str
 
-    def __str__(self) -> str:
+    @property
+    def explanation(self) -> str:
+        """Why, what to do instead, and how to start anyway."""
         return (
-            f"lorashard: {self.reason} {self.way_out} "
-            f"To start all the same, at the risk that its name states: {self.variable}=1."
+            f"{self.reason} {self.way_out} "
+            f"To start anyway, accepting the risk in its name, set {self.variable}=1."
         )
 
+    def __str__(self) -> str:
+        return f"lorashard: {self.explanation}"
 
-_RULES: tuple[tuple[Callable[[EngineFacts], bool], Callable[[EngineFacts], Refusal]], ...] = (
-    (
-        lambda facts: facts.eplb,
-        lambda _: Refusal(
-            "LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE",
-            "LoRA with --enable-eplb: a rebalance moves the experts' weights and leaves their "
-            "LoRA where it was, so that adapters are silently wrong from then on.",
-            "Start without --enable-eplb.",
-        ),
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When an engine is refused, and what it is told.
+
+    reason: a format string over the fields of EngineFacts, and `breaks`, the contract breaks joined.
+    """
+
+    variable: str
+    applies: Callable[[EngineFacts], bool]
+    reason: str
+    way_out: str
+
+    def refusal(self, facts: EngineFacts) -> Refusal:
+        """The refusal of the engine that the rule applies to."""
+        breaks = "; ".join(facts.contract_breaks)
+        return Refusal(self.variable, self.reason.format(facts=facts, breaks=breaks), self.way_out)
+
+
+_BROKEN_CONTRACTS = Rule(
+    variable="LORASHARD_RISK_UNKNOWN_VLLM",
+    applies=lambda facts: bool(facts.contract_breaks),
+    reason="This vLLM differs from what lorashard relies on: {breaks}.",
+    way_out="Update lorashard, or use a vLLM release that `lorashard doctor` lists.",
+)
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        variable="LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE",
+        applies=lambda facts: facts.eplb,
+        reason="LoRA with --enable-eplb: a rebalance moves the experts' weights but not their LoRA, "
+        "so adapters are silently wrong from then on.",
+        way_out="Start without --enable-eplb.",
     ),
-    (
-        lambda facts: facts.data_parallel_size > 1,
-        lambda facts: Refusal(
-            "LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL",
-            f"LoRA with expert parallelism and --data-parallel-size {facts.data_parallel_size}: "
-            "ranks exchange tokens with LoRA slot numbers that each engine gives out for itself, "
-            "so that a token can meet another request's adapter.",
-            "Use tensor parallelism alone (-tp N --enable-expert-parallel), or one server for "
-            "each data-parallel rank.",
-        ),
+    Rule(
+        variable="LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL",
+        applies=lambda facts: facts.data_parallel_size > 1,
+        reason="LoRA with expert parallelism and --data-parallel-size {facts.data_parallel_size}: "
+        "ranks exchange tokens with LoRA slot numbers that each engine assigns on its own, so a "
+        "token can be computed with another request's adapter.",
+        way_out="Use tensor parallelism alone (-tp N --enable-expert-parallel), or one server for "
+        "each data-parallel rank.",
     ),
-    (
-        lambda facts: bool(facts.contract_breaks),
-        lambda facts: Refusal(
-            "LORASHARD_RISK_UNKNOWN_VLLM",
-            "This vLLM differs from what lorashard relies on: "
-            + "; ".join(facts.contract_breaks) + ".",
-            "Update lorashard, or use a vLLM release that `lorashard doctor` lists.",
-        ),
+    _BROKEN_CONTRACTS,
+    Rule(
+        variable="LORASHARD_RISK_IGNORED_EXPERT_LORA",
+        applies=lambda facts: not facts.reads_lora,
+        reason="The experts run in {facts.experts_class}, which accepts LoRA weights but never "
+        "applies them.",
+        way_out="Choose another MoE backend or quantization for the model (--moe-backend triton).",
     ),
-    (
-        lambda facts: not facts.reads_lora,
-        lambda facts: Refusal(
-            "LORASHARD_RISK_IGNORED_EXPERT_LORA",
-            f"The experts run in {facts.experts_class}, which takes LoRA weights and never "
-            "applies them.",
-            "Choose another MoE backend or quantization for the model (--moe-backend triton).",
-        ),
+    Rule(
+        variable="LORASHARD_RISK_WEIGHTS_OF_ANOTHER_KERNEL",
+        applies=lambda facts: facts.rearranged_for is not None,
+        reason="The experts' weights are laid out for {facts.rearranged_for}, but this vLLM "
+        "computes experts with LoRA in its Triton kernel, which expects another layout.",
+        way_out="Start without VLLM_USE_FLASHINFER_MOE_FP16 and with --moe-backend auto.",
     ),
-    (
-        lambda facts: facts.rearranged_for is not None,
-        lambda facts: Refusal(
-            "LORASHARD_RISK_WEIGHTS_OF_ANOTHER_KERNEL",
-            f"The experts' weights are laid out for {facts.rearranged_for}, and this vLLM computes "
-            "experts with LoRA by its Triton kernel, which reads them otherwise.",
-            "Start without VLLM_USE_FLASHINFER_MOE_FP16 and with --moe-backend auto.",
-        ),
+    Rule(
+        variable="LORASHARD_RISK_STALE_ROWS_OF_REMOTE_EXPERTS",
+        applies=lambda facts: facts.leaves_rows,
+        reason="In this vLLM, {facts.experts_class} sums rows of experts on other ranks that "
+        "nothing has written.",
+        way_out="Use vLLM 0.25.1 or later.",
     ),
-    (
-        lambda facts: facts.leaves_rows,
-        lambda facts: Refusal(
-            "LORASHARD_RISK_STALE_ROWS_OF_REMOTE_EXPERTS",
-            f"{facts.experts_class} of this vLLM sums rows of experts on other ranks that nothing "
-            "has written.",
-            "Use vLLM 0.25.1 or later.",
-        ),
-    ),
-)  # fmt: skip
+)
 
 # Every variable that overrides a refusal.
-VARIABLES = tuple(
-    make(EngineFacts(expert_parallel=True, data_parallel_size=1, eplb=False)).variable
-    for _, make in _RULES
-)
+VARIABLES = tuple(rule.variable for rule in RULES)
 
 
 def find_refusals(facts: EngineFacts) -> tuple[Refusal, ...]:
-    """Everything that speaks against serving LoRA here; nothing without expert parallelism."""
+    """Every reason not to serve LoRA here; none without expert parallelism or without experts."""
     if not facts.expert_parallel or facts.num_experts == 0:
         return ()
-    return tuple(make(facts) for applies, make in _RULES if applies(facts))
+    return tuple(rule.refusal(facts) for rule in RULES if rule.applies(facts))
+
+
+def contract_refusal(contract_breaks: Sequence[str]) -> Refusal | None:
+    """The refusal of a vLLM that breaks contracts; None if it breaks none.
+
+    For an engine without expert parallelism: the plugin loads shard directories there too, and no
+    other rule concerns it.
+    """
+    facts = EngineFacts(expert_parallel=False, contract_breaks=tuple(contract_breaks))
+    return _BROKEN_CONTRACTS.refusal(facts) if _BROKEN_CONTRACTS.applies(facts) else None
