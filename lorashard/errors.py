@@ -8,6 +8,7 @@ and where; `hint` says what to do next.
         HeaderError                   a safetensors file is damaged
         UnsupportedAdapterError       a feature that cannot be served per expert rank
         LayoutError                   the expert tensors do not fit together
+          UnclearLayoutError          the adapter alone does not say how to read them
         NoExpertsError                nothing to split
       PlacementError               4  experts and ranks do not fit together
       ShardError                   5  the shard directory cannot be written or believed
@@ -66,6 +67,10 @@ class UnsupportedAdapterError(AdapterError):
 
 class LayoutError(AdapterError):
     """Expert tensors are incomplete, contradictory or ambiguous."""
+
+
+class UnclearLayoutError(LayoutError):
+    """The adapter can be read in several ways; facts about its base model tell them apart."""
 
 
 class NoExpertsError(AdapterError):

@@ -23,7 +23,7 @@ from typing import Literal
 
 from lorashard.adapter.keys import Projection
 from lorashard.adapter.options import LayoutOptions, Orientation
-from lorashard.errors import LayoutError
+from lorashard.errors import LayoutError, UnclearLayoutError
 from lorashard.header import TensorEntry
 
 Role = Literal["gate_up_proj", "up_proj", "down_proj"]
@@ -105,7 +105,7 @@ def read_fused(
     if len(left) > 1:  # other tensors may break the tie; experts can be narrower than attention
         left = [r for r in left if r.hidden_size == hidden_size_hint] or left
     if len(left) > 1:
-        raise LayoutError(
+        raise UnclearLayoutError(
             f"{module}: {shapes} can be read in more than one way: {'; or '.join(map(str, left))}.",
             hint="Give --model MODEL_DIR (its config.json has the hidden size), or --orientation.",
         )

@@ -17,7 +17,12 @@ from lorashard.adapter.keys import ExpertKey, LoraKey, UnknownKey, parse_key
 from lorashard.adapter.modules import ExpertModule, build_module
 from lorashard.adapter.options import LayoutOptions
 from lorashard.dtypes import FLOAT_DTYPES
-from lorashard.errors import LayoutError, NoExpertsError, UnsupportedAdapterError
+from lorashard.errors import (
+    LayoutError,
+    NoExpertsError,
+    UnclearLayoutError,
+    UnsupportedAdapterError,
+)
 from lorashard.header import TensorEntry
 
 MAX_EXPERTS = 2**16
@@ -191,7 +196,7 @@ def _counted(factors: Sequence[SourceFactor], router_rows: int | None) -> int:
     complete = bool(trained) and trained == set(range(len(trained)))
     if not complete or (router_rows is not None and router_rows != len(trained)):
         listed = ", ".join(map(str, sorted(trained)[:8])) or "none by number"
-        raise LayoutError(
+        raise UnclearLayoutError(
             f"The adapter trains experts {listed} and does not say how many there are"
             + (f" (its router chooses from {router_rows})." if router_rows else "."),
             hint="Give --model MODEL_DIR or --num-experts N.",

@@ -13,10 +13,14 @@ from lorashard.vllm_plugin.patches.table import PATCHES
 from tests.goldens import check_golden
 from tests.tiny import (
     CONFIG,
+    MODULE,
     REPO,
     E,
+    H,
+    I,
     R,
     edit_json,
+    per_expert_tensors,
     run_cli,
     save_adapter,
     save_config,
@@ -96,7 +100,7 @@ def test_json_of_shards_and_flags_is_an_interface(
 def test_the_missing_vllm_is_a_problem_and_each_patch_says_so(python_path: str) -> None:
     done = run_cli("doctor", PYTHONPATH=python_path)
     assert done.returncode == 5
-    assert done.stderr.startswith("error: 1 thing is wrong: vLLM is not installed in this Python")
+    assert done.stderr.startswith("error: 1 problem: vLLM is not installed in this Python")
     assert "_load_adapter: not checked: vLLM is not installed\n" in done.stdout
     assert "why       Every rank parses" in done.stdout
 
@@ -174,7 +178,7 @@ def test_settings_are_shown_and_unknown_ones_flagged(python_path: str) -> None:
         "LORASHARD_DEBUG": "1", "LORASHARD_STRIKT": "1", "LORASHARD_THREADS": "4",
     }  # fmt: skip
     assert found["installation"]["unknown"] == ["LORASHARD_STRIKT"]
-    assert found["notes"] == ["LORASHARD_STRIKT is set, and nothing reads it."]
+    assert found["notes"] == ["LORASHARD_STRIKT is set, but nothing reads it."]
     assert problems(found, "plugin") == []
 
 
@@ -191,25 +195,30 @@ def test_shards_for_another_placement_load_with_the_plugins_warning(
 ) -> None:
     found = examine(shards, *flags)
     assert found["as_placed"] is False
-    assert "cut for 2 ranks otherwise than this engine" in found["outcome"]
+    assert found["outcome"].startswith(
+        "loads, and warns: split for 2 ranks, with a different placement from this engine's "
+    )
     assert f"--ep-size {found['ep_size']}" in found["outcome"]
     assert problems(found, "adapter") == []
 
 
 def test_strict_makes_another_placement_a_problem(shards: Path) -> None:
     found = examine(shards, "-tp", 4, EP, LORASHARD_STRICT="1")
-    assert "LORASHARD_STRICT makes it an error" in problems(found, "adapter")[0]
+    (text,) = problems(found, "adapter")
+    assert text.startswith(f"{shards}: split for 2 ranks, ")
+    assert text.endswith("LORASHARD_STRICT makes this an error.")
+    assert (found["outcome"], found["as_placed"]) == (None, False)
 
 
 def test_an_adapter_of_a_larger_rank_than_the_engine_takes_is_a_problem(shards: Path) -> None:
     (text,) = problems(examine(shards, "-tp", 2, EP, "--max-lora-rank", 1), "adapter")
-    assert f"r={R}, the engine has room for 1" in text
+    assert f"r={R}, the engine has room for 1. Start vLLM with --max-lora-rank 8." in text
 
 
 def test_a_model_whose_class_joins_gate_and_up_needs_both_ranks(adapter: Path) -> None:
     found = examine(adapter, "-tp", 2, EP, "--max-lora-rank", R)
     assert problems(found, "adapter") == []
-    assert any(f"--max-lora-rank {2 * R}" in note for note in found["notes"])
+    assert any("needs --max-lora-rank 8 for it" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize(
@@ -230,7 +239,24 @@ def test_round_robin_counts_for_models_with_expert_groups(
 def test_another_model_is_a_problem(shards: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_experts=8)
     found = examine(shards, "-tp", 2, EP, "--model", model)
-    assert "has 4 experts, the model 8" in problems(found, "adapter")[0]
+    (text,) = problems(found, "adapter")
+    assert text.startswith(f"{shards}: {MODULE}: the adapter has 4 experts, {MODULE} has 8.\n")
+    assert (found["outcome"], found["as_placed"]) == (None, None)
+
+
+def test_a_model_of_other_sizes_is_a_problem_in_the_loaders_words(
+    shards: Path, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model", hidden_size=2 * H, moe_intermediate_size=I)
+    (text,) = problems(examine(shards, "-tp", 2, EP, "--model", model), "adapter")
+    assert f"gate_proj lora_A has {H} features, {MODULE} has {2 * H}." in text
+
+
+def test_the_adapters_own_model_is_none(shards: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", hidden_size=H, moe_intermediate_size=I)
+    found = examine(shards, "-tp", 2, EP, "--model", model)
+    assert problems(found, "adapter") == []
+    assert found["as_placed"] is True
 
 
 def test_shards_that_cannot_be_believed_are_a_problem(shards: Path) -> None:
@@ -253,16 +279,37 @@ def test_without_expert_parallel_vllms_own_loader_is_used(adapter: Path) -> None
     assert examine(adapter, "-tp", 2)["outcome"].startswith("vLLM's own loader")
 
 
-def test_an_adapter_without_experts_goes_to_vllms_own_loader(tmp_path: Path) -> None:
-    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+@pytest.mark.parametrize("module", ["base_model.model.model.layers.0.self_attn.q_proj", "odd"])
+@pytest.mark.parametrize("lora_alpha", [1, "not a number"])
+def test_an_adapter_without_experts_is_left_to_vllm_whatever_is_wrong_with_it(
+    tmp_path: Path, module: str, lora_alpha: object
+) -> None:
     header = {
-        f"{key}{matrix}.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [at, at + 4]}
+        f"{module}.lora_{matrix}.weight": {"dtype": "F32", "shape": [1, 1],
+                                           "data_offsets": [at, at + 4]}
         for matrix, at in (("A", 0), ("B", 4))
-    }
-    plain = save_header(tmp_path / "dense", header, bytes(8), r=1, lora_alpha=1)
+    }  # fmt: skip
+    plain = save_header(tmp_path / "dense", header, bytes(8), r=1, lora_alpha=lora_alpha)
     found = examine(plain, "-tp", 2, EP)
-    assert found["outcome"] == "vLLM's own loader, as no expert is trained"
+    assert found["outcome"] == "vLLM's own loader, since no expert is trained"
     assert problems(found, "adapter") == []
+
+
+def test_an_adapter_that_needs_a_model_to_be_read_is_no_problem_until_one_is_named(
+    tmp_path: Path,
+) -> None:
+    some = {n: t for n, t in per_expert_tensors().items() if ".experts.0." not in n}
+    plain = save_adapter(tmp_path / "some experts", some)
+    found = examine(plain, "-tp", 2, EP)
+    assert (found["outcome"], problems(found, "adapter")) == (None, [])
+    (note,) = (note for note in found["notes"] if "give --model" in note)
+    assert "does not say how many there are" in note
+    named = examine(plain, "-tp", 2, EP, "--model", save_model(tmp_path / "model"))
+    assert named["outcome"].startswith("sliced in memory by each rank")
+    other = save_model(tmp_path / "other", num_experts=2)
+    assert "expert 2, the model has 2" in problems(
+        examine(plain, "-tp", 2, EP, "--model", other), "adapter"
+    )[0]  # fmt: skip
 
 
 def test_an_adapter_that_cannot_be_read_is_a_problem(adapter: Path, tmp_path: Path) -> None:
@@ -279,7 +326,7 @@ def test_a_folder_called_vllm_is_not_vllm(tmp_path: Path) -> None:
     assert examine(PYTHONPATH=path)["installation"]["vllm"] is None
 
 
-def test_a_vllm_that_cannot_be_imported_is_told_and_keeps_stdout_clean(
+def test_a_vllm_that_cannot_be_imported_is_reported_and_keeps_stdout_clean(
     python_path: str, tmp_path: Path
 ) -> None:
     package = tmp_path / "path" / "vllm"
@@ -290,7 +337,7 @@ def test_a_vllm_that_cannot_be_imported_is_told_and_keeps_stdout_clean(
     path = f"{python_path}{os.pathsep}{package.parent}"
     found = examine(PYTHONPATH=path)
     assert (found["installation"]["vllm"], found["vllm_known"]) == ("0.99.0", False)
-    assert "vLLM 0.99.0 is not known to lorashard, 0.16.0 to 0.33.0 are." in found["notes"]
+    assert "lorashard is not tested with vLLM 0.99.0, only with 0.16.0 to 0.33.0." in found["notes"]
     assert all("cannot be imported: ModuleNotFoundError" in p for p in problems(found, "patches"))
     assert len(problems(found, "patches")) == len([p for p in PATCHES if p.until is None])
 

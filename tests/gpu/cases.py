@@ -74,8 +74,10 @@ _E = ("e0", "e1", "e2")
 _BOTH = (*_checks("plain", *_E), *_checks("shards", *_E))
 _ROUND_ROBIN = {"expert_placement_strategy": "round_robin"}
 _ONE_EXPERT = {"worker_extension_cls": "tests.gpu.one_expert.OneExpert"}
-_OTHER_EP_SIZE = Check("e1", "shards-ep4", log=r"lorashard: .*shards-ep4: cut for 4 ranks")
-_OTHER_PLACEMENT = Check("e0", "shards", log=r"lorashard: .*e0\.shards: cut for 2 ranks otherwise")
+_OTHER_EP_SIZE = Check("e1", "shards-ep4", log=r"lorashard: .*shards-ep4: split for 4 ranks")
+_OTHER_PLACEMENT = Check(
+    "e0", "shards", log=r"lorashard: .*e0\.shards: split for 2 ranks, with a different placement"
+)
 
 CASES: tuple[Case, ...] = (
     # The slowest first, so that they do not start last.

@@ -64,7 +64,7 @@ REFUSALS = {
     "wrong size": "has 16 features",
     "r too large": "9",
     "stray": "extra_proj.lora_A.weight: no module of the model takes this tensor",
-    "strict": "cut for 4 ranks",
+    "strict": "split for 4 ranks",
 }
 
 

@@ -17,7 +17,7 @@ from lorashard.adapter.config import WEIGHTS_NAME
 from lorashard.adapter.keys import ExpertKey, parse_key
 from lorashard.adapter.layout import AdapterLayout, detect_layout
 from lorashard.adapter.options import LayoutOptions
-from lorashard.adapter.read import opened_adapter
+from lorashard.adapter.read import AdapterSource, opened_adapter
 from lorashard.errors import AdapterError
 from lorashard.header import TensorEntry
 from lorashard.shards.placement import Placement
@@ -48,15 +48,8 @@ def open_plain_adapter(
     options: what the model says about its experts. take: gives so many bytes of memory, of any
     content, for as long as the contents are held. Raises AdapterError.
     """
-    try:
-        # vLLM reads adapter_model.bin with weights_only=True, so a pickle is taken here too.
-        source = stack.enter_context(opened_adapter(path, allow_pickle=True))
-    except AdapterError:
-        weights_path = path / WEIGHTS_NAME
-        if weights_path.is_file() and not _has_experts(read_header(weights_path)[1].tensors):
-            return None  # whatever is said against it: it is vLLM's own business
-        raise
-    if not _has_experts(source.index.tensors):
+    source = open_with_experts(path, stack)
+    if source is None:
         return None
     layout = detect_layout(source.index, options, str(path))
     placement = _own_and_rest(layout, local_experts)
@@ -73,10 +66,27 @@ def open_plain_adapter(
         source.index.config,
         layout.num_experts,
         gate_up_known=True,
-        modules=_modules(layout, placement),
+        modules=module_contents(layout, placement),
         dense=_dense(plan.files[0], layout),
         sources={REPLICATED: images[0], 0: images[1]},
     )
+
+
+def open_with_experts(path: Path, stack: ExitStack) -> AdapterSource | None:
+    """Read an adapter's config and header; None if no tensor is an expert's.
+
+    An adapter without experts is vLLM's own to load or to refuse, whatever may be wrong with it.
+    Raises AdapterError.
+    """
+    try:
+        # vLLM reads adapter_model.bin with weights_only=True, so a pickle is taken here too.
+        source = stack.enter_context(opened_adapter(path, allow_pickle=True))
+    except AdapterError:
+        weights_path = path / WEIGHTS_NAME
+        if weights_path.is_file() and not _has_experts(read_header(weights_path)[1].tensors):
+            return None
+        raise
+    return source if _has_experts(source.index.tensors) else None
 
 
 def _has_experts(tensors: Sequence[TensorEntry]) -> bool:
@@ -98,7 +108,8 @@ def _own_and_rest(layout: AdapterLayout, local_experts: LocalExperts) -> Placeme
     return Placement("explicit", layout.num_experts, next(iter(layers.values())), layers)
 
 
-def _modules(layout: AdapterLayout, placement: Placement) -> tuple[ModuleContents, ...]:
+def module_contents(layout: AdapterLayout, placement: Placement) -> tuple[ModuleContents, ...]:
+    """What rank 0 of a placement gets of each experts container, as one rank file has it."""
     return tuple(
         ModuleContents(
             module.name,

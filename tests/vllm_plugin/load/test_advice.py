@@ -1,4 +1,4 @@
-"""What to run for a directory that loads from one file, and that running it is right."""
+"""What to run for a directory that each rank loads from one file, and that running it is right."""
 
 from __future__ import annotations
 
@@ -14,50 +14,35 @@ from hypothesis import strategies as st
 
 from lorashard import SplitRequest, split_adapter
 from lorashard.shards.placement import Ranks, linear_placement, round_robin_placement
-from lorashard.vllm_plugin.engine.live import LiveExperts
-from lorashard.vllm_plugin.load.advice import is_first_concerned, resplit_advice
-from lorashard.vllm_plugin.load.assembly import assemble
-from lorashard.vllm_plugin.load.fill import LayerPlan
+from lorashard.vllm_plugin.load.advice import LayerOrigin, is_first_mismatch, resplit_advice
 from lorashard.vllm_plugin.load.rows import find_runs
 from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 from tests.strategies import rank_lists
-from tests.tiny import MODULE, E, H, I, run_cli, save_adapter, save_fused
+from tests.tiny import E, run_cli, save_adapter, save_fused
 
 LINEAR = linear_placement(E, 2).ranks
 ROUND_ROBIN = round_robin_placement(E, 2).ranks
+ALL = tuple(range(E))
 EXPLICIT: Ranks = ((3, 0), (1, 2))
 
 
-def live(ranks: Ranks, ep_rank: int = 0) -> LiveExperts:
-    return LiveExperts(
-        MODULE, "2d", E, ep_rank, len(ranks), ranks[ep_rank], gated=True, hidden_size=H,
-        intermediate_size=I, buffer_intermediate=I, max_lora_rank=8, interleaved=False,
-        shared_outer=False,
-    )  # fmt: skip
+def origin(ranks: Ranks, engine: Ranks, ep_rank: int = 0) -> LayerOrigin:
+    """A layer whose experts are split as `ranks`, on a rank of an engine."""
+    own = ep_rank if len(ranks) == len(engine) else None
+    return LayerOrigin(engine[ep_rank], ranks, find_runs(ranks, engine[ep_rank], own))
 
 
 def advice(directory: Path, engine: Ranks, ep_rank: int = 0) -> str | None:
     """What the engine would say after loading the directory."""
-    here = live(engine, ep_rank)
     with ExitStack() as stack:
         contents = open_shard_directory(directory, stack)
-    plans = []
-    for module in contents.modules:
-        own = ep_rank if len(module.ranks) == here.ep_size else None
-        plans.append(
-            LayerPlan(
-                here.name,
-                assemble(here, module.stacks, module.gate_up, module.name),
-                find_runs(module.ranks, here.local_experts, own),
-                here.local_experts,
-                module.scaling,
-                (),
-            )
-        )
-    return resplit_advice(directory, here, [m.ranks for m in contents.modules], plans)
+    origins = [origin(module.ranks, engine, ep_rank) for module in contents.modules]
+    return resplit_advice(
+        str(directory), origins, ep_rank=ep_rank, ep_size=len(engine), num_experts=E
+    )
 
 
-def cut(folder: Path, name: str, ep_size: int, placement: Any, save: Any = save_adapter) -> Path:
+def split(folder: Path, name: str, ep_size: int, placement: Any, save: Any = save_adapter) -> Path:
     source = save(folder / "source of it all")
     split_adapter(source, folder / name, SplitRequest(ep_size, placement))
     return folder / name
@@ -65,7 +50,7 @@ def cut(folder: Path, name: str, ep_size: int, placement: Any, save: Any = save_
 
 def commands(text: str) -> list[list[str]]:
     """The arguments of each lorashard command in the advice."""
-    _, found, line = text.partition("A directory that loads faster: ")
+    _, found, line = text.partition("For faster loads: ")
     assert found
     parts: list[list[str]] = [[]]
     for word in shlex.split(line):
@@ -81,10 +66,10 @@ def commands(text: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("placement", "engine"), [("linear", LINEAR), ("round_robin", ROUND_ROBIN)]
 )
-def test_a_directory_cut_for_this_engine_needs_none(
+def test_a_directory_split_for_this_engine_needs_none(
     tmp_path: Path, placement: Any, engine: Ranks, ep_rank: int
 ) -> None:
-    assert advice(cut(tmp_path, "out", 2, placement), engine, ep_rank) is None
+    assert advice(split(tmp_path, "out", 2, placement), engine, ep_rank) is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +85,7 @@ def test_the_commands_make_a_directory_that_needs_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     ep_size: int, placement: Any, engine: Ranks, save: Any,
 ) -> None:  # fmt: skip
-    directory = cut(tmp_path, "it's a $HOME; of shards", ep_size, placement, save)
+    directory = split(tmp_path, "it's a $HOME; of shards", ep_size, placement, save)
     before = advice(directory, engine)
     assert before is not None
     work = tmp_path / "elsewhere"
@@ -116,47 +101,70 @@ def test_the_commands_make_a_directory_that_needs_none(
 def test_an_engine_with_a_map_of_its_own_is_asked_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = advice(cut(tmp_path, "out", 2, "linear"), EXPLICIT)
+    before = advice(split(tmp_path, "out", 2, "linear"), EXPLICIT)
     assert before is not None
     (tmp_path / "MAP.json").write_text(json.dumps({"ranks": EXPLICIT}))
     monkeypatch.chdir(tmp_path)
-    merge, split = commands(before)
-    assert split[-2:] == ["--expert-map", "MAP.json"]
-    for command in (merge, split):
+    merging, splitting = commands(before)
+    assert splitting[-2:] == ["--expert-map", "MAP.json"]
+    for command in (merging, splitting):
         done = run_cli(*command)
         assert done.returncode == 0, done.stderr
     assert advice(tmp_path / "out-merged-ep2", EXPLICIT) is None
 
 
 def test_the_files_that_were_needed_are_named(tmp_path: Path) -> None:
-    text = advice(cut(tmp_path, "out", 4, "linear"), LINEAR, ep_rank=1)
+    text = advice(split(tmp_path, "out", 4, "linear"), LINEAR, ep_rank=1)
     assert text is not None
-    assert "cut for 4 ranks" in text
-    assert "(ep_size 2)" in text
-    assert "gathered from rank files 2, 3." in text
+    assert text.startswith("split for 4 ranks, with a different placement from this engine's ")
+    assert "(ep_size 2); ep rank 1 reads its experts from rank files 2, 3. For" in text
+
+
+def test_one_rank_and_one_file_are_named_in_the_singular() -> None:
+    text = resplit_advice("d", [origin((ALL,), LINEAR)], ep_rank=0, ep_size=2, num_experts=E)
+    assert text is not None
+    assert text.startswith("split for 1 rank, ")
+    assert "from rank file 0. " in text
+
+
+def test_of_many_files_eight_are_listed() -> None:
+    one_each = linear_placement(12, 12).ranks
+    text = resplit_advice(
+        "d", [origin(one_each, (tuple(range(12)),))], ep_rank=0, ep_size=1, num_experts=12
+    )
+    assert text is not None
+    assert "rank files 0, 1, 2, 3, 4, 5, 6, 7, …. For" in text
+
+
+def test_one_layer_that_is_placed_differently_is_enough() -> None:
+    origins = [origin(LINEAR, LINEAR), origin(ROUND_ROBIN, LINEAR)]
+    assert resplit_advice("d", origins[:1], ep_rank=0, ep_size=2, num_experts=E) is None
+    assert resplit_advice("d", origins, ep_rank=0, ep_size=2, num_experts=E) is not None
 
 
 def test_the_same_experts_in_another_order_are_another_placement(tmp_path: Path) -> None:
     swapped = tuple(tuple(reversed(experts)) for experts in LINEAR)
-    assert advice(cut(tmp_path, "out", 2, "linear"), swapped) is not None
+    assert advice(split(tmp_path, "out", 2, "linear"), swapped) is not None
 
 
-def test_an_adapter_without_layers_of_this_stage_needs_none(tmp_path: Path) -> None:
-    assert resplit_advice(tmp_path, live(LINEAR), [], []) is None
+def test_an_adapter_without_layers_on_this_rank_needs_none() -> None:
+    assert resplit_advice("d", [], ep_rank=0, ep_size=2, num_experts=E) is None
 
 
 @given(
-    cut_for=st.integers(1, 4).flatmap(lambda ep_size: rank_lists(E, ep_size)),
+    split_for=st.integers(1, 4).flatmap(lambda ep_size: rank_lists(E, ep_size)),
     rule=st.sampled_from([linear_placement, round_robin_placement]),
     ep_size=st.integers(1, 4),
 )
-def test_of_all_ranks_the_first_that_is_concerned_tells(
-    cut_for: list[list[int]], rule: Any, ep_size: int
+def test_of_all_ranks_that_need_advice_the_first_gives_it(
+    split_for: list[list[int]], rule: Any, ep_size: int
 ) -> None:
     engine: Ranks = rule(E, ep_size).ranks
-    cut_ranks = tuple(map(tuple, cut_for))
-    concerned = [
-        k for k in range(ep_size) if len(cut_ranks) != ep_size or cut_ranks[k] != engine[k]
+    ranks = tuple(map(tuple, split_for))
+    concerned = [k for k in range(ep_size) if len(ranks) != ep_size or ranks[k] != engine[k]]
+    giving = [
+        k
+        for k in concerned
+        if is_first_mismatch(origin(ranks, engine, k), ep_rank=k, ep_size=ep_size, num_experts=E)
     ]
-    telling = [k for k in concerned if is_first_concerned(live(engine, k), cut_ranks)]
-    assert telling == concerned[:1]
+    assert giving == concerned[:1]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lorashard.vllm_plugin.doctor.survey import FIRST_KNOWN, LAST_KNOWN
+from lorashard.vllm_plugin.doctor.releases import FIRST_KNOWN, LAST_KNOWN
 from lorashard.vllm_plugin.patches import apply as patch_module
 from lorashard.vllm_plugin.patches.apply import Patch, apply_patch, broken
 from lorashard.vllm_plugin.patches.table import PATCHES

@@ -1,0 +1,84 @@
+"""Filled tensors -> vLLM's own LoRAModel.
+
+Tensors of attention and dense layers go through vLLM's `from_lora_tensors`. The experts' are put
+under the wrapper's name as the lists that `set_lora` takes, which vLLM's packing leaves alone
+(0.33.0 lora/model_manager.py:849; held in tests/vllm_plugin/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorashard.adapter.config import LoraConfig
+from lorashard.adapter.keys import LoraKey, parse_key
+from lorashard.dtypes import TORCH_DTYPES
+from lorashard.header import TensorEntry
+from lorashard.vllm_plugin.engine.names import ModuleNames
+from lorashard.vllm_plugin.load.assembly import Assembly
+
+# The arguments of `from_local_checkpoint` that `from_lora_tensors` has too. The others say how to
+# read and slice files (tensorizer_config_dict, moe_ep_spec), which has been done by then.
+_SHARED_ARGUMENTS = (
+    "lora_model_id", "device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes",
+)  # fmt: skip
+
+
+def make_lora_model(
+    stock: Any,
+    tensors: Mapping[str, Any],
+    peft_helper: Any,
+    arguments: Mapping[str, Any],
+    config: LoraConfig,
+    names: ModuleNames,
+) -> Any:
+    """A LoRAModel of the dense tensors, each with the r and scaling of the adapter's config.
+
+    stock: vLLM's LoRAModel, the class. tensors: by their names in the adapter. arguments: the
+    keyword arguments that vLLM gave to `from_local_checkpoint`.
+    """
+    model = stock.from_lora_tensors(
+        tensors=dict(tensors),
+        peft_helper=peft_helper,
+        **{name: arguments[name] for name in _SHARED_ARGUMENTS if name in arguments},
+    )
+    # Releases before 0.30 ignore rank_pattern and alpha_pattern.
+    for name in tensors:
+        key = parse_key(name, 2)
+        if isinstance(key, LoraKey) and (weights := model.loras.get(names.renamed(key.module))):
+            weights.rank = weights.lora_a.shape[0]
+            weights.scaling = config.scaling_of(key.module, weights.rank)
+    return model
+
+
+def packed_experts(name: str, assembly: Assembly, tensors: Sequence[Any]) -> Any:
+    """VLLM's PackedLoRALayerWeights of one MoE layer.
+
+    name: of the live layer. tensors: one for each factor of the assembly, [slots, rows, cols];
+    lora_B is scaled already.
+    """
+    from vllm.lora.lora_weights import PackedLoRALayerWeights
+
+    parts = len(assembly.lora_a)
+    return PackedLoRALayerWeights(
+        name,
+        assembly.lora_rank,
+        [assembly.lora_rank] * parts,
+        [tensors[index] for index in assembly.lora_a],
+        [tensors[index] for index in assembly.lora_b],
+        scaling=[1] * parts,
+    )
+
+
+def tensor_in(region: Any, entry: TensorEntry, begin: int) -> Any:
+    """The torch tensor of a file's entry, in a region whose first byte is the file's `begin`."""
+    import torch
+
+    data = torch.from_numpy(region)[entry.begin - begin : entry.end - begin]
+    return data.view(getattr(torch, TORCH_DTYPES[entry.dtype])).view(entry.shape)
+
+
+def safetensors_dtype(dtype: Any) -> str:
+    """A torch dtype by its name in safetensors files: torch.bfloat16 -> BF16."""
+    name = str(dtype).removeprefix("torch.")
+    return next(known for known, torch_name in TORCH_DTYPES.items() if torch_name == name)
