@@ -1,4 +1,4 @@
-"""VLLM's configuration and modules -> EngineFacts."""
+"""VLLM's configuration and loaded modules -> `EngineFacts`, which `guards.py` decides on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorashard.vllm_plugin.engine.guards import EngineFacts
 
 
 def config_facts(vllm_config: Any) -> EngineFacts:
-    """What the configuration says before a model is loaded."""
+    """What the configuration alone says, before a model is loaded."""
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
     count = getattr(model, "get_num_experts", None)
@@ -30,12 +30,16 @@ def config_facts(vllm_config: Any) -> EngineFacts:
 def module_facts(
     vllm_config: Any, wrappers: Mapping[str, Any], contract_breaks: Sequence[str]
 ) -> EngineFacts:
-    """The same with what the loaded model's MoE layers add."""
-    experts = [e for e in map(_experts_of, wrappers.values()) if e is not None]
-    classes = dict.fromkeys(map(type, experts))  # one for all layers, mostly: source is read once
+    """The same, and what the loaded model's MoE layers add.
+
+    wrappers: the MoE LoRA wrappers by name. contract_breaks: from `contracts.py`.
+    """
+    experts = [e for e in map(_experts_object, wrappers.values()) if e is not None]
+    # Mostly one class for all layers; its source is read once.
+    classes = dict.fromkeys(map(type, experts))
     return dataclasses.replace(
         config_facts(vllm_config),
-        num_experts=None if wrappers else 0,  # vLLM does not know the count of every model
+        num_experts=None if wrappers else 0,  # vLLM cannot count the experts of every model
         contract_breaks=tuple(contract_breaks),
         experts_class=type(experts[-1]).__name__ if experts else None,
         reads_lora=all(map(reads_lora_context, classes)),
@@ -44,8 +48,8 @@ def module_facts(
     )
 
 
-def _experts_of(wrapper: Any) -> Any:
-    """The object that computes a layer's experts: what each release calls its kernel."""
+def _experts_object(wrapper: Any) -> Any:
+    """The object that computes a layer's experts, under the name that each release has for it."""
     method = getattr(wrapper.base_layer, "quant_method", None)
     kernel = (
         getattr(wrapper, "_moe_kernel", None)  # from 0.21.0
@@ -56,10 +60,11 @@ def _experts_of(wrapper: Any) -> Any:
 
 
 def _rearranged_for(wrapper: Any) -> str | None:
-    """The kernel whose weight layout an unquantised layer has, if LoRA takes another kernel.
+    """The kernel whose weight layout an unquantised layer has, if LoRA uses another kernel.
 
-    Up to 0.19 LoRA makes a Triton kernel whatever the method chose (0.19.1 oracle/unquantized.py);
-    with expert parallelism VLLM_USE_FLASHINFER_MOE_FP16 chooses one that swaps gate and up.
+    Up to 0.19 LoRA always makes a Triton kernel, whichever the method chose (0.19.1
+    oracle/unquantized.py); with expert parallelism VLLM_USE_FLASHINFER_MOE_FP16 chooses one that
+    swaps gate and up.
     """
     method = getattr(wrapper.base_layer, "quant_method", None)
     method = getattr(method, "old_quant_method", method)
@@ -85,7 +90,7 @@ def reads_lora_context(experts_class: type) -> bool:
         try:
             source = inspect.getsource(method)
         except (OSError, TypeError):
-            return True  # no source to read: nothing known against it
+            return True  # no source to read, so there is nothing to hold against it
         if "lora" in source:
             return True
         if "super().apply(" not in source:
@@ -94,7 +99,10 @@ def reads_lora_context(experts_class: type) -> bool:
 
 
 def _leaves_rows(experts_class: type) -> bool:
-    """Up to 0.24 the unfused gpt-oss experts sum with `moe_sum`, not `masked_moe_sum`."""
+    """Whether the class sums rows of remote experts that nothing has written.
+
+    Up to 0.24 the unfused gpt-oss experts sum with `moe_sum`, not `masked_moe_sum`.
+    """
     unfused = next(
         (c for c in experts_class.__mro__ if c.__name__ == "UnfusedOAITritonExperts"), None
     )

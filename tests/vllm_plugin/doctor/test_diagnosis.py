@@ -1,0 +1,90 @@
+"""The report as a whole: what the parts say is put together, and `ok` means no problem."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorashard import SplitRequest, split_adapter
+from lorashard.adapter.options import LayoutOptions
+from lorashard.vllm_plugin.doctor.adapter_survey import survey_adapter
+from lorashard.vllm_plugin.doctor.diagnosis import Report, diagnose
+from lorashard.vllm_plugin.doctor.findings import Installation, SurveyedAdapter
+from lorashard.vllm_plugin.doctor.flags import EngineFlags
+from tests.tiny import save_adapter
+
+HERE = Installation(
+    lorashard="1", python="3.11", executable="python", torch="2.9", vllm="0.33.0",
+    entry_point=True, allowed=True, variables={}, switched_on=(), unknown=(), faults=(),
+)  # fmt: skip
+EP = EngineFlags(tensor_parallel_size=2, enable_expert_parallel=True)
+EPLB_RISK = "LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE"
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> SurveyedAdapter:
+    split_adapter(save_adapter(tmp_path / "plain"), tmp_path / "shards", SplitRequest(2))
+    return survey_adapter(tmp_path / "shards", LayoutOptions(), expert_parallel=True)
+
+
+def report(
+    flags: EngineFlags = EP, adapter: SurveyedAdapter | None = None, **changes: Any
+) -> Report:
+    return diagnose(replace(HERE, **changes), [], flags, None, adapter)
+
+
+def test_a_sound_engine_is_ok() -> None:
+    sound = report()
+    assert (sound.ok, sound.problems, sound.refusals, sound.notes) == (True, (), (), ())
+    assert (sound.vllm_known, sound.ep_size, sound.placement) == (True, 2, "linear")
+    assert (sound.adapter, sound.outcome, sound.as_placed) == (None, None, None)
+
+
+def test_a_refused_engine_is_not_ok_and_says_so_once() -> None:
+    refused = report(replace(EP, enable_eplb=True))
+    assert not refused.ok
+    assert [(r.variable, r.overridden) for r in refused.refusals] == [(EPLB_RISK, False)]
+    assert [problem.about for problem in refused.problems] == ["flags"]
+    assert refused.notes == ()
+
+
+def test_an_overridden_refusal_is_a_note_and_no_problem() -> None:
+    allowed = report(replace(EP, enable_eplb=True), switched_on=(EPLB_RISK,))
+    assert allowed.ok
+    assert [(r.variable, r.overridden) for r in allowed.refusals] == [(EPLB_RISK, True)]
+    assert [EPLB_RISK in note for note in allowed.notes] == [True]
+
+
+def test_an_adapters_outcome_and_summary_are_in_the_report(shards: SurveyedAdapter) -> None:
+    placed = report(adapter=shards)
+    assert (placed.ok, placed.as_placed, placed.adapter) == (True, True, shards.summary)
+    assert placed.outcome is not None
+    assert placed.outcome.startswith("each rank reads its own file, ")
+
+
+def test_strict_is_read_from_the_installation(shards: SurveyedAdapter) -> None:
+    flags = replace(EP, tensor_parallel_size=4)
+    assert report(flags, shards).ok
+    strict = report(flags, shards, switched_on=("LORASHARD_STRICT",))
+    assert [problem.about for problem in strict.problems] == ["adapter"]
+    assert (strict.outcome, strict.as_placed) == (None, False)
+
+
+def test_problems_are_in_the_order_of_installation_flags_adapter(shards: SurveyedAdapter) -> None:
+    flags = replace(EP, enable_eplb=True, max_lora_rank=1)
+    found = report(flags, shards, vllm=None, entry_point=False)
+    assert [problem.about for problem in found.problems] == ["vllm", "plugin", "flags", "adapter"]
+    assert found.vllm_known is None
+
+
+def test_the_note_on_the_placement_is_there() -> None:
+    (note,) = report(replace(EP, expert_placement_strategy="round_robin")).notes
+    assert "--model" in note
+
+
+def test_what_only_a_loaded_model_shows_is_there_with_expert_parallelism() -> None:
+    assert len(report().known_once_loaded) == 2
+    assert report(EngineFlags()).known_once_loaded == ()
