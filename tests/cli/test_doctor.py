@@ -302,7 +302,7 @@ def test_an_adapter_that_needs_a_model_to_be_read_is_no_problem_until_one_is_nam
     plain = save_adapter(tmp_path / "some experts", some)
     found = examine(plain, "-tp", 2, EP)
     assert (found["outcome"], problems(found, "adapter")) == (None, [])
-    (note,) = (note for note in found["notes"] if "give --model" in note)
+    (note,) = (note for note in found["notes"] if "without its model (--model)" in note)
     assert "does not say how many there are" in note
     named = examine(plain, "-tp", 2, EP, "--model", save_model(tmp_path / "model"))
     assert named["outcome"].startswith("sliced in memory by each rank")

@@ -34,7 +34,7 @@ def adapter_notes(adapter: SurveyedAdapter, flags: EngineFlags) -> Iterator[str]
     summary = adapter.summary
     if adapter.needs_model and summary.error is not None:
         reason = summary.error.partition("\n")[0]
-        yield f"{summary.path} cannot be judged without its model, so give --model: {reason}"
+        yield f"{summary.path} cannot be judged without its model (--model): {reason}"
     if summary.ranks and flags.ep_size == 1:
         yield "Without -tp N --enable-expert-parallel, every rank needs all experts."
     both_ranks = 2 * (summary.lora_rank or 0)

@@ -88,7 +88,7 @@ def test_separate_gates_need_twice_the_room_in_some_models(
 def test_an_adapter_that_needs_its_model_is_noted_with_the_first_line_of_the_reason() -> None:
     adapter = replace(surveyed(error="two readings.\n  Give --orientation."), needs_model=True)
     assert list(adapter_notes(adapter, EP)) == [
-        "some/adapter cannot be judged without its model, so give --model: two readings."
+        "some/adapter cannot be judged without its model (--model): two readings."
     ]
     assert list(adapter_notes(replace(adapter, needs_model=False), EP)) == []
 

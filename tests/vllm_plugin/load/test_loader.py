@@ -1,0 +1,120 @@
+"""What the loader opens, reports and leaves to vLLM, in one real release on the CPU.
+
+That the right values land in the LoRA buffers is test_loading_conformance.py's.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from tests.tiny import REPO
+from tests.vllm_release import run_in_release
+
+# 0.22.1: before vLLM itself reads rank_pattern (0.30).
+RELEASE = "0.22.1"
+SCRIPT = f"""
+import sys; sys.path.insert(0, {str(REPO)!r})
+import dataclasses, os, tempfile
+from pathlib import Path
+from lorashard.vllm_plugin import register
+register()
+import torch
+from lorashard import SplitRequest, split_adapter
+from tests.vllm_plugin import harness
+from tests.vllm_plugin.harness_selfcheck import SIZES, adapter_of, modules
+
+folder = Path(tempfile.mkdtemp())
+built = adapter_of("L1")
+plain = built.write(folder / "plain")
+for ranks in (2, 4):
+    split_adapter(plain, folder / f"ep{{ranks}}", SplitRequest(ranks))
+
+def load(path, ep_rank=0):
+    engine = harness.make_engine(**SIZES, ep_rank=ep_rank, module_names=modules())
+    engine.add_adapter(harness.request(engine, path))
+    return engine
+
+def report(path, ep_rank=0):
+    return dataclasses.asdict(load(path, ep_rank)._lorashard_loader.last_report)
+
+found = {{
+    "plain": report(plain),
+    "own": [report(folder / "ep2", ep_rank) for ep_rank in (0, 1)],
+    "foreign": [report(folder / "ep4", ep_rank) for ep_rank in (0, 1)],
+}}
+
+engine = load(folder / "ep2")
+loader = engine._lorashard_loader
+missing = folder / "ep2" / "ep-00000-of-00002.safetensors"
+missing.rename(folder / "away")
+try:
+    engine.add_adapter(harness.request(engine, folder / "ep2", "again", 2))
+except ValueError as err:
+    found["failed"] = [str(err), loader.last_report is None]
+(folder / "away").rename(missing)
+
+dense = {{name: t for name, t in built.tensors.items() if "self_attn" in name}}
+without = type(built)(built.spec, dense, built.config, {{}}, {{}}).write(folder / "dense")
+engine.add_adapter(harness.request(engine, without, "dense", 3))
+found["without experts"] = loader.last_report is None
+
+# o_proj has r=4 and alpha=12 by patterns, the rest the adapter's own r=2 and alpha=4.
+config = built.config | {{"rank_pattern": {{"o_proj": 4}}, "alpha_pattern": {{"o_proj": 12}}}}
+tensors = dict(built.tensors)
+for name, tensor in built.tensors.items():
+    if ".q_proj." in name:
+        shape = (4, tensor.shape[1]) if ".lora_A." in name else (tensor.shape[0], 4)
+        tensors[name.replace("q_proj", "o_proj")] = torch.ones(shape, dtype=tensor.dtype)
+patterned = type(built)(built.spec, tensors, config, {{}}, {{}}).write(folder / "patterned")
+engine.add_adapter(harness.request(engine, patterned, "patterned", 4))
+(o_proj,) = (
+    weights for name, weights in engine._adapter_manager.list_adapters()[4].loras.items()
+    if name.endswith("layers.0.self_attn.o_proj")
+)
+found["patterns"] = [o_proj.rank, o_proj.lora_b.unique().tolist()]  # vLLM has scaled lora_b
+answer(found)
+"""
+
+
+@cache
+def findings() -> dict[str, Any]:
+    found: dict[str, Any] = run_in_release(RELEASE, SCRIPT)
+    return found
+
+
+def test_a_report_says_what_was_loaded_on_which_rank() -> None:
+    for ep_rank, report in enumerate(findings()["own"]):
+        assert (report["kind"], report["ep_rank"], report["ep_size"]) == ("shards", ep_rank, 2)
+        assert (report["num_local_experts"], report["num_experts"], report["num_layers"]) == (
+            4, 8, 2,
+        )  # fmt: skip
+        assert report["num_bytes"] > 0
+        assert report["advice"] is None
+
+
+def test_a_plain_adapter_is_loaded_without_advice() -> None:
+    report = findings()["plain"]
+    assert (report["kind"], report["num_local_experts"], report["advice"]) == (
+        "plain adapter", 4, None,
+    )  # fmt: skip
+
+
+def test_of_the_ranks_that_read_foreign_files_the_first_gives_the_advice() -> None:
+    first, second = findings()["foreign"]
+    assert first["advice"].startswith("split for 4 ranks, with a different placement ")
+    assert second["advice"] is None
+
+
+def test_a_load_that_fails_leaves_no_report_of_the_one_before() -> None:
+    message, is_none = findings()["failed"]
+    assert "ep-00000-of-00002.safetensors" in message
+    assert is_none
+
+
+def test_an_adapter_without_experts_is_left_to_vllm() -> None:
+    assert findings()["without experts"] is True
+
+
+def test_dense_modules_have_the_r_and_scaling_of_the_patterns() -> None:
+    assert findings()["patterns"] == [4, [3.0]]
