@@ -1,4 +1,4 @@
-"""The dtypes of safetensors files, by safetensors' own names. Pure values, the one table of them."""
+"""The one table of dtypes, by the names that safetensors gives them. Pure values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 
 class _Dtype(NamedTuple):
-    """size: bytes of an element. torch, exponent: of floats only.
+    """size: bytes of an element. torch: its name there. exponent: see EXPONENT_BITS.
 
-    exponent: the bits that are all set in an infinity and a NaN, and in no other value.
+    The last two are for floats only.
     """
 
     size: int
@@ -17,13 +17,13 @@ class _Dtype(NamedTuple):
     exponent: int | None = None
 
 
-# In the order in which the reference writer puts tensors of different dtypes, the last one first.
+# The reference writer puts tensors of the last of these dtypes first, and so on.
 _DTYPES: Mapping[str, _Dtype] = {
     "BOOL": _Dtype(1),
     "U8": _Dtype(1),
     "I8": _Dtype(1),
     "F8_E5M2": _Dtype(1, "float8_e5m2", 0x7C),
-    # No infinity, and NaN only with all bits but the sign set: the mask covers the mantissa too.
+    # It has no infinity, and a NaN has every bit but the sign set, so the mantissa is in the mask.
     "F8_E4M3": _Dtype(1, "float8_e4m3fn", 0x7F),
     "I16": _Dtype(2),
     "U16": _Dtype(2),
@@ -41,6 +41,7 @@ ELEMENT_SIZE: Mapping[str, int] = {name: dtype.size for name, dtype in _DTYPES.i
 # Wider dtypes come first in a file, so that every tensor is aligned to its element size.
 FILE_ORDER: Mapping[str, int] = {name: place for place, name in enumerate(reversed(tuple(_DTYPES)))}
 TORCH_DTYPES: Mapping[str, str] = {n: d.torch for n, d in _DTYPES.items() if d.torch is not None}
+# The bits that are all set in an infinity and in a NaN, and in no other value.
 EXPONENT_BITS: Mapping[str, int] = {
     name: dtype.exponent for name, dtype in _DTYPES.items() if dtype.exponent is not None
 }

@@ -1,8 +1,8 @@
 """The safetensors header: bytes <-> values. Nothing here opens a file.
 
-Format: 8 bytes little-endian header length, that many bytes of JSON, then the data. A header is
-believed only after every check that the reference implementation makes (safetensors
-`Metadata::validate`), because the offsets in it decide what is read and where it goes.
+Format: the header's length in 8 bytes, little-endian; that many bytes of JSON; the data. A header is
+trusted only after every check of the reference implementation (safetensors `Metadata::validate`),
+because its offsets decide what is read and where it goes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 class TensorEntry(NamedTuple):
     """One tensor of one file. `begin` and `end` are bytes from the start of the file.
 
-    A tuple, as there are 100,000 of them: it is made in a third of a frozen dataclass's time.
+    There can be 100,000 of them, and a tuple is made in a third of a frozen dataclass's time.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Header:
 
 
 def header_length(prefix: bytes, file_size: int, path: str) -> int:
-    """Bytes of JSON that follow the 8-byte `prefix`; checked before they are read."""
+    """How many bytes of JSON follow the 8-byte `prefix`. Raises HeaderError if that cannot be."""
     if len(prefix) < LENGTH_BYTES:
         raise HeaderError(path, f"{file_size} bytes are too few for a header")
     (length,) = struct.unpack("<Q", prefix[:LENGTH_BYTES])
@@ -88,8 +88,9 @@ def build_header(
 ) -> tuple[bytes, tuple[TensorEntry, ...]]:
     """Lay out (name, dtype, shape) triples as the reference writer does.
 
-    Returns the bytes from the start of the file to the data, and each tensor's place. Order:
-    by dtype, wider ones first, then by name, so that every tensor is aligned to its element size.
+    Returns the bytes from the start of the file to the data, and each tensor's entry. They are
+    ordered by dtype, wider ones first so that every tensor is aligned to its element size, then by
+    name.
     """
     ordered = sorted(tensors, key=lambda tensor: (FILE_ORDER[tensor[1]], tensor[0]))
     table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -125,9 +126,9 @@ def _decode(raw: bytes, path: str) -> dict[str, object]:
 def _refuse_duplicate_keys(
     raw: bytes, num_tensors: int, metadata: Mapping[str, str], path: str
 ) -> None:
-    # json.loads keeps the last of two equal keys, another reader may keep the first. Where each
-    # field is spelled once for each tensor and nothing is escaped, there are none; only otherwise
-    # the header is parsed again with a look at every key, which takes ten times as long.
+    # json.loads keeps the last of two equal keys; another reader may keep the first. If each field
+    # is spelled once for each tensor and nothing is escaped, no key is repeated. Only otherwise is
+    # the header parsed again with a look at every key, which takes ten times as long.
     fields = (b'"dtype"', b'"shape"', b'"data_offsets"')
     usual = set(metadata) <= {"format"} and raw.count(b'"format"') <= 1
     once = usual and raw.count(b'"__metadata__"') <= 1
@@ -136,7 +137,7 @@ def _refuse_duplicate_keys(
 
     def refuse_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
         if len(dict(pairs)) != len(pairs):
-            raise HeaderError(path, "a tensor or a field stands in the header twice")
+            raise HeaderError(path, "the header names a tensor or a field twice")
         return dict(pairs)
 
     json.loads(raw, object_pairs_hook=refuse_twice)
@@ -151,7 +152,7 @@ def _refuse_lone_surrogates(raw: bytes, texts: Iterable[str], path: str) -> None
         raise HeaderError(path, "a name or its metadata is not valid Unicode") from err
 
 
-# (dtype, shape) -> (shape, bytes): a few kinds serve 100,000 tensors and are checked once each.
+# (dtype, shape) -> (shape, bytes). 100,000 tensors are of a few kinds; each kind is checked once.
 _Kinds = dict[tuple[object, ...], tuple[tuple[int, ...], int]]
 
 
@@ -160,7 +161,7 @@ def _parse_entry(name: str, info: object, data_begin: int, kinds: _Kinds, path: 
         dtype, shape_list, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]  # type: ignore[index]
         if type(dtype) is not str:
             raise HeaderError(path, f"{name}: dtype {dtype!r} is not known")
-        # With the types, because True == 1 == 1.0 as keys.
+        # The types are part of the key, because True == 1 == 1.0.
         key = (dtype, type(shape_list), *shape_list, *map(type, shape_list))
         kind = kinds.get(key)
     except (TypeError, KeyError, ValueError) as err:

@@ -1,8 +1,8 @@
-"""How long work tells of its progress."""
+"""How long-running work reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# Called with the number of bytes, or of things, that are done since the last call.
+# Called with how much is done since the last call: bytes, or whole items.
 Progress = Callable[[int], None]

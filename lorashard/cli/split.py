@@ -19,7 +19,7 @@ from lorashard.shards.replan import source_was_pickled
 from lorashard.split.jobs import Job, find_adapters, names_several, plan_jobs, read_list
 from lorashard.split.pipeline import SplitRequest, prepared_split, write_shards
 from lorashard.split.resume import is_already_split
-from lorashard.storage.parallel import Outcome, run_all
+from lorashard.storage.parallel import Outcome, run_concurrently
 from lorashard.storage.remote import local_copy, locate
 from lorashard.storage.staging import check_target
 
@@ -122,7 +122,7 @@ def run_batch(
             elif outcome.result and outcome.result["out"] and not (as_json or quiet):
                 render.print_line(outcome.result["out"])
 
-        outcomes = run_all(jobs, work, workers=workers, finished=finished)
+        outcomes = run_concurrently(jobs, work, workers=workers, finished=finished)
     if as_json:
         render.print_json([_describe(outcome) for outcome in outcomes])
     statuses = Counter(outcome.result["status"] for outcome in outcomes if outcome.result)

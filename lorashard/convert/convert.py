@@ -13,8 +13,6 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blake3 import blake3
-
 from lorashard.adapter.base_model import merge_facts
 from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME, parse_config
 from lorashard.adapter.layout import AdapterLayout
@@ -38,6 +36,7 @@ from lorashard.shards.directory import check_file, read_manifest, reading_shards
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.plan import ShardPlan, Target
 from lorashard.shards.replan import check_manifest, digest_finding, read_own_config, replan
+from lorashard.storage.digests import digest_of, read_in_steps
 from lorashard.storage.local import LocalFile, write_all, write_synced
 from lorashard.storage.remote import locate
 from lorashard.storage.staging import check_target, staged_directory
@@ -140,14 +139,9 @@ def _check_digests(
     prepared: PreparedConversion, files: Sequence[LocalFile], progress: Progress
 ) -> None:
     findings = []
-    buffer = memoryview(bytearray(BLOCK_BYTES))
     for planned, file in zip(prepared.plan.files, files):
-        digest = blake3()
-        for data, begin in _pieces(buffer, 0, planned.size_bytes):
-            file.read_into(data, begin)
-            digest.update(data)
-            progress(len(data))
-        if digest.hexdigest() != prepared.manifest.files[planned.name].digest.blake3:
+        digest = digest_of(file, 0, planned.size_bytes, progress)
+        if digest != prepared.manifest.files[planned.name].digest.blake3:
             findings.append(digest_finding(prepared.shards, planned.name))
     if findings:
         raise VerificationError(prepared.shards, tuple(findings))
@@ -173,17 +167,10 @@ def _write_weights(
                 for block in assemble(tensor, prepared.places, files):
                     write(block)
                 continue
-            for data, begin in _pieces(buffer, tensor.begin, tensor.end):
-                files[0].read_into(data, begin)
+            for data in read_in_steps(files[0], tensor.begin, tensor.end, buffer):
                 write(data)
         assert position == conversion.size_bytes
         os.fsync(out.fileno())
-
-
-def _pieces(buffer: memoryview, begin: int, end: int) -> Iterator[tuple[memoryview, int]]:
-    """The bytes [begin, end) of a file in pieces: where to read each to, and where it begins."""
-    for start in range(begin, end, len(buffer)):
-        yield buffer[: min(len(buffer), end - start)], start
 
 
 def _modules_with_equal_inputs(

@@ -12,8 +12,7 @@ from lorashard.progress import Progress
 from lorashard.shards.directory import check_file, read_manifest
 from lorashard.shards.manifest import Manifest, has_files_of
 from lorashard.split.pipeline import PreparedSplit, SplitRequest
-
-_STEP = 2**20
+from lorashard.storage.digests import digest_of
 
 
 def is_already_split(
@@ -48,11 +47,7 @@ def _has_source(manifest: Manifest, prepared: PreparedSplit, progress: Progress)
         recorded.repo, recorded.revision,
     ):  # fmt: skip
         return True
-    digest, buffer = blake3(source.header), memoryview(bytearray(_STEP))
+    begin, end = len(source.header), source.index.file_size
     with source.opened() as weights:
-        for begin in range(len(source.header), source.index.file_size, _STEP):
-            piece = buffer[: source.index.file_size - begin]
-            weights.read_into(piece, begin)
-            digest.update(piece)
-            progress(len(piece))
-    return digest.hexdigest() == recorded.files[WEIGHTS_NAME].blake3
+        digest = digest_of(weights, begin, end, progress, prefix=source.header)
+    return digest == recorded.files[WEIGHTS_NAME].blake3

@@ -1,4 +1,7 @@
-"""A ByteSource over something slow: bytes that will be needed next are fetched while others work."""
+"""A `ByteSource` over a slow connection: the bytes needed next are fetched in the background.
+
+In: a function that fetches a range of bytes. Out: `read_into`, for a reader that goes front to back.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 WINDOW_BYTES = 8 * 2**20
-# Windows under way at once; one more is being read. A window of the Hub takes two requests, one for
-# the link: with 0.1 s for each, 8 of them are 1.3 times as fast as 4, and 12 no faster.
-_AHEAD = 8
+# Windows being fetched at once, while one more is read. The Hub takes two requests for a window, one
+# of them for the link: with 0.1 s for each, 8 windows are 1.3 times as fast as 4, and 12 no faster.
+WINDOWS_AHEAD = 8
 
 
 class FetchAhead:
-    """Windows of bytes [begin, end), fetched in order by a few threads; ahead + 2 in memory."""
+    """The bytes [begin, end), fetched in windows and in order; ahead + 2 windows are in memory."""
 
     def __init__(
         self,
@@ -20,9 +23,9 @@ class FetchAhead:
         begin: int,
         end: int,
         window_bytes: int = WINDOW_BYTES,
-        ahead: int = _AHEAD,
+        ahead: int = WINDOWS_AHEAD,
     ) -> None:
-        """fetch(begin, end): those bytes, called by `ahead` threads."""
+        """fetch(begin, end) returns those bytes; `ahead` threads call it."""
         self._fetch = fetch
         self._begin = begin
         self._end = end
@@ -36,22 +39,23 @@ class FetchAhead:
         done = 0
         while done < len(buffer):
             number, skip = divmod(offset + done - self._begin, self._window_bytes)
-            self._want(number)
+            self._request_from(number)
             window = self._windows[number].result()
             piece = memoryview(window)[skip : skip + len(buffer) - done]
             buffer[done : done + len(piece)] = piece
             done += len(piece)
 
-    def _want(self, number: int) -> None:
-        for old in [n for n in self._windows if n < number]:
-            self._windows.pop(old).cancel()
+    def _request_from(self, number: int) -> None:
+        """Start to fetch window `number` and those after it; forget those before it."""
+        for passed in [n for n in self._windows if n < number]:
+            self._windows.pop(passed).cancel()
         last = min(number + self._ahead, (self._end - self._begin - 1) // self._window_bytes)
-        for wanted in range(number, last + 1):
-            if wanted not in self._windows:
-                begin = self._begin + wanted * self._window_bytes
+        for upcoming in range(number, last + 1):
+            if upcoming not in self._windows:
+                begin = self._begin + upcoming * self._window_bytes
                 end = min(begin + self._window_bytes, self._end)
-                self._windows[wanted] = self._pool.submit(self._fetch, begin, end)
+                self._windows[upcoming] = self._pool.submit(self._fetch, begin, end)
 
     def close(self) -> None:
-        """End what is under way."""
+        """Cancel what is not fetched yet and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)

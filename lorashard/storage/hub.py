@@ -1,22 +1,26 @@
-"""What names a place on the Hugging Face Hub, and what to do about its errors."""
+"""Names of places on the Hugging Face Hub, and its errors in our words.
+
+In: what a user named, or an exception of huggingface_hub's, fsspec's or a driver's. Out: a
+`HubAddress`, or an AdapterError that says what to do. Nothing here sends a request.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lorashard.errors import AdapterError, LorashardError
 
-_HINT = "hf://owner/name[@revision]"
-# What the Hub calls a repository, with a revision or a folder in it: owner/name[@revision][/folder].
+_FORM = "hf://owner/name[@revision]"
+# owner/name[@revision][/folder]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^/@]+)?(/[^@]+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class HubAddress:
-    """A folder of a repository; revision: a branch, tag or commit, or None for the main one."""
+    """A folder of a repository. revision: a branch, tag or commit; None for the main branch."""
 
     repo: str
     revision: str | None
@@ -27,12 +31,12 @@ class HubAddress:
         return f"hf://{self.repo}{revision}/{self.folder}".rstrip("/")
 
     def within(self, name: str) -> str:
-        """The path in the repository of a file of the folder."""
+        """The path of a file of this folder in the repository."""
         return f"{self.folder}/{name}".lstrip("/")
 
 
 def last_name(place: str) -> str:
-    """The last part of a place's name, without a revision: what a local copy would be called."""
+    """The last part of a place's name without its revision: what to call a local copy."""
     return place.rstrip("/").rpartition("/")[2].partition("@")[0]
 
 
@@ -42,7 +46,7 @@ def looks_like_hub_id(text: str) -> bool:
 
 
 def parse_address(text: str) -> HubAddress:
-    """hf://owner/name[@revision][/folder], by huggingface_hub's own parser where it has one (>= 1.0).
+    """Parse hf://owner/name[@revision][/folder], with huggingface_hub's parser if it has one (1.0).
 
     Raises AdapterError.
     """
@@ -50,22 +54,24 @@ def parse_address(text: str) -> HubAddress:
     try:
         from huggingface_hub import parse_hf_uri
     except ImportError:
-        found = re.fullmatch(r"(?:models/)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", path)
-        if found is None:
-            raise AdapterError(f"{text}: not {_HINT}.") from None
-        return HubAddress(found[1], found[2], (found[3] or "").strip("/"))
+        match = re.fullmatch(r"(?:models/)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", path)
+        if match is None:
+            raise AdapterError(f"{text}: not {_FORM}.") from None
+        return HubAddress(match[1], match[2], (match[3] or "").strip("/"))
     try:
         parsed = parse_hf_uri(f"hf://{path}")
     except Exception as err:
-        raise AdapterError(f"{text}: {summarize_error(err)}.", hint=_HINT) from err
+        raise AdapterError(
+            f"{text}: {summarize_error(err)}.", hint=f"Write it as {_FORM}."
+        ) from err
     if getattr(parsed, "is_bucket", False) or parsed.type != "model":
-        raise AdapterError(f"{text}: not a model repository.", hint=_HINT)
+        raise AdapterError(f"{text}: not a model repository.", hint=f"Write it as {_FORM}.")
     return HubAddress(parsed.id, parsed.revision, (parsed.path_in_repo or "").strip("/"))
 
 
 @contextmanager
 def translating_errors(place: str) -> Iterator[None]:
-    """What the Hub or a driver raises inside becomes an AdapterError that says what to do."""
+    """An error of the Hub or a driver in the block becomes an AdapterError that says what to do."""
     try:
         yield
     except LorashardError:
@@ -74,30 +80,36 @@ def translating_errors(place: str) -> Iterator[None]:
         raise access_error(place, err) from err
 
 
+# By the name of the exception's class, so that no driver has to be imported for it.
+_HINTS = {
+    "RepositoryNotFoundError": "Is the name right? For a private repository set HF_TOKEN or run `hf auth login`.",
+    "GatedRepoError": "Request access on its page, then set HF_TOKEN or run `hf auth login`.",
+    "RevisionNotFoundError": "Is the revision right? It must be a branch, a tag or a commit.",
+    "LocalEntryNotFoundError": "HF_HUB_OFFLINE is set and the file is missing from (or incomplete in) the local Hub cache.",
+    "NoCredentialsError": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE. For public data set FSSPEC_S3_ANON=true.",
+    "PermissionError": "Are the credentials right, and do they allow this?",
+    "LocalTokenNotFoundError": "Set HF_TOKEN or run `hf auth login`.",
+}  # fmt: skip
+_HINTS_BY_STATUS: Mapping[int | None, str] = {
+    401: "Set HF_TOKEN to a token that allows this, or run `hf auth login`.",
+    403: "Set HF_TOKEN to a token that allows this, or run `hf auth login`.",
+    412: "Someone else changed it at the same time; run it again.",
+}
+
+
 def access_error(shown: str, err: Exception) -> AdapterError:
-    """Says what to do about what the Hub or a driver raised."""
-    hints = {
-        "RepositoryNotFoundError": "Is the name right? A private one needs HF_TOKEN or `hf auth login`.",
-        "GatedRepoError": "Ask for access on its page, and set HF_TOKEN or `hf auth login`.",
-        "RevisionNotFoundError": "Is the revision right? A branch, a tag or a commit.",
-        "LocalEntryNotFoundError": "HF_HUB_OFFLINE is set and the Hub's cache has it not, or not whole.",
-        "NoCredentialsError": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for what is public, FSSPEC_S3_ANON=true.",
-        "PermissionError": "Are the credentials right, and may they do this there?",
-        "LocalTokenNotFoundError": "Set HF_TOKEN or `hf auth login`.",
-    }  # fmt: skip
+    """What to do about an error of the Hub or a driver. shown: the place, as the user named it."""
     names = [cls.__name__ for cls in type(err).__mro__]
-    hint = next((hints[name] for name in names if name in hints), None)
-    status = getattr(getattr(err, "response", None), "status_code", None)
-    if hint is None and status in (401, 403):
-        hint = "HF_TOKEN, or `hf auth login`, needs a token that may do this."
-    if hint is None and status == 412:
-        hint = "It was changed meanwhile; run it again."
-    return AdapterError(
-        f"{shown}: {summarize_error(err)}.", hint=hint or "Is the place right, and up?"
-    )
+    hint = next((_HINTS[name] for name in names if name in _HINTS), None)
+    if hint is None:
+        status = getattr(getattr(err, "response", None), "status_code", None)
+        hint = _HINTS_BY_STATUS.get(
+            status or 0, "Is the address right, and is the server reachable?"
+        )
+    return AdapterError(f"{shown}: {summarize_error(err)}.", hint=hint)
 
 
 def summarize_error(err: Exception) -> str:
-    """The first line of an error, with its kind."""
+    """The class of an error and its first line, in 300 characters at most."""
     first = str(err).strip().splitlines()[0] if str(err).strip() else ""
     return f"{type(err).__name__}: {first}".rstrip(". :")[:300]

@@ -1,4 +1,8 @@
-"""Where bytes are read from: a local file here, what is remote in fetch.py."""
+"""Local files: a `ByteSource` to read one from, and writes that reach the disk.
+
+In: paths and open file descriptors. Out: bytes in buffers of the caller's; files and directories
+that are synced. `remote` has the `ByteSource` for files elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ class ByteSource(Protocol):
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> int:
-    """Fill `buffer` from byte `offset`; how many bytes there were. Several threads may do this."""
+    """Fill `buffer` from byte `offset` and return how many bytes there were. Thread-safe."""
     done = 0
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], offset + done)
@@ -42,7 +46,7 @@ class LocalFile:
         except OSError as err:
             raise HeaderError(path, f"cannot be read ({err.strerror})") from err
         self._expected = 0  # where the next read begins if the file is read front to back
-        self._requested = 0  # up to where the disk was asked for
+        self._requested = 0  # up to where the kernel was asked to read ahead
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset`; raise HeaderError if the file ends before."""
@@ -61,7 +65,7 @@ class LocalFile:
         os.close(self._fd)
 
     def _read_ahead(self, position: int) -> None:
-        """Let the disk work on what comes next while the processor works on this."""
+        """Let the disk read what comes next while the processor works on this."""
         if hasattr(os, "posix_fadvise") and position > self._requested - _AHEAD_BYTES // 2:
             begin = max(self._requested, position)
             os.posix_fadvise(self._fd, begin, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
@@ -76,7 +80,7 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def sync_all(fds: Sequence[int]) -> None:
-    """Fsync several files at once: most of the time is spent waiting for the disk."""
+    """Fsync several files at once, since most of the time is spent waiting for the disk."""
     with ThreadPoolExecutor(max_workers=8) as pool:
         list(pool.map(os.fsync, fds))
 
@@ -87,3 +91,12 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Sync a directory itself: which names are in it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

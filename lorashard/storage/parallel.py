@@ -1,4 +1,7 @@
-"""Several things at once: a failure of one is written down, and the others go on."""
+"""Run jobs concurrently. A failure is recorded, and the others continue.
+
+In: jobs and a function to call for each. Out: one `Outcome` for each job, in the order of the jobs.
+"""
 
 from __future__ import annotations
 
@@ -24,38 +27,39 @@ class Outcome(Generic[J, T]):
     error: LorashardError | None
 
 
-def run_all(
+def run_concurrently(
     jobs: Sequence[J],
     work: Callable[[J, Progress], T],
     *,
     workers: int,
     finished: Callable[[Outcome[J, T]], None],
 ) -> tuple[Outcome[J, T], ...]:
-    """Call `work` for each job in `workers` threads; how each ended, in the order of `jobs`.
+    """Call `work` for each job in `workers` threads.
 
-    work: is given a Progress that it must call now and then: that is how it is ended when this
-    thread is interrupted. finished: called in this thread as jobs end; what it raises ends all.
+    work: must call its Progress regularly, since that is where it is cancelled when this thread is
+    interrupted. finished: called in this thread as each job ends; if it raises, the other jobs are
+    cancelled.
     """
-    stop = threading.Event()
+    cancelled = threading.Event()
 
-    def ended_on_request(_: int) -> None:
-        if stop.is_set():
-            raise _Interrupted
+    def raise_if_cancelled(_: int) -> None:
+        if cancelled.is_set():
+            raise _CancelledError
 
     with ThreadPoolExecutor(workers, thread_name_prefix="lorashard-batch") as pool:
-        futures = [pool.submit(_run_one, job, work, ended_on_request) for job in jobs]
+        futures = [pool.submit(_run_one, job, work, raise_if_cancelled) for job in jobs]
         try:
             for future in as_completed(futures):
                 finished(future.result())
         except BaseException:
-            stop.set()
+            cancelled.set()
             pool.shutdown(cancel_futures=True)
             raise
     return tuple(future.result() for future in futures)
 
 
-class _Interrupted(BaseException):
-    """Unwinds a worker, past every `except Exception`."""
+class _CancelledError(BaseException):
+    """Ends a worker, past every `except Exception`."""
 
 
 def _run_one(job: J, work: Callable[[J, Progress], T], progress: Progress) -> Outcome[J, T]:
@@ -64,6 +68,7 @@ def _run_one(job: J, work: Callable[[J, Progress], T], progress: Progress) -> Ou
         return Outcome(job, work(job, progress), None)
     except LorashardError as err:
         return Outcome(job, None, err)
-    except Exception as err:  # noqa: BLE001 - a fault of ours in one must not lose the others
-        told = LorashardError(f"{job}: unexpected {type(err).__name__}: {err}")
-        return Outcome(job, None, told)
+    except Exception as err:  # noqa: BLE001 - a bug in one job must not end the others
+        unexpected = LorashardError(f"{job}: unexpected {type(err).__name__}: {err}")
+        unexpected.__cause__ = err  # where it happened, for LORASHARD_DEBUG=1
+        return Outcome(job, None, unexpected)

@@ -1,15 +1,14 @@
-"""Folders that are not on this machine: the Hugging Face Hub, and what fsspec has a driver for.
+"""Folders on other machines: on the Hugging Face Hub, or anywhere that fsspec has a driver for.
 
-`locate` turns what a user named into a local path or a RemoteFolder. Of a remote file only the
-bytes that are asked for are fetched, by range requests; a Hub folder is pinned to the commit that
-its revision meant at the first look. The library's own caches of file content are not used.
+In: what a user named. Out: a local path or a `RemoteFolder`, from `locate`; and of remote files just
+the bytes that are needed, by range requests. A Hub folder is pinned to the commit that its revision
+resolved to first. The libraries' own caches of file content are not used.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.errors import AdapterError
-from lorashard.storage.ahead import FetchAhead
+from lorashard.storage.ahead import WINDOW_BYTES, WINDOWS_AHEAD, FetchAhead
+from lorashard.storage.drivers import is_hub, read_range, size_and_version
 from lorashard.storage.hub import (
     access_error,
     last_name,
@@ -27,79 +27,70 @@ from lorashard.storage.hub import (
     translating_errors,
 )
 
-_ATTEMPTS = 3
-_FIRST_WAIT_S = 0.25
-_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
-
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file with a known size. `name` is for messages; `key` changes when the content does."""
+    """One file of a known size. name: for messages. version: a text that changes with the content.
+
+    path: as the driver `fs` names the file.
+    """
 
     name: str
     path: str
     size_bytes: int
-    key: str
+    version: str
     fs: Any
 
     def read(self, begin: int, end: int) -> bytes:
-        """Bytes [begin, end), exactly. Tried again when a connection breaks. Raises AdapterError."""
+        """Bytes [begin, end), exactly. Retries if a connection breaks. Raises AdapterError."""
         if begin >= end:
             return b""
-        # Without a cache of its own: HfFileSystem reads 5 MiB further by default.
-        exact = {"cache_type": "none", "size": self.size_bytes} if _is_hub(self.fs) else {}
-        reason: object = ""
-        # huggingface_hub itself tries to read again, for 20 s.
-        for attempt in range(1 if exact else _attempts(self.fs)):
-            if attempt:
-                time.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1))
-            try:
-                data: bytes = self.fs.cat_file(self.path, start=begin, end=end, **exact)
-            except PermissionError as err:
-                raise access_error(self.name, err) from err
-            except FileNotFoundError as err:
-                reason = summarize_error(err)
-                break
-            except Exception as err:  # noqa: BLE001 - each driver has its own for a broken line
-                reason = summarize_error(err)
-                continue
-            if len(data) == end - begin:
-                return data
-            reason = f"{len(data)} bytes came instead of {end - begin}"
-        raise AdapterError(
-            f"{self.name}: cannot be read ({reason}).", hint="Is the place up? Try again."
-        )
+        try:
+            return read_range(self.fs, self.path, begin, end, self.size_bytes)
+        except PermissionError as err:
+            raise access_error(self.name, err) from err
+        except Exception as err:
+            raise AdapterError(
+                f"{self.name}: cannot be read ({summarize_error(err)}).",
+                hint="Is the server reachable? Try again.",
+            ) from err
 
     @contextmanager
-    def opened(self, begin: int = 0, **windows: int) -> Iterator[FetchAhead]:
-        """A ByteSource of what follows `begin`, which fetches ahead of who reads front to back.
+    def opened(
+        self, begin: int = 0, *, window_bytes: int = WINDOW_BYTES, ahead: int = WINDOWS_AHEAD
+    ) -> Iterator[FetchAhead]:
+        """A ByteSource of [begin, size_bytes) for a reader that goes front to back.
 
-        windows: FetchAhead's window_bytes and ahead.
-        Raises AdapterError if the file is another one at the end than at the beginning.
+        window_bytes, ahead: as FetchAhead has them.
+        Raises AdapterError if the file has changed by the end of the block.
         """
         try:
-            with closing(FetchAhead(self.read, begin, self.size_bytes, **windows)) as source:
+            fetching = FetchAhead(self.read, begin, self.size_bytes, window_bytes, ahead)
+            with closing(fetching) as source:
                 yield source
         except AdapterError:
-            self._check_unchanged()  # says more than that a range is no longer there
+            self._check_unchanged()  # a better reason than a range that no longer exists
             raise
         self._check_unchanged()
 
     def _check_unchanged(self) -> None:
         try:
-            now = _describe(self.fs, self.path, self.name, refresh=True)
+            now = size_and_version(self.fs, self.path, self.name, refresh=True)
         except FileNotFoundError:
             now = None
-        if now != (self.size_bytes, self.key):
+        if now != (self.size_bytes, self.version):
             raise AdapterError(
                 f"{self.name}: it changed while being read.",
-                hint="Run the command again, when nobody writes there.",
+                hint="Run the command again when nobody is writing there.",
             )
 
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder. `text` is what the user wrote; repo and revision (a commit) are the Hub's."""
+    """A folder. text: what the user wrote. path: as the driver `fs` names it.
+
+    repo, revision: of the Hub, the repository and the commit; elsewhere None.
+    """
 
     text: str
     path: str
@@ -112,7 +103,7 @@ class RemoteFolder:
 
     @property
     def name(self) -> str:
-        """The last part of its name, without a revision: what a local copy would be called."""
+        """The last part of its name without the revision: what to call a local copy."""
         return last_name(self.text)
 
     def child(self, name: str) -> RemoteFolder:
@@ -122,19 +113,19 @@ class RemoteFolder:
         )
 
     def file(self, name: str) -> RemoteFile | None:
-        """A file in it, None if there is none. Raises AdapterError if the place cannot be asked."""
+        """A file in it; None if there is none. Raises AdapterError if the place does not answer."""
         path, shown = f"{self.path}/{name}", f"{self.text}/{name}"
         try:
-            size, key = _describe(self.fs, path, shown)
+            size, version = size_and_version(self.fs, path, shown)
         except FileNotFoundError:
             return None
-        return RemoteFile(shown, path, size, key, self.fs)
+        return RemoteFile(shown, path, size, version, self.fs)
 
     def has(self, name: str) -> bool:
-        """Whether a file that may be missing is there.
+        """Whether an optional file exists.
 
-        Who may not list a bucket gets the same answer from S3 for what is missing as for what is
-        forbidden; then it is missing, and what is needed beside it will tell the two apart.
+        Without the right to list a bucket, S3 answers 403 for missing keys too. That is treated as
+        missing; reading a required file will show which of the two it was.
         """
         try:
             return self.file(name) is not None
@@ -144,12 +135,12 @@ class RemoteFolder:
             raise
 
     def folders(self) -> list[str]:
-        """Names of the folders in it, sorted. Raises AdapterError if it is none itself."""
+        """Names of the folders in it, sorted. Raises AdapterError if it is not a folder itself."""
         try:
             entries = self.fs.ls(self.path, detail=True)
         except FileNotFoundError as err:
             raise AdapterError(
-                f"{self.text}: no such folder, or nothing in it.", hint="Is the name right?"
+                f"{self.text}: no such folder, or it is empty.", hint="Is the name right?"
             ) from err
         except Exception as err:
             raise access_error(self.text, err) from err
@@ -161,17 +152,17 @@ Location = Path | RemoteFolder
 
 
 def is_remote(text: str) -> bool:
-    """Whether a name means something elsewhere: a URL, or a Hub id where no such path exists."""
+    """Whether a name is a URL, or looks like a Hub id while there is no such local path or parent."""
     path = Path(text)
-    free = not path.exists() and not path.parent.exists()
-    return "://" in text or (looks_like_hub_id(text) and free)
+    could_be_local = path.exists() or path.parent.exists()
+    return "://" in text or (looks_like_hub_id(text) and not could_be_local)
 
 
 def locate(named: str | os.PathLike[str] | RemoteFolder) -> Location:
-    """A local path; hf://owner/name[@revision], or owner/name on the Hub; s3://, gs:// and so on.
+    """Where a name leads: a local path, hf://owner/name[@revision], s3://..., gs://... and so on.
 
-    `owner/name` is the Hub's only where no such local path exists. With HF_HUB_OFFLINE it is the
-    Hub's own local cache. Raises AdapterError for a place that does not answer.
+    `owner/name` alone is on the Hub if there is no such local path. With HF_HUB_OFFLINE the Hub's
+    local cache is used. Raises AdapterError for a place that does not answer.
     """
     if isinstance(named, RemoteFolder):
         return named
@@ -191,19 +182,20 @@ def locate(named: str | os.PathLike[str] | RemoteFolder) -> Location:
 
 @contextmanager
 def local_copy(place: Location, names: Sequence[str]) -> Iterator[Path]:
-    """A directory with those files of a place, as far as it has them.
+    """A local directory with those of the named files that the place has.
 
-    Of the Hub they are kept in its cache, of other places in a temporary directory.
+    Files from the Hub stay in its cache; those from other places are in a temporary directory.
+    Raises AdapterError.
     """
     if isinstance(place, Path):
         yield place
         return
-    found = [name for name in names if place.has(name)]
+    present = [name for name in names if place.has(name)]
     if place.repo is not None:
         from huggingface_hub import snapshot_download
 
         folder = place.path.removeprefix(f"{place.repo}@{place.revision}").strip("/")
-        patterns = [f"{folder}/{name}".lstrip("/") for name in found]
+        patterns = [f"{folder}/{name}".lstrip("/") for name in present]
         try:
             copy = snapshot_download(place.repo, revision=place.revision, allow_patterns=patterns)
         except Exception as err:
@@ -212,7 +204,7 @@ def local_copy(place: Location, names: Sequence[str]) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="lorashard-") as temporary:
         try:
-            for name in found:
+            for name in present:
                 place.fs.get_file(f"{place.path}/{name}", f"{temporary}/{name}")
         except Exception as err:
             raise access_error(place.text, err) from err
@@ -220,27 +212,27 @@ def local_copy(place: Location, names: Sequence[str]) -> Iterator[Path]:
 
 
 def over_local_files(path: Path) -> RemoteFolder:
-    """A local directory in the same terms."""
+    """A local directory as a RemoteFolder, for code that reads either."""
     from fsspec.implementations.local import LocalFileSystem  # noqa: PLC0415
 
     return RemoteFolder(str(path), os.path.abspath(path), LocalFileSystem())
 
 
 def open_url(text: str) -> Location:
-    """What a URL names; a local directory only offline, the Hub's cache. Raises AdapterError."""
+    """The folder of a URL; with HF_HUB_OFFLINE one in the Hub's local cache. Raises AdapterError."""
     import fsspec  # noqa: PLC0415 - takes 0.1 s, and only remote places need it
 
     try:
         fs, path = fsspec.url_to_fs(text)
     except ImportError as err:
         raise AdapterError(
-            f"{text}: needs a driver that is not installed ({err}).", hint="pip install it."
+            f"{text}: its driver is not installed ({err}).", hint="Install it with pip."
         ) from err
     except ValueError as err:
         raise AdapterError(f"{text}: {err}.", hint="Is the part before :// right?") from err
-    if _is_hub(fs):
+    if is_hub(fs):
         return _open_hub(text, fs)
-    fs.invalidate_cache()  # fsspec keeps drivers, and what they listed, as long as the process lives
+    fs.invalidate_cache()  # fsspec keeps drivers, and their listings, for as long as the process runs
     return RemoteFolder(text.rstrip("/"), path.rstrip("/"), fs)
 
 
@@ -256,43 +248,3 @@ def _open_hub(text: str, fs: Any) -> Location:
         commit = HfApi().model_info(repo, revision=revision).sha
     pinned = f"{repo}@{commit}/{address.folder}".rstrip("/")
     return RemoteFolder(shown, pinned, fs, repo, commit)
-
-
-def _protocols(fs: Any) -> frozenset[str]:
-    return frozenset(fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-
-
-def _is_hub(fs: Any) -> bool:
-    return "hf" in _protocols(fs)
-
-
-def is_object_store(fs: Any) -> bool:
-    """Whether folders are only parts of names there, and the driver tries again itself."""
-    return bool(_protocols(fs) & _OBJECT_STORES)
-
-
-def _attempts(fs: Any) -> int:
-    """Their drivers try for up to 10 s: to repeat that would only delay the message."""
-    return 1 if is_object_store(fs) else _ATTEMPTS
-
-
-def _describe(fs: Any, path: str, shown: str, *, refresh: bool = False) -> tuple[int, str]:
-    """(size, what changes with the content). Raises FileNotFoundError, or AdapterError."""
-    if refresh:
-        fs.invalidate_cache()
-    for left in reversed(range(_attempts(fs))):
-        try:
-            found = fs.info(path)
-            break
-        except NotADirectoryError as err:
-            raise FileNotFoundError(shown) from err
-        except FileNotFoundError:
-            raise
-        except Exception as err:
-            if left == 0 or isinstance(err, PermissionError):
-                raise access_error(shown, err) from err
-            time.sleep(_FIRST_WAIT_S * 2 ** (_ATTEMPTS - 1 - left))
-    if found.get("type") != "file" or found.get("size") is None:
-        raise FileNotFoundError(shown)
-    marks = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime")
-    return int(found["size"]), " ".join(f"{found[mark]}" for mark in marks if mark in found)

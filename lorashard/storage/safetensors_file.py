@@ -1,4 +1,4 @@
-"""The start of a safetensors file, here or remote -> its header; no tensor data is read."""
+"""The start of a safetensors file, here or elsewhere -> its header. No tensor data is read."""
 
 from __future__ import annotations
 

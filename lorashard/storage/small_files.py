@@ -1,4 +1,7 @@
-"""Small files, read whole: configs and JSON, here or remote. Nothing larger than a limit is read."""
+"""Small files read whole, configs and JSON: from a path, or a folder here or elsewhere.
+
+Files over 16 MiB are refused, so that a wrong file cannot fill the memory.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(raw: bytes, path: Location) -> Any:
-    """Parsed JSON; `path` is where it is from. Raises AdapterError with the place of a mistake."""
+    """Parsed JSON; `path` is for messages. Raises AdapterError with the place of a mistake."""
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as err:

@@ -1,31 +1,45 @@
 """A directory that appears whole or not at all.
 
-Everything is written into a staging directory beside the target, synced, and renamed. Whatever
-kills the process, the target is absent, the old one, or the finished new one; the staging
-directory says by its name what it is, and the next run of the same target clears it.
+In: a target path, and a function that says whether what is there may be replaced. Out: an empty
+staging directory beside the target. When the caller has filled it, it is synced and renamed.
+Whatever kills the process, the target is absent, the old one, or the finished new one. The staging
+directory's name says what it is, and the next run for the same target clears it.
 
-A mount point cannot be renamed over. There the staging directory stands inside, files are moved
-one by one with the one that marks completion last, and a leftover staging directory marks what an
-interrupted move left.
+A mount point cannot be renamed over. There the staging directory is inside, and files are moved one
+by one, last the one that marks the content complete. A staging directory that is still there then
+shows that a move was interrupted.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorashard.errors import OutputExistsError, ShardError
+from lorashard.errors import OutputExistsError
+from lorashard.storage.local import sync_directory
+from lorashard.storage.locked_directory import (
+    RESUMABLE_NAME,
+    LockedDirectory,
+    lock_descriptor,
+    locked_directory,
+    remove_directory,
+)
 from lorashard.storage.syscalls import exchange
+from lorashard.storage.targets import (
+    explained_write_errors,
+    made_parents,
+    resolve_target,
+    work_path,
+)
 
-_STAGING_INSIDE = ".lorashard-partial"
-_MOVING = ".moving"  # stands in it while files are moved, and lists them
-WORK_INSIDE = ".lorashard-pull"  # pull.py's, where it keeps what an interrupted one has fetched
-_IGNORED_IN_MOUNTS = frozenset({"lost+found", _STAGING_INSIDE, WORK_INSIDE})
+_STAGING_NAME = ".lorashard-partial"
+_MOVING_NAME = (
+    ".moving"  # in the staging directory of a mount point while files are moved; lists them
+)
+_IGNORED_IN_MOUNTS = frozenset({"lost+found", _STAGING_NAME, RESUMABLE_NAME})
+_NOTHING_LEFT = "Nothing was left behind. `lorashard plan` says how much is needed."
 
 # Says of a directory, given the names in it, whether it may be replaced.
 Replaceable = Callable[[Path, frozenset[str]], bool]
@@ -35,156 +49,108 @@ Replaceable = Callable[[Path, frozenset[str]], bool]
 def staged_directory(
     target: Path, *, last: str, force: bool, replaceable: Replaceable
 ) -> Iterator[Path]:
-    """Yield an empty directory whose content becomes `target` when the block ends well.
+    """Yield an empty directory that becomes `target` when the block ends well.
 
     last: the file that marks the content complete. force: replace a `target` for which
     `replaceable` holds, atomically.
     Raises OutputExistsError if the target is in the way, ShardError if it cannot be written.
     """
-    target = _settled(target)
+    target = resolve_target(target)
     check_target(target, force=force, replaceable=replaceable)
-    inside = os.path.ismount(target)
-    beside = target.parent / f".{target.name}.lorashard-partial"
-    staging = target / _STAGING_INSIDE if inside else beside
-    try:
-        with _parents(target):
-            lock = _claim(staging, target)
-            try:
-                yield staging
-                _sync_directory(staging)
-                if inside:
-                    _move_files(staging, target, last)
-                else:
-                    _rename(staging, target)
-            finally:
-                _remove_own(staging, lock)
-                os.close(lock)
-    except OSError as err:
-        raise _cannot_write(target, err) from err
+    staging = work_path(target, _STAGING_NAME)
+    with (
+        explained_write_errors(target, full_disk=_NOTHING_LEFT),
+        made_parents(target),
+        locked_directory(staging, target) as locked,
+    ):
+        _clear_leftovers(locked, target)
+        try:
+            yield staging
+            sync_directory(staging)
+            if staging.parent == target:
+                _move_files(staging, target, last)
+            else:
+                _rename(staging, target)
+        finally:
+            locked.remove()
 
 
 def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:
     """Raise OutputExistsError unless `target` is free, or may be replaced."""
-    target = _settled(target)
-    try:
+    target = resolve_target(target)
+    with explained_write_errors(target, full_disk=_NOTHING_LEFT):
         if not os.path.lexists(target):
             return
         names = _names(target) if target.is_dir() else None
-    except OSError as err:
-        raise _cannot_write(target, err) from err
     if names == frozenset() or (names and _is_unfinished_move(target, names)):
         return
     if names is None or not replaceable(target, names):
         raise OutputExistsError(
             target,
             reason="exists and is not what lorashard would write there",
-            hint="It is left alone, also with --force. Choose another place with -o.",
+            hint="Not even --force replaces it. Choose another place with -o.",
         )
     if not force:
         raise OutputExistsError(
             target,
             reason="exists",
-            hint="--force replaces it, atomically; or choose another place with -o.",
+            hint="Use --force to replace it atomically, or choose another place with -o.",
         )
 
 
-def _settled(target: Path) -> Path:
-    """An absolute path; of a link to a directory, the directory, so that the link stays one."""
-    return target.resolve() if os.path.islink(target) else Path(os.path.abspath(target))  # noqa: PTH114 - quiet on odd names
-
-
 def _names(path: Path) -> frozenset[str]:
-    """What is in a directory, without what a mount point has of its own."""
+    """The names in a directory, except those that every mount point may have."""
     names = frozenset(os.listdir(path))
     return names - _IGNORED_IN_MOUNTS if os.path.ismount(path) else names
 
 
 def _is_unfinished_move(target: Path, names: frozenset[str]) -> bool:
-    """Whether a run was killed while it moved files into this mount point, and nothing else is."""
-    marker = target / _STAGING_INSIDE / _MOVING
+    """Whether a run was killed while moving files into this mount point, with nothing else in it."""
+    moving = target / _STAGING_NAME / _MOVING_NAME
     try:
-        return os.path.ismount(target) and names <= set(marker.read_text().splitlines())
+        return os.path.ismount(target) and names <= set(moving.read_text().splitlines())
     except OSError:
         return False
 
 
-@contextmanager
-def _parents(target: Path) -> Iterator[None]:
-    """Make the folders above `target`; take them away again if the block fails."""
-    missing = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for folder in missing:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def _claim(staging: Path, target: Path) -> int:
-    """Create `staging` empty and lock it; a leftover of a killed run is cleared."""
-    while True:
-        with suppress(FileExistsError):
-            staging.mkdir()
-        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        _lock(lock, target, staging)
-        if _is_same(staging, lock):
-            break
-        os.close(lock)  # its last owner renamed or removed it in between
-    if staging.parent == target and _is_unfinished_move(target, _names(target)):
+def _clear_leftovers(staging: LockedDirectory, target: Path) -> None:
+    """Clear what a killed run left in the staging directory, in a mount point, and aside."""
+    if staging.path.parent == target and _is_unfinished_move(target, _names(target)):
         for name in _names(target):
             (target / name).unlink()
-    _clear(staging)
+    staging.clear()
+    aside = _aside(target)
     if os.path.lexists(target):
-        _remove(_aside(target))
-    elif _aside(target).exists():  # killed between two renames: the old one is still the one
-        os.rename(_aside(target), target)
-    return lock
-
-
-def _lock(fd: int, target: Path, work: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        os.close(fd)
-        raise OutputExistsError(
-            target,
-            reason="another lorashard is writing it",
-            hint=f"Wait for it, or end it; its work is in {work}.",
-        ) from err
-
-
-def _is_same(path: Path, fd: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(fd))
-    except FileNotFoundError:
-        return False
+        remove_directory(aside)
+    elif aside.exists():  # killed between two renames: the old target is still the valid one
+        os.rename(aside, target)
 
 
 def _rename(staging: Path, target: Path) -> None:
-    """Put `staging` in the place of `target`; an old one is swapped out in the same instant."""
+    """Put `staging` in the place of `target`; an old target is swapped out in the same instant."""
     if target.is_dir():
         staging.chmod(target.stat().st_mode & 0o7777)
     if not os.path.lexists(target) or not os.listdir(target):
         os.rename(staging, target)
     else:
         _replace(staging, target)
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 def _replace(staging: Path, target: Path) -> None:
     aside = _aside(target)
     old = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    _lock(old, target, target)  # nobody may take the old content for a staging directory
     try:
+        # After the exchange the old content has the staging directory's name: with the lock no
+        # other run takes it for a staging directory of its own.
+        lock_descriptor(old, target, target)
         if exchange(staging, target):
-            # The new one is in place: whatever comes now is no failure, but the old one must go.
+            # The new one is in place, so nothing from here on is a failure; the old one must go.
             try:
                 with suppress(OSError):
                     os.rename(staging, aside)
             finally:
-                _remove_own(staging, old)
+                LockedDirectory(staging, old).remove()
         else:
             os.rename(target, aside)
             try:
@@ -192,7 +158,7 @@ def _replace(staging: Path, target: Path) -> None:
             except BaseException:
                 os.rename(aside, target)
                 raise
-        _remove(aside)
+        remove_directory(aside)
     finally:
         os.close(old)
 
@@ -202,66 +168,24 @@ def _aside(target: Path) -> Path:
 
 
 def _move_files(staging: Path, target: Path, last: str) -> None:
-    """Replace the content of a mount point. Without `last` it is not taken for finished."""
+    """Replace the content of a mount point; without `last` nobody takes it for finished."""
     old = _names(target)
     new = sorted(child.name for child in staging.iterdir() if child.name != last)
-    (staging / _MOVING).write_text("\n".join(sorted({*old, *new} - {last})))
-    _sync_directory(staging)
+    (staging / _MOVING_NAME).write_text("\n".join(sorted({*old, *new} - {last})))
+    sync_directory(staging)
     (target / last).unlink(missing_ok=True)
-    _sync_directory(target)
+    sync_directory(target)
     moved: list[Path] = []
     try:
         for name in old - {last}:
             (target / name).unlink()
         for name in (*new, last):
             if name == last:
-                _sync_directory(target)
+                sync_directory(target)
             moved.append(target / name)
             os.rename(staging / name, target / name)
     except BaseException:
         for path in moved:
             path.unlink(missing_ok=True)
         raise
-    _sync_directory(target)
-
-
-def _remove_own(staging: Path, lock: int) -> None:
-    if _is_same(staging, lock):
-        _remove(staging)
-
-
-def _remove(path: Path) -> None:
-    """Remove a directory, also if a signal comes while that is under way."""
-    try:
-        shutil.rmtree(path, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-
-
-def _clear(directory: Path) -> None:
-    for child in directory.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _cannot_write(target: Path, err: OSError) -> ShardError:
-    if err.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ShardError(
-            f"{target.parent}: no space left while writing {target.name}.",
-            hint="Nothing was left behind. `lorashard plan` says how much is needed.",
-        )
-    reason = os.strerror(err.errno) if err.errno else str(err)
-    return ShardError(
-        f"{target}: cannot be written ({reason}).", hint="Choose another place with -o."
-    )
+    sync_directory(target)

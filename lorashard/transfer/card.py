@@ -1,4 +1,8 @@
-"""The model card of a pushed shard directory: base model, source, placement, how to serve. Pure."""
+"""The model card of a pushed shard directory: base model, source, placement, how to serve. Pure.
+
+In: the manifest, the adapter's config and the place. Out: Markdown, with a seal by which a card that
+someone has edited is recognised.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,18 @@ from lorashard.vllm_options import smallest_max_lora_rank
 
 CARD_NAME = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# The card's last line holds the digest of what is above it: so a card that someone has edited is
-# told from one that may be written again.
+# The last line of a card holds the digest of everything above it. A card with another digest was
+# edited by someone, and is not overwritten.
 _SEAL = re.compile(r"<!-- written by lorashard push, ([0-9a-f]{16}) -->\n\Z")
 
 
 def format_card(manifest: Manifest, config: LoraConfig, place: str) -> str:
-    """place: where the directory will be, as `pull` takes it."""
+    """The whole card. place: where the directory will be, as `pull` takes it."""
     name = last_name(place)
     folder = shlex.quote(name)
     placement, ep_size = manifest.placement, manifest.placement.ep_size
     facts = {
-        "base model": _code(config.base_model) if config.base_model else "not named by the adapter",
+        "base model": _code(config.base_model) if config.base_model else "not named in the adapter",
         "source": _source(manifest),
         "experts": f"{placement.num_experts} in each of {len(manifest.modules)} modules",
         "placement": f"{placement.strategy}, {ep_size} expert-parallel rank{'s' * (ep_size > 1)}",
@@ -56,7 +60,7 @@ A LoRA adapter of a Mixture-of-Experts model, split into one file for each exper
 
 ## Serve it
 
-With the vLLM plugin that `pip install lorashard` brings:
+With the vLLM plugin that comes with `pip install lorashard`:
 
 ```
 lorashard pull {shlex.quote(place)} --node-ranks 0-{ep_size - 1} -o {folder}
@@ -64,15 +68,15 @@ vllm serve {_model_argument(config)} {_serve_flags(placement)} --enable-lora \\
   --max-lora-rank {_max_lora_rank(manifest, config)} --lora-modules {adapter_name(name)}=./{folder}
 ```
 
-`pull` takes `--ep-rank K` or `--node-ranks A-B` for the ranks of one pod or node, and fetches no other rank's
-bytes. `lorashard reshard` places the experts for another number of ranks, and `lorashard merge` gives the source
-adapter back{" (not for values that were cast)" if manifest.dtype else ""}.
+With `--ep-rank K` or `--node-ranks A-B`, `pull` fetches only what one pod or node needs.
+`lorashard reshard` redistributes the experts over another number of ranks, and `lorashard merge`
+restores the source adapter{" (not possible here: the values were cast)" if manifest.dtype else ""}.
 """
     return f"{body}\n<!-- written by lorashard push, {_digest(body)} -->\n"
 
 
 def is_untouched(card: str) -> bool:
-    """Whether `card` is one that format_card wrote and nobody has changed."""
+    """Whether format_card wrote `card` and nobody has edited it since."""
     seal = _SEAL.search(card)
     return seal is not None and seal[1] == _digest(card[: seal.start()].removesuffix("\n"))
 
@@ -93,7 +97,7 @@ def _digest(body: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Text from an adapter's config, harmless in a Markdown table."""
+    """Text from an adapter's config as code, made safe for a Markdown table."""
     return "`" + re.sub(r"[`|\s]+", " ", text).strip()[:200] + "`"
 
 
@@ -106,9 +110,9 @@ def _source(manifest: Manifest) -> str:
 
 def _files(manifest: Manifest) -> str:
     rows = ["| file | experts | size in bytes |", "|---|---|---|"]
-    holds = ["none", *(str(len(experts)) for experts in manifest.placement.ranks)]
-    for (name, file), experts in zip(manifest.files.items(), holds):
-        rows.append(f"| `{name}` | {experts} | {file.digest.size_bytes:,} |")
+    num_experts = ["none", *(str(len(experts)) for experts in manifest.placement.ranks)]
+    for (name, file), count in zip(manifest.files.items(), num_experts):
+        rows.append(f"| `{name}` | {count} | {file.digest.size_bytes:,} |")
     return "\n".join(rows)
 
 
@@ -120,7 +124,7 @@ def _serve_flags(placement: Placement) -> str:
 
 
 def _max_lora_rank(manifest: Manifest, config: LoraConfig) -> int:
-    """The smallest of the sizes that vLLM knows which takes the adapter."""
+    """The smallest `--max-lora-rank` that vLLM accepts and that fits the adapter."""
     modules = (module.lora_rank for module in manifest.modules.values())
     needed = max(config.lora_rank, *config.rank_pattern.values(), *modules)
     return smallest_max_lora_rank(needed)

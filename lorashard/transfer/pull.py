@@ -1,196 +1,172 @@
-"""Of a shard directory elsewhere, what some ranks need: manifest, replicated file, their rank files.
+"""Part of a shard directory elsewhere -> a local one: the files that some ranks need.
 
-Files are fetched into a work directory beside the target, by ranges and with a digest that grows
-with them, and the target appears when all are whole and proven. What an interrupted pull has
-fetched stays in the work directory, and the next one goes on from there.
+In: the directory's place and ep ranks. Out: a local directory with the manifest, the replicated
+file and those ranks' files.
+
+Files are fetched by ranges into a work directory beside the target, with a digest that grows with
+them. The target appears when all of them are complete and proven. What an interrupted pull has
+fetched stays in the work directory, and the next pull continues from there.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
-from lorashard.errors import OutputExistsError, ShardError
+from lorashard.errors import ShardError
 from lorashard.progress import Progress
 from lorashard.shards.directory import find_file, is_shard_directory, manifest_bytes, needed_files
 from lorashard.shards.manifest import FileDigest, Manifest, parse_manifest
 from lorashard.shards.names import MANIFEST_NAME
-from lorashard.storage.ahead import WINDOW_BYTES, FetchAhead
-from lorashard.storage.parallel import Outcome, run_all
+from lorashard.storage.ahead import WINDOW_BYTES, WINDOWS_AHEAD, FetchAhead
+from lorashard.storage.digests import STEP_BYTES, read_in_steps
+from lorashard.storage.local import LocalFile, sync_directory, write_all
+from lorashard.storage.locked_directory import FULL_DISK_HINT, has_content, resumable_directory
+from lorashard.storage.parallel import Outcome, run_concurrently
 from lorashard.storage.remote import RemoteFile, RemoteFolder, locate, over_local_files
-from lorashard.storage.staging import WORK_INSIDE, check_target, staged_directory
+from lorashard.storage.staging import check_target, staged_directory
 from lorashard.storage.syscalls import start_writeback
+from lorashard.storage.targets import explained_write_errors, resolve_target
 
-# Small files cost a few answers and no bytes: meanwhile a large one is under way. Where all of them
-# are large, fewer windows of each are, so that memory stays what it is.
+# Small files cost round trips rather than bytes, so a large one is fetched meanwhile. If there are
+# as many large ones, each gets fewer windows, so that memory stays the same.
 _FILES_AT_ONCE = 3
 _WINDOWS_OF_EACH = 3
-_STEP = 2**20
 _PART = ".part"
 
 
 @dataclass(frozen=True, slots=True)
-class FoundShards:
-    """A shard directory elsewhere. raw: the bytes of its manifest."""
+class PullSource:
+    """A shard directory to pull from. raw_manifest: the bytes of its lorashard.json."""
 
     source: RemoteFolder
-    raw: bytes
+    raw_manifest: bytes
     manifest: Manifest
 
 
-def find_shards(shards: str | os.PathLike[str]) -> FoundShards:
+def find_shards(shards: str | os.PathLike[str]) -> PullSource:
     """Fetch the manifest. Raises AdapterError for a place that does not answer, ManifestError."""
     place = locate(shards)
     source = over_local_files(place) if isinstance(place, Path) else place
     raw = manifest_bytes(source)
-    return FoundShards(source, raw, parse_manifest(raw, f"{source}/{MANIFEST_NAME}"))
+    return PullSource(source, raw, parse_manifest(raw, f"{source}/{MANIFEST_NAME}"))
 
 
 def pull_shards(
-    shards: str | os.PathLike[str] | FoundShards,
+    shards: str | os.PathLike[str] | PullSource,
     out: str | os.PathLike[str],
     ep_ranks: Sequence[int],
     *,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> Manifest:
-    """Fetch what `ep_ranks` need into the directory `out`; its manifest.
+    """Fetch the files that `ep_ranks` need into the directory `out`, and return its manifest.
 
-    A directory that has the same manifest gets the files that it lacks.
+    If `out` has the same manifest already, only the files that it lacks are fetched.
     progress: called with bytes fetched since the last call.
     Raises AdapterError for a place that does not answer, ShardError.
     """
-    found = shards if isinstance(shards, FoundShards) else find_shards(shards)
-    source, raw, manifest = found.source, found.raw, found.manifest
-    target = Path(os.path.abspath(out))
-    wanted = needed_files(manifest, ep_ranks, str(source))
-    adds = _holds(target, raw)
-    if adds:
-        wanted = {name: d for name, d in wanted.items() if not _is_whole(target / name, d)}
-    else:
+    pulled = shards if isinstance(shards, PullSource) else find_shards(shards)
+    source, raw_manifest, manifest = pulled.source, pulled.raw_manifest, pulled.manifest
+    target = resolve_target(Path(out))
+    needed = needed_files(manifest, ep_ranks, str(source))
+    if not has_content(target / MANIFEST_NAME, raw_manifest):
         check_target(target, force=force, replaceable=is_shard_directory)
-    with _work_directory(target, raw) as work:
-        _fetch_all(source, wanted, work, progress)
-        if adds:
-            for name in wanted:
-                (work / name).replace(target / name)
+    with resumable_directory(target, marker=MANIFEST_NAME, content=raw_manifest) as work:
+        # Only now, because another pull may have finished before this one had the lock.
+        if has_content(target / MANIFEST_NAME, raw_manifest):
+            missing = {n: d for n, d in needed.items() if not _has_full_size(target / n, d)}
+            _fetch_all(source, missing, work, target, progress)
+            for name in missing:
+                os.rename(work / name, target / name)
+            sync_directory(target)
         else:
+            _fetch_all(source, needed, work, target, progress)
             with staged_directory(
                 target, last=MANIFEST_NAME, force=force, replaceable=is_shard_directory
             ) as staging:
-                for name in (*wanted, MANIFEST_NAME):
+                for name in (*needed, MANIFEST_NAME):
                     os.rename(work / name, staging / name)
     return manifest
 
 
-def _holds(target: Path, manifest: bytes) -> bool:
-    try:
-        return (target / MANIFEST_NAME).read_bytes() == manifest
-    except OSError:
-        return False
-
-
-def _is_whole(path: Path, digest: FileDigest) -> bool:
+def _has_full_size(path: Path, digest: FileDigest) -> bool:
     return path.is_file() and path.stat().st_size == digest.size_bytes
 
 
-@contextmanager
-def _work_directory(target: Path, manifest: bytes) -> Iterator[Path]:
-    """A locked directory that outlives a failure; begun anew for another manifest.
-
-    Raises OutputExistsError if another pull works on the same target.
-    """
-    beside = target.with_name(f".{target.name}.lorashard-pull")
-    work = target / WORK_INSIDE if os.path.ismount(target) else beside
-    work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            raise OutputExistsError(
-                target, reason="another lorashard is pulling it", hint="Wait for it, or end it."
-            ) from err
-        if not _holds(work, manifest):
-            for child in work.iterdir():
-                child.unlink()
-            (work / MANIFEST_NAME).write_bytes(manifest)
-        yield work
-        shutil.rmtree(work)
-    finally:
-        os.close(lock)
-
-
 def _fetch_all(
-    source: RemoteFolder, wanted: Mapping[str, FileDigest], work: Path, progress: Progress
+    source: RemoteFolder,
+    files: Mapping[str, FileDigest],
+    work: Path,
+    target: Path,
+    progress: Progress,
 ) -> None:
-    large = sum(digest.size_bytes > WINDOW_BYTES for digest in wanted.values())
-    windows = {} if large < _FILES_AT_ONCE else {"ahead": _WINDOWS_OF_EACH}
+    """Fetch `files` into `work`, several at once. target: for messages."""
+    num_large = sum(digest.size_bytes > WINDOW_BYTES for digest in files.values())
+    ahead = WINDOWS_AHEAD if num_large < _FILES_AT_ONCE else _WINDOWS_OF_EACH
 
-    def fetch(name: str, alive: Progress) -> None:
+    def fetch(name: str, check_cancelled: Progress) -> None:
         def advance(size_bytes: int) -> None:
-            alive(size_bytes)
+            check_cancelled(size_bytes)
             progress(size_bytes)
 
-        _fetch(source, name, wanted[name], work / name, windows, advance)
+        with explained_write_errors(target, full_disk=FULL_DISK_HINT):
+            _fetch_file(source, name, files[name], work / name, ahead, advance)
 
     def finished(outcome: Outcome[str, None]) -> None:
         if outcome.error is not None:
             raise outcome.error  # what was fetched stays for the next pull
 
-    run_all(tuple(wanted), fetch, workers=_FILES_AT_ONCE, finished=finished)
+    run_concurrently(tuple(files), fetch, workers=_FILES_AT_ONCE, finished=finished)
 
 
-def _fetch(
+def _fetch_file(
     source: RemoteFolder,
     name: str,
     digest: FileDigest,
     path: Path,
-    windows: Mapping[str, int],
+    ahead: int,
     progress: Progress,
 ) -> None:
-    if _is_whole(path, digest):  # it got its name when it was proven
+    """Fetch one file to `path`, and prove it. ahead: as FetchAhead has it."""
+    if _has_full_size(path, digest):  # it got this name once it was proven
         progress(digest.size_bytes)
         return
     file = find_file(source, name, digest)
     part = path.with_name(path.name + _PART)
-    if _fetch_rest(file, part, windows, progress) != digest.blake3:
+    if _complete_part(file, part, ahead, progress) != digest.blake3:
         part.unlink()
         raise ShardError(
             f"{file.name}: its bytes are not those that were written.",
-            hint="Pull again; if it stays so, upload the whole directory again.",
+            hint="Pull again. If that does not help, upload the whole directory again.",
         )
     os.rename(part, path)
 
 
-def _fetch_rest(
-    file: RemoteFile, part: Path, windows: Mapping[str, int], progress: Progress
-) -> str:
-    """Append what is missing to `part`; the digest of the whole. windows: as FetchAhead has them."""
-    hasher = blake3()
-    with part.open("a+b") as out:
-        out.seek(0)
-        while fetched := out.read(_STEP):
-            hasher.update(fetched)
-            progress(len(fetched))
-        done = out.tell()
-        with closing(FetchAhead(file.read, done, file.size_bytes, **windows)) as source:
-            buffer = memoryview(bytearray(_STEP))
-            while done < file.size_bytes:
-                piece = buffer[: file.size_bytes - done]
-                source.read_into(piece, done)
-                out.write(piece)
-                start_writeback(out.fileno(), done, len(piece))
+def _complete_part(file: RemoteFile, part: Path, ahead: int, progress: Progress) -> str:
+    """Fetch what `part` lacks of a file, append it and sync it; returns the whole file's digest."""
+    hasher, buffer = blake3(), memoryview(bytearray(STEP_BYTES))
+    # Without following a link: the work directory's name can be guessed.
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        done = os.fstat(fd).st_size
+        with closing(LocalFile(part)) as fetched:
+            for piece in read_in_steps(fetched, 0, done, buffer):
+                hasher.update(piece)
+                progress(len(piece))
+        with closing(FetchAhead(file.read, done, file.size_bytes, ahead=ahead)) as source:
+            for piece in read_in_steps(source, done, file.size_bytes, buffer):
+                write_all(fd, piece, done)
+                start_writeback(fd, done, len(piece))
                 hasher.update(piece)
                 progress(len(piece))
                 done += len(piece)
-        out.flush()
-        os.fsync(out.fileno())
+        os.fsync(fd)
+    finally:
+        os.close(fd)
     return hasher.hexdigest()

@@ -1,7 +1,9 @@
-"""A finished shard directory -> a repository on the Hub, or a folder behind another URL.
+"""A finished shard directory -> a repository on the Hub, or a folder at another URL.
 
-On the Hub it is one commit, so a reader sees the old directory or the new one. Elsewhere the
-manifest goes up last and comes down first: without it a directory is not taken for finished.
+In: a local directory, whose digests are proven first, and a target. Out: the same files there, and a
+model card. On the Hub this is one commit, so a reader sees the old directory or the new one.
+Elsewhere the manifest is uploaded last and removed first: without it nobody takes a directory for
+finished.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from lorashard.progress import Progress
 from lorashard.shards.directory import read_manifest
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME
+from lorashard.storage.drivers import is_object_store
 from lorashard.storage.hub import HubAddress, looks_like_hub_id, parse_address, translating_errors
-from lorashard.storage.remote import RemoteFolder, is_object_store, open_url
+from lorashard.storage.remote import RemoteFolder, open_url
 from lorashard.storage.small_files import read_small_file
 from lorashard.transfer.card import CARD_NAME, format_card, is_untouched
 from lorashard.verify.verify import verify_shards
@@ -36,9 +39,9 @@ _RANK_FILE = re.compile(r"ep-\d{5}-of-\d{5}\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What was done. revision: the commit on the Hub. removed: files of other placements.
+    """What was done. revision: the commit on the Hub. removed: files of another placement.
 
-    kept_card: whether the place has a model card that someone has edited, and so is as it was.
+    kept_card: whether the place had a model card that someone had edited, so that it was left alone.
     """
 
     place: str
@@ -49,8 +52,11 @@ class Pushed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Upload:
-    """Decided from what is there: which files go up, the card's text, which files go."""
+class _UploadPlan:
+    """names: files to upload, the manifest last. card: a new model card, or None to keep the old one.
+
+    removed: files of another placement to delete there.
+    """
 
     names: tuple[str, ...]
     card: str | None
@@ -67,11 +73,11 @@ def push_shards(
 ) -> Pushed:
     """Prove the shard directory `shards` against its digests, and upload it with a model card.
 
-    target: hf://owner/name[@branch][/folder], made if it does not exist, or another URL.
-    private: if the repository has to be made. force: replace shards that are at a URL; on the Hub
-    the history keeps them.
+    target: hf://owner/name[@branch][/folder], created if it does not exist, or another URL.
+    private: make a repository that is created private. force: replace shards at a URL; on the Hub
+    the history keeps the old ones.
     progress: called with bytes checked since the last call.
-    Raises ShardError, or AdapterError for a place that does not answer or does not let us.
+    Raises ShardError, or AdapterError for a place that does not answer or refuses access.
     """
     shards = Path(shards)
     manifest = read_manifest(shards)
@@ -81,7 +87,7 @@ def push_shards(
     if target.startswith("hf://") or looks_like_hub_id(target):
         return _to_hub(shards, manifest, config, parse_address(target), private=private)
     if "://" not in target:
-        raise AdapterError(f"{target}: not hf://owner/name, nor another URL.")
+        raise AdapterError(f"{target}: neither hf://owner/name nor another URL.")
     return _to_url(shards, manifest, config, target.rstrip("/"), force=force)
 
 
@@ -98,7 +104,7 @@ def _to_hub(
         if CARD_NAME in present:
             copy = api.hf_hub_download(address.repo, address.within(CARD_NAME), revision=parent)
             old_card = Path(copy).read_text("utf-8", "replace")
-        upload = _decide(manifest, config, place, present, old_card)
+        upload = _plan_upload(manifest, config, place, present, old_card)
         added = {name: str(shards / name) for name in upload.names}
         card = {} if upload.card is None else {CARD_NAME: upload.card.encode()}
         operations = [CommitOperationAdd(address.within(n), c) for n, c in (added | card).items()]
@@ -108,13 +114,13 @@ def _to_hub(
             [*operations, *removals],
             commit_message=f"lorashard push: {manifest.placement.ep_size} expert-parallel ranks",
             revision=branch,
-            parent_commit=parent,  # refused if someone else was faster
+            parent_commit=parent,  # the Hub refuses if there is a newer commit
         )
     return Pushed(place, done.oid, upload.names, upload.removed, upload.card is None)
 
 
 def _head(api: Any, repo: str, branch: str, *, private: bool) -> str:
-    """The branch's last commit; repository and branch are made if they do not exist."""
+    """The branch's last commit; creates the repository and the branch if they do not exist."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -152,14 +158,16 @@ def _to_url(
             if CARD_NAME in present
             else None
         )
-        upload = _decide(manifest, config, place, present, card)
+        upload = _plan_upload(manifest, config, place, present, card)
         if MANIFEST_NAME in present:
             if not force:
                 raise OutputExistsError(
-                    place, reason="exists", hint="--force replaces it; or choose another place."
+                    place,
+                    reason="exists",
+                    hint="Use --force to replace it, or choose another place.",
                 )
             fs.rm_file(f"{path}/{MANIFEST_NAME}")
-        if not is_object_store(fs):  # of which s3fs would make a bucket that does not exist
+        if not is_object_store(fs):  # it needs no folders, and s3fs would create a missing bucket
             fs.makedirs(path, exist_ok=True)
         for name in upload.names[:-1]:
             fs.put_file(str(shards / name), f"{path}/{name}")
@@ -179,18 +187,21 @@ def _names_at(fs: Any, path: str) -> frozenset[str]:
     return frozenset(entry.rstrip("/").rpartition("/")[2] for entry in entries)
 
 
-def _decide(
+def _plan_upload(
     manifest: Manifest, config: LoraConfig, place: str, present: Collection[str], card: str | None
-) -> _Upload:
-    """The manifest is the last of the names. Raises OutputExistsError if an adapter is there."""
+) -> _UploadPlan:
+    """What to do, given the names at `place` and its model card.
+
+    Raises OutputExistsError if there is an adapter.
+    """
     if WEIGHTS_NAME in present or PICKLE_NAME in present:
         raise OutputExistsError(
             place,
-            reason="holds an adapter already, whose adapter_config.json would be replaced",
+            reason="already holds an adapter, whose adapter_config.json would be replaced",
             hint=f"Choose another place, for example {place}/ep{manifest.placement.ep_size}.",
         )
     names = (CONFIG_NAME, *manifest.files, MANIFEST_NAME)
     stale = (name for name in present if _RANK_FILE.fullmatch(name) and name not in names)
-    ours = card is None or is_untouched(card)
-    new_card = format_card(manifest, config, place) if ours else None
-    return _Upload(names, new_card, tuple(sorted(stale)))
+    replaces_card = card is None or is_untouched(card)
+    new_card = format_card(manifest, config, place) if replaces_card else None
+    return _UploadPlan(names, new_card, tuple(sorted(stale)))

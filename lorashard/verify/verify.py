@@ -29,6 +29,7 @@ from lorashard.shards.manifest import Manifest, ShardFile, describe_module, form
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME
 from lorashard.shards.placement import linear_placement, round_robin_placement
 from lorashard.shards.replan import replan
+from lorashard.storage.digests import read_in_steps
 from lorashard.storage.local import LocalFile
 from lorashard.storage.small_files import read_small_file
 from lorashard.verify.reference.compare import compare_with_source
@@ -171,14 +172,15 @@ def _check_bytes(manifest: Manifest, shards: Path, name: str, progress: Progress
     buffer = memoryview(bytearray(_STEP))
     digest = blake3()
     findings: list[str] = []
+    position = 0
     try:
-        for entry, begin, end in _pieces(recorded):
-            data = buffer[: end - begin]
-            file.read_into(data, begin)
-            digest.update(data)
-            if entry and entry.dtype in EXPONENT_BITS and not _all_finite(data, entry.dtype):
-                findings.append(_name_value(manifest, name, entry, data, begin))
-            progress(end - begin)
+        for entry, begin, end in _areas(recorded):
+            for data in read_in_steps(file, begin, end, buffer):
+                digest.update(data)
+                if entry and entry.dtype in EXPONENT_BITS and not _all_finite(data, entry.dtype):
+                    findings.append(_name_value(manifest, name, entry, data, position))
+                progress(len(data))
+                position += len(data)
     finally:
         file.close()
     if digest.hexdigest() != recorded.digest.blake3:
@@ -186,13 +188,12 @@ def _check_bytes(manifest: Manifest, shards: Path, name: str, progress: Progress
     return findings
 
 
-def _pieces(recorded: ShardFile) -> Iterator[tuple[TensorEntry | None, int, int]]:
-    """The file front to back: (None, header), then steps that do not cross a tensor."""
+def _areas(recorded: ShardFile) -> Iterator[tuple[TensorEntry | None, int, int]]:
+    """The file front to back, as (tensor, begin, end): the header, which is None, then each tensor."""
     data_begin = recorded.tensors[0].begin if recorded.tensors else recorded.digest.size_bytes
-    areas = [(None, 0, data_begin), *((e, e.begin, e.end) for e in recorded.tensors)]
-    for entry, begin, end in areas:
-        for start in range(begin, end, _STEP):
-            yield entry, start, min(start + _STEP, end)
+    yield None, 0, data_begin
+    for entry in recorded.tensors:
+        yield entry, entry.begin, entry.end
 
 
 def _not_finite(data: memoryview, dtype: str) -> npt.NDArray[np.bool_]:

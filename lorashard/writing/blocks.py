@@ -1,6 +1,6 @@
 """ShardPlan.reads -> blocks that fit a buffer, in source order. Pure.
 
-A block is what is read at once. Memory is bounded by the largest block, whatever the adapter.
+A block is the unit of reading: the largest one bounds the memory, whatever the adapter's size.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from lorashard.shards.plan import CopyRange, ReadOp, Rearrange, Target
 
-BLOCK_BYTES = 4 * 2**20  # a few of them stay in the processor's cache between the steps
-# Blocks of a tensor whose slowest axis is the factor's column leave many short rows in each slot,
-# so they are made longer: 64 MiB holds 128 experts with r=32 and 8,192 columns in bf16.
+BLOCK_BYTES = 4 * 2**20  # a few of them fit the processor's cache
+# A block of a tensor whose slowest axis is the factor's column gives each slot many short rows.
+# Longer blocks give longer rows: 64 MiB holds 128 experts with r=32 and 8,192 columns in bf16.
 COLUMN_BLOCK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class CopyBlock:
-    """Source bytes [begin, end) of neighbouring copies."""
+    """Source bytes [begin, end) of copies that adjoin each other."""
 
     begin: int
     end: int
@@ -46,7 +46,7 @@ def split_into_blocks(
 ) -> Iterator[Block]:
     """Cut and join `reads` (in source order) into blocks of at most the given sizes.
 
-    One index of a Rearrange's slowest axis is never cut, so a block can be as large as that.
+    One index of a Rearrange's slowest axis is never cut, so a block can be larger if that is.
     """
     pending: list[CopyRange] = []
     size = 0
@@ -69,7 +69,7 @@ def split_into_blocks(
 
 
 def axis_sizes(op: Rearrange) -> dict[str, int]:
-    """Sizes of the axes e, r and c of the source tensor."""
+    """Sizes of the source tensor's axes: e expert, r row, c column."""
     return {"e": len(op.targets), "r": op.rows, "c": op.cols}
 
 

@@ -1,4 +1,8 @@
-"""BLAKE3 of files that are still being written: each front to back, behind the writers."""
+"""BLAKE3 of files while they are being written, each front to back, close behind the writers.
+
+In: a plan, and how far its source has been processed. Out: the digest of every file, known as soon
+as the last byte is written, without reading the files again from disk.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from lorashard.shards.plan import CopyRange, ShardPlan
-from lorashard.storage.buffers import allocate
+from lorashard.storage.buffers import allocate_private
 from lorashard.storage.syscalls import start_writeback
 
 _STEP = 2**20
@@ -19,16 +23,16 @@ _STEP = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Milestone:
-    """Once source bytes [0, source_end) are processed, the file is final up to dest_end."""
+    """When source bytes [0, source_end) are processed, the file is final up to dest_end."""
 
     source_end: int
     dest_end: int
 
 
 def find_milestones(plan: ShardPlan) -> tuple[tuple[Milestone, ...], ...]:
-    """Per file, when which prefix of it is final: both fields ascend.
+    """For each file, which prefix of it is final when; both fields ascend.
 
-    So a file can be digested front to back while its later parts are still to be written.
+    So the front of a file can be digested before the rest of it is written.
     """
     regions: list[list[tuple[int, int, int]]] = [
         [(0, len(file.header), 0)] for file in plan.files
@@ -56,8 +60,8 @@ def _prefix_maxima(pieces: Sequence[tuple[int, int, int]]) -> tuple[Milestone, .
     return tuple(milestones)
 
 
-class TrailingDigests:
-    """Digests each output file front to back on a thread of its own, behind the writers."""
+class BackgroundHasher:
+    """A thread that digests each output file front to back, close behind the writers."""
 
     def __init__(self, fds: Sequence[int], plan: ShardPlan) -> None:
         self._fds = fds
@@ -72,7 +76,7 @@ class TrailingDigests:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="lorashard-digest", daemon=True)
 
-    def __enter__(self) -> TrailingDigests:  # noqa: PYI034 - Self needs Python 3.11
+    def __enter__(self) -> BackgroundHasher:  # noqa: PYI034 - Self needs Python 3.11
         self._thread.start()
         return self
 
@@ -83,13 +87,13 @@ class TrailingDigests:
         self._thread.join()
 
     def advance(self, source_end: int) -> None:
-        """Source bytes [0, source_end) are where they belong."""
+        """Report that source bytes [0, source_end) are written to where they belong."""
         with self._changed:
             self._source_end = max(self._source_end, source_end)
             self._changed.notify()
 
     def finish(self) -> tuple[str, ...]:
-        """Everything is written: digest what is left and return the digests."""
+        """Report that everything is written; digest the rest and return the digests in hex."""
         with self._changed:
             self._finished = True
             self._changed.notify()
@@ -100,7 +104,7 @@ class TrailingDigests:
 
     def _run(self) -> None:
         try:
-            buffer = memoryview(allocate(_STEP))
+            buffer = memoryview(allocate_private(_STEP))
             while not self._stopped:
                 with self._changed:
                     finished, source_end = self._finished, self._source_end
@@ -114,11 +118,11 @@ class TrailingDigests:
                     unchanged = (finished, source_end) == (self._finished, self._source_end)
                     if unchanged and not any(progressed) and not self._stopped:
                         self._changed.wait()
-        except BaseException as err:  # noqa: BLE001 - handed to the caller's thread by finish()
+        except BaseException as err:  # noqa: BLE001 - finish() raises it in the caller's thread
             self._error = err
 
     def _catch_up(self, file: int, source_end: int, finished: bool, buffer: memoryview) -> bool:
-        """Digest one step of a file's final prefix; True if there was one."""
+        """Digest one step of a file's final prefix. Returns whether there was one to digest."""
         final = self._sizes[file] if finished else self._final_prefix(file, source_end)
         begin = self._digested[file]
         length = min(final - begin, _STEP)
@@ -128,7 +132,7 @@ class TrailingDigests:
         while done < length:
             count = os.preadv(self._fds[file], [buffer[done:length]], begin + done)
             if count == 0:
-                raise OSError(errno.EIO, "an output file became shorter while it was written")
+                raise OSError(errno.EIO, "an output file became shorter while being written")
             done += count
         self._digests[file].update(buffer[:length])
         self._digested[file] = begin + length

@@ -1,8 +1,8 @@
-"""ShardPlan -> files. One forward pass over the source, bounded memory, digests on the way.
+"""ShardPlan + ByteSource -> files. One forward pass, bounded memory, digests on the way.
 
-Three kinds of threads share the work, all of it in calls that release the GIL: the caller's
-reads blocks in source order and digests them, two write them to where they belong, and one
-digests each output file behind the writers, as far as it is final.
+The work is shared by threads, in calls that release the GIL: the caller's thread reads blocks in
+source order and digests them, two write them to where they belong, and one digests each output file
+as far as it is final.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from blake3 import blake3
 
 from lorashard.progress import Progress
 from lorashard.shards.plan import ShardPlan
-from lorashard.storage.buffers import BufferPool, allocate
+from lorashard.storage.buffers import BufferPool, allocate_private
+from lorashard.storage.digests import STEP_BYTES
 from lorashard.storage.local import ByteSource, sync_all, write_all
 from lorashard.storage.syscalls import reserve
 from lorashard.writing.blocks import (
@@ -30,12 +31,11 @@ from lorashard.writing.blocks import (
     RearrangeBlock,
     split_into_blocks,
 )
-from lorashard.writing.digest import TrailingDigests
+from lorashard.writing.digest import BackgroundHasher
 from lorashard.writing.rearrange import rearrange_block, scratch_bytes
 
 _WRITERS = 2
-_READ_STEP = 2**20  # read and digested at once: as much as stays in the processor's cache
-_BUFFERS = _WRITERS + 2  # one being read, one waiting
+_BUFFERS = _WRITERS + 2  # one is being read into, one waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,9 @@ def execute_plan(
 ) -> Digests:
     """Write every file of `plan` into the empty `directory`, synced to disk.
 
-    source_header: the source's bytes up to its data, read already.
+    source_header: the source's bytes up to its data, which are read already.
     progress: called with the number of source bytes done since the last call.
+    Raises what `source` raises, LayoutError for a value that a cast would lose, OSError.
     """
     digest = blake3(source_header)
     files = write_files(plan, source, directory, progress, digest.update)
@@ -68,20 +69,20 @@ def write_files(
     source: ByteSource,
     directory: Path,
     progress: Progress,
-    seen: Callable[[memoryview], object] = lambda _: None,
+    on_read: Callable[[memoryview], object] = lambda _: None,
 ) -> tuple[str, ...]:
-    """The same for a source whose digest is not wanted; returns those of the files.
+    """The same for a source whose digest is not needed; returns the digests of the files.
 
-    seen: called with each piece of the source, in order, while it is in the processor's cache.
+    on_read: called with each piece of the source, in order, while it is in the processor's cache.
     """
     with ExitStack() as stack:
         fds = [stack.enter_context(_created(directory / file.name)) for file in plan.files]
         for fd, file in zip(fds, plan.files):
-            reserve(fd, file.size_bytes)  # what nothing is written to reads as zeros
+            reserve(fd, file.size_bytes)  # bytes that nobody writes stay zero
             write_all(fd, memoryview(file.header), 0)
-        behind = stack.enter_context(TrailingDigests(fds, plan))
-        _copy_blocks(plan, source, fds, behind, progress, seen)
-        files = behind.finish()
+        hasher = stack.enter_context(BackgroundHasher(fds, plan))
+        _write_blocks(plan, source, fds, hasher, progress, on_read)
+        files = hasher.finish()
         sync_all(fds)
     return files
 
@@ -95,29 +96,29 @@ def _created(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _copy_blocks(
+def _write_blocks(
     plan: ShardPlan,
     source: ByteSource,
     fds: Sequence[int],
-    behind: TrailingDigests,
+    hasher: BackgroundHasher,
     progress: Progress,
-    seen: Callable[[memoryview], object],
+    on_read: Callable[[memoryview], object],
 ) -> None:
     buffers = BufferPool(_BUFFERS, BLOCK_BYTES)
-    done = _InOrder(behind.advance)
+    processed = _ProcessedPrefix(hasher.advance)
     scratch = threading.local()
     with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
         futures: list[Future[None]] = []
         for number, block in enumerate(split_into_blocks(plan.reads)):
             buffer = buffers.take(block.end - block.begin)
             data = memoryview(buffer)[: block.end - block.begin]
-            for step in range(0, len(data), _READ_STEP):
-                piece = data[step : step + _READ_STEP]
+            for step in range(0, len(data), STEP_BYTES):
+                piece = data[step : step + STEP_BYTES]
                 source.read_into(piece, block.begin + step)
-                seen(piece)
+                on_read(piece)
             future = pool.submit(_write_block, block, data, fds, scratch)
-            # Only now may the buffer go back: `seen` is done with it too.
-            future.add_done_callback(_release(number, block.end, buffer, buffers, done))
+            # Only now may the buffer be reused: `on_read` is done with it too.
+            future.add_done_callback(_release(number, block.end, buffer, buffers, processed))
             progress(block.end - block.begin)
             futures = _drop_finished([*futures, future])
         for future in futures:
@@ -125,20 +126,24 @@ def _copy_blocks(
 
 
 def _release(
-    number: int, source_end: int, buffer: mmap.mmap, buffers: BufferPool, done: _InOrder
+    number: int,
+    source_end: int,
+    buffer: mmap.mmap,
+    buffers: BufferPool,
+    processed: _ProcessedPrefix,
 ) -> Callable[[Future[None]], None]:
-    """What happens once a block is written: its buffer is free, its source bytes are done."""
+    """A callback for when a block is written: its buffer is free, its source bytes are processed."""
 
     def release(future: Future[None]) -> None:
         buffers.give(buffer)
         if future.exception() is None:
-            done.mark(number, source_end)
+            processed.add(number, source_end)
 
     return release
 
 
 def _drop_finished(futures: list[Future[None]]) -> list[Future[None]]:
-    """Raise the first writer's error; keep what is still running."""
+    """Those that are still running. Raises the error of one that failed."""
     for future in futures:
         if future.done():
             future.result()
@@ -163,12 +168,15 @@ def _scratch(block: RearrangeBlock, local: threading.local) -> memoryview:
     needed = scratch_bytes(block)
     held: mmap.mmap | None = getattr(local, "buffer", None)
     if held is None or len(held) < needed:
-        local.buffer = held = allocate(needed)
+        local.buffer = held = allocate_private(needed)
     return memoryview(held)[:needed]
 
 
-class _InOrder:
-    """Blocks are written out of order; tells how far the source is processed without a gap."""
+class _ProcessedPrefix:
+    """How far the source is processed without a gap, although blocks are written out of order.
+
+    advance: called with the end of that prefix whenever it grows.
+    """
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance = advance
@@ -176,7 +184,8 @@ class _InOrder:
         self._next = 0
         self._ends: dict[int, int] = {}
 
-    def mark(self, number: int, source_end: int) -> None:
+    def add(self, number: int, source_end: int) -> None:
+        """Block `number`, which ends at `source_end`, is written."""
         with self._lock:
             self._ends[number] = source_end
             reached = None

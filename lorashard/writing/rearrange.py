@@ -1,8 +1,7 @@
 """One block of a Rearrange -> the bytes of each expert's slot, and back.
 
-Bits are moved by numpy as integers, so nothing can change on the way; torch is imported only to
-cast to another dtype, because numpy has no bfloat16. Neither is imported where bytes are copied as
-they are.
+numpy moves bits as integers, so that nothing can change on the way. torch is imported only to cast
+to another dtype, because numpy has no bfloat16. Plain copies need neither.
 
 Legend: e expert, r row, c column of a factor.
 """
@@ -24,17 +23,17 @@ if TYPE_CHECKING:
 
     Bits = npt.NDArray[np.unsignedinteger[Any]]
 
-# Where some bytes of every copy of one expert go, and the bytes.
+# Bytes of one expert's slot, and where they go: one target for each copy of the expert.
 SlotView = tuple[tuple[Target, ...], memoryview]
 
 
 def rearrange_block(
     block: RearrangeBlock, source: memoryview, scratch: memoryview
 ) -> Iterator[SlotView]:
-    """Yield (places, bytes) for every slot that the block touches.
+    """Yield (targets, bytes) for every slot that the block touches.
 
-    source: the block's bytes. scratch: scratch_bytes(block) long; the yielded views point into
-    it and are valid until the next call.
+    source: the block's bytes. scratch: scratch_bytes(block) long; the yielded views point into it.
+    Raises LayoutError if a cast would make a finite value infinite.
     """
     source = _cast(source, block.op)
     in_source, in_slots = _views(block, source, scratch)
@@ -46,13 +45,13 @@ def rearrange_block(
 
 
 def restore_block(block: RearrangeBlock, scratch: memoryview, source: memoryview) -> None:
-    """The inverse: fill `source` with the block's bytes from slots read into `scratch`."""
+    """The inverse: fill `source` with the block's bytes, given its slots in `scratch`."""
     in_source, in_slots = _views(block, source, scratch)
     in_source[:] = in_slots[:, : in_source.shape[1], : in_source.shape[2]]
 
 
 def slot_views(block: RearrangeBlock, scratch: memoryview) -> Iterator[SlotView]:
-    """Where each stretch of `scratch` stands in the output files."""
+    """Yield each stretch of `scratch` with its targets in the output files."""
     op, element_size = block.op, ELEMENT_SIZE[block.op.dtype]
     sizes = _block_sizes(block)
     per_expert = len(scratch) // sizes["e"]
@@ -72,7 +71,7 @@ def slot_views(block: RearrangeBlock, scratch: memoryview) -> Iterator[SlotView]
 
 
 def scratch_bytes(block: RearrangeBlock) -> int:
-    """How much scratch a block needs: its factors in the target dtype, rows padded."""
+    """How much scratch a block needs: its factors in the slots' dtype, padded to whole slots."""
     return prod(_scratch_shape(block)) * ELEMENT_SIZE[block.op.dtype]
 
 
@@ -81,7 +80,7 @@ def _block_sizes(block: RearrangeBlock) -> dict[str, int]:
 
 
 def _scratch_shape(block: RearrangeBlock) -> tuple[int, int, int]:
-    """[expert, row, col]: whole slots, cut only along the axis that the block is cut along."""
+    """[expert, row, col]: whole slots, except along the axis that the block is cut along."""
     op, sizes = block.op, _block_sizes(block)
     rows = sizes["r"] if op.axes[0] == "r" else op.slot_rows
     cols = sizes["c"] if op.axes[0] == "c" else op.slot_cols
@@ -93,8 +92,8 @@ def _shifted(targets: tuple[Target, ...], shift: int) -> tuple[Target, ...]:
 
 
 def _views(block: RearrangeBlock, source: memoryview, scratch: memoryview) -> tuple[Bits, Bits]:
-    """The block's source and slots, both seen as [expert, row, col] of bits."""
-    import numpy as np  # noqa: PLC0415 - copies need none of it
+    """The block's source and slots, both as [expert, row, col] of bits."""
+    import numpy as np  # noqa: PLC0415 - plain copies do not need it
 
     axes, sizes = block.op.axes, _block_sizes(block)
     kind = np.dtype(f"u{ELEMENT_SIZE[block.op.dtype]}")
@@ -104,7 +103,7 @@ def _views(block: RearrangeBlock, source: memoryview, scratch: memoryview) -> tu
 
 
 def _cast(data: memoryview, op: Rearrange) -> memoryview:
-    """The block in the dtype of the slots."""
+    """The block in the dtype of the slots. Raises LayoutError if a value is too large for that."""
     if op.dtype == op.source_dtype:
         return data
     import torch
@@ -115,10 +114,14 @@ def _cast(data: memoryview, op: Rearrange) -> memoryview:
     cast = bytearray(count * ELEMENT_SIZE[op.dtype])
     before, after = torch.frombuffer(data, dtype=source_dtype), torch.frombuffer(cast, dtype=dtype)
     after.copy_(before)
-    lost = torch.isinf(after) & torch.isfinite(before)
-    if lost.any():
-        raise LayoutError(
-            f"A value is too large for {op.dtype}: {float(before[lost][0]):g}.",
-            hint="Choose bfloat16 or float32 for --dtype, or leave it out.",
-        )
+    infinite = torch.isinf(after)
+    if infinite.any():
+        # In float64, which holds every value and knows isfinite; F8_E4M3 does not.
+        values = before.to(torch.float64)[infinite]
+        too_large = values[torch.isfinite(values)]
+        if len(too_large):
+            raise LayoutError(
+                f"A value is too large for {op.dtype}: {float(too_large[0]):g}.",
+                hint="Use --dtype bfloat16 or float32, or leave --dtype out.",
+            )
     return memoryview(cast)

@@ -17,7 +17,7 @@ from concurrent.futures import Executor
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lorashard.storage.buffers import allocate
+from lorashard.storage.buffers import allocate_shared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,7 @@ class Region:
     def __init__(self, size: int, device: Any, threads: Executor) -> None:
         import numpy as np
 
-        self._memory: mmap.mmap = allocate(max(_GRAIN, -(-size // _GRAIN) * _GRAIN))
+        self._memory: mmap.mmap = allocate_shared(max(_GRAIN, -(-size // _GRAIN) * _GRAIN))
         self.bytes: Bytes = np.frombuffer(self._memory, np.uint8)
         pages = [self.bytes[at : at + _TOUCH_STEP] for at in range(0, self.size, _TOUCH_STEP)]
         list(threads.map(_touch, pages))

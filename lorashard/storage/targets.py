@@ -1,0 +1,61 @@
+"""The place that a user named for output: its path, the folders above it, what to say if it fails.
+
+In: a path as it was typed, or an OSError. Out: an absolute path, parents that go away again if the
+work fails, a ShardError that says what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lorashard.errors import ShardError
+
+
+def resolve_target(target: Path) -> Path:
+    """An absolute path; of a link to a directory, the directory, so that the link stays one."""
+    is_link = os.path.islink(target)  # noqa: PTH114 - quiet on odd names
+    return Path(os.path.realpath(target) if is_link else os.path.abspath(target))
+
+
+def work_path(target: Path, name: str) -> Path:
+    """Where to work on `target` so that a rename can finish it: beside it, or in a mount point."""
+    return target / name if os.path.ismount(target) else target.parent / f".{target.name}{name}"
+
+
+@contextmanager
+def made_parents(target: Path) -> Iterator[None]:
+    """Make the folders above `target`; remove those that are still empty if the block fails."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def explained_write_errors(target: Path, *, full_disk: str) -> Iterator[None]:
+    """An OSError in the block becomes a ShardError. full_disk: what to do about one."""
+    try:
+        yield
+    except OSError as err:
+        raise write_error(target, err, full_disk=full_disk) from err
+
+
+def write_error(target: Path, err: OSError, *, full_disk: str) -> ShardError:
+    """Says why `target` cannot be written and what to do."""
+    if err.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ShardError(
+            f"{target.parent}: no space left while writing {target.name}.", hint=full_disk
+        )
+    reason = os.strerror(err.errno) if err.errno else str(err)
+    return ShardError(
+        f"{target}: cannot be written ({reason}).", hint="Choose another place with -o."
+    )
