@@ -88,13 +88,13 @@ def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None
         raise OutputExistsError(
             target,
             reason="exists and is not what lorashard would write there",
-            hint="Not even --force replaces it. Choose another place with -o.",
+            hint="lorashard leaves it alone, even with --force. Choose another place with -o.",
         )
     if not force:
         raise OutputExistsError(
             target,
             reason="exists",
-            hint="Use --force to replace it atomically, or choose another place with -o.",
+            hint="--force replaces it atomically. Or choose another place with -o.",
         )
 
 

@@ -1,6 +1,7 @@
 """Whatever ends `split`, and wherever: the target is absent, the old one or the finished new one.
 
-The command runs for real; tests/fault_runner.py makes its n-th system call fail, for every n.
+The command runs for real; tests/fault_runner.py makes its n-th system call fail, for every n. That
+the power may fail as well is tested by the order of fsync and rename.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from lorashard import verify_shards
-from tests.tiny import REPO, contents, mounted_tmpfs, per_expert_tensors, save_adapter
+from tests.tiny import RANK_FILES, REPO, contents, mounted_tmpfs, per_expert_tensors, save_adapter
 
 ENDLESS = 500
 WRITING = ("mkdir", "truncate", "pwrite", "fsync", "rename", "exchange")
@@ -190,11 +191,89 @@ def test_a_killed_merge_can_be_done_again(run: Run, folder: Path) -> None:
 
 
 @pytest.fixture
+def shards(run: Run, folder: Path) -> Path:
+    run("split", save_adapter(folder / "adapter"), "--ep-size", 2, "-o", folder / "shards")
+    return folder / "shards"
+
+
+def inode(path: Path) -> int:
+    return path.stat().st_ino
+
+
+def renamed_to(path: Path, recorded: list[Any]) -> int:
+    """When what is at `path` now was renamed to it, as an index into the recorded calls."""
+    return recorded.index(["rename", inode(path), str(path)])
+
+
+def synced(recorded: list[Any]) -> set[int]:
+    return {number for call, number, _ in recorded if call == "fsync"}
+
+
+COMMANDS = {
+    "split": ("split", "adapter", "--ep-size", 3),
+    "reshard": ("reshard", "shards", "--ep-size", 3),
+    "merge": ("merge", "shards"),
+    "convert": ("convert", "shards", "--layout", "per_expert"),
+    "pull": ("pull", "shards", "--node-ranks", "0-1"),
+}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_all_is_synced_before_the_target_appears_and_its_name_after(
+    run: Run, folder: Path, shards: Path, command: str, force: bool
+) -> None:
+    target = folder / "made" / "out"
+
+    def argv(name: str, source: str, *options: object) -> list[object]:
+        return [name, folder / source, *options, "-o", target]
+
+    if force:  # `pull` would only add to what it has pulled itself
+        old = COMMANDS["reshard" if command == "pull" else command]
+        assert run(*argv(*old))["code"] == 0
+    answer = run(*argv(*COMMANDS[command]), *["--force"] * force, action="record")
+    assert answer["code"] == 0, answer
+    recorded = answer["recorded"]
+    appeared = renamed_to(target, recorded)
+    before, after = synced(recorded[:appeared]), synced(recorded[appeared:])
+    assert len(os.listdir(target)) >= 2
+    for path in (target, *target.iterdir()):
+        assert inode(path) in before, f"{path} is not synced before it is renamed"
+    assert inode(target.parent) in after
+
+
+def test_a_file_that_pull_adds_is_synced_before_it_has_its_name(
+    run: Run, folder: Path, shards: Path
+) -> None:
+    argv = ["pull", shards, "-o", folder / "out", "--ep-rank"]
+    assert run(*argv, 0)["code"] == 0
+    recorded = run(*argv, 1, action="record")["recorded"]
+    added = folder / "out" / RANK_FILES[1]
+    appeared = renamed_to(added, recorded)
+    assert inode(added) in synced(recorded[:appeared])
+    assert inode(folder / "out") in synced(recorded[appeared:])
+
+
+@pytest.fixture
 def mount(run: Run, tmp_path: Path) -> Iterator[Path]:
     with mounted_tmpfs(tmp_path / "mount", "size=1m") as mounted:
         if not mounted:
             pytest.skip("mounting needs root")
         yield tmp_path / "mount"
+
+
+def test_in_a_mount_point_all_else_is_durable_before_the_manifest_appears(
+    run: Run, mount: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    recorded = run("split", adapter, "--ep-size", 2, "-o", mount, action="record")["recorded"]
+    finished = renamed_to(mount / "lorashard.json", recorded)
+    others = [path for path in mount.iterdir() if path.name != "lorashard.json"]
+    last_of_them = max(renamed_to(path, recorded) for path in others)
+    for path in mount.iterdir():
+        assert inode(path) in synced(recorded[: renamed_to(path, recorded)])
+    assert inode(mount) in synced(recorded[last_of_them:finished])
+    assert inode(mount) in synced(recorded[finished:])
 
 
 @pytest.mark.parametrize("action", ["kill", "term"])

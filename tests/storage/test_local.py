@@ -1,0 +1,98 @@
+"""Local files: exact reads, complete writes, and what is said when there is less than expected."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lorashard.errors import HeaderError
+from lorashard.storage.local import (
+    LocalFile,
+    read_at,
+    sync_all,
+    sync_directory,
+    write_all,
+    write_synced,
+)
+
+CONTENT = random.Random(0).randbytes(100_000)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "file").write_bytes(CONTENT)
+    return tmp_path / "file"
+
+
+@pytest.fixture
+def source(path: Path) -> Iterator[LocalFile]:
+    with closing(LocalFile(path)) as file:
+        yield file
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 100_000), (0, 1), (99_999, 100_000), (7, 7)])
+def test_a_range_is_read_exactly(source: LocalFile, begin: int, end: int) -> None:
+    buffer = bytearray(end - begin)
+    source.read_into(memoryview(buffer), begin)
+    assert buffer == CONTENT[begin:end]
+
+
+def test_reads_in_any_order_give_the_same_bytes(source: LocalFile) -> None:
+    for begin in (0, 1000, 2000, 500, 99_000, 0):
+        buffer = bytearray(1000)
+        source.read_into(memoryview(buffer), begin)
+        assert buffer == CONTENT[begin : begin + 1000]
+
+
+def test_a_file_that_ends_early_says_where(source: LocalFile) -> None:
+    with pytest.raises(HeaderError, match="it ended at byte 100000 while being read"):
+        source.read_into(memoryview(bytearray(2)), 99_999)
+
+
+def test_a_file_that_shrinks_after_opening_is_noticed(source: LocalFile, path: Path) -> None:
+    os.truncate(path, 10)
+    with pytest.raises(HeaderError, match="it ended at byte 10 "):
+        source.read_into(memoryview(bytearray(20)), 0)
+
+
+def test_a_missing_file_is_a_header_error_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(HeaderError, match="No such file") as raised:
+        LocalFile(tmp_path / "none")
+    assert raised.value.path == str(tmp_path / "none")
+
+
+def test_read_at_says_how_many_bytes_there_were(path: Path) -> None:
+    with path.open("rb") as file:
+        assert read_at(file.fileno(), memoryview(bytearray(10)), 99_995) == 5
+        assert read_at(file.fileno(), memoryview(bytearray(10)), 200_000) == 0
+
+
+def test_write_all_changes_only_its_own_range(path: Path) -> None:
+    with path.open("r+b") as file:
+        write_all(file.fileno(), memoryview(b"new"), 50)
+    assert path.read_bytes() == CONTENT[:50] + b"new" + CONTENT[53:]
+
+
+def test_a_synced_file_is_never_written_over_another(path: Path) -> None:
+    with pytest.raises(FileExistsError):
+        write_synced(path, b"new")
+    assert path.read_bytes() == CONTENT
+
+
+def test_an_fsync_that_fails_is_not_passed_over(path: Path) -> None:
+    with path.open("rb") as good:
+        closed = os.open(path, os.O_RDONLY)
+        os.close(closed)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            sync_all([good.fileno(), closed])
+
+
+def test_only_a_directory_is_synced_as_one(path: Path) -> None:
+    sync_directory(path.parent)
+    with pytest.raises(NotADirectoryError):
+        sync_directory(path)

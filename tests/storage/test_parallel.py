@@ -1,0 +1,101 @@
+"""Concurrent jobs: one that fails does not end the others, and an interruption ends them all."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+
+import pytest
+
+from lorashard.errors import AdapterError, LorashardError
+from lorashard.progress import Progress
+from lorashard.storage.parallel import Outcome, run_concurrently
+
+
+def test_outcomes_are_in_the_order_of_the_jobs_whatever_ends_first() -> None:
+    ended: list[float] = []
+
+    def work(seconds: float, _: Progress) -> str:
+        time.sleep(seconds)
+        return f"slept {seconds}"
+
+    outcomes = run_concurrently(
+        (0.2, 0.0, 0.1), work, workers=3, finished=lambda o: ended.append(o.job)
+    )
+    assert [o.result for o in outcomes] == ["slept 0.2", "slept 0.0", "slept 0.1"]
+    assert ended == [0.0, 0.1, 0.2]
+
+
+def test_a_failure_is_recorded_and_the_others_continue() -> None:
+    refused = AdapterError("b: no.")
+
+    def work(name: str, _: Progress) -> str:
+        if name == "b":
+            raise refused
+        return name.upper()
+
+    outcomes = run_concurrently("abc", work, workers=1, finished=lambda _: None)
+    assert outcomes == (
+        Outcome("a", "A", None),
+        Outcome("b", None, refused),
+        Outcome("c", "C", None),
+    )
+
+
+def test_an_unexpected_error_names_its_job_and_keeps_where_it_happened() -> None:
+    def work(_name: str, _: Progress) -> None:
+        {}["missing"]
+
+    (outcome,) = run_concurrently(("a",), work, workers=1, finished=lambda _: None)
+    assert isinstance(outcome.error, LorashardError)
+    assert str(outcome.error) == "a: unexpected KeyError: 'missing'"
+    assert outcome.error.exit_code == 1
+    assert '{}["missing"]' in "".join(traceback.format_exception(outcome.error))
+
+
+def test_no_more_jobs_run_at_once_than_there_are_workers() -> None:
+    running, most, lock = set(), [0], threading.Lock()
+
+    def work(number: int, _: Progress) -> None:
+        with lock:
+            running.add(number)
+            most[0] = max(most[0], len(running))
+        time.sleep(0.01)
+        with lock:
+            running.discard(number)
+
+    run_concurrently(range(12), work, workers=3, finished=lambda _: None)
+    assert most[0] == 3
+
+
+def test_an_interruption_ends_running_jobs_and_starts_no_more() -> None:
+    started: list[str] = []
+    under_way = threading.Event()
+
+    def work(name: str, progress: Progress) -> None:
+        started.append(name)
+        if name == "first":
+            under_way.wait(10)
+            return
+        under_way.set()
+        while True:  # ends only where progress is reported
+            time.sleep(0.001)
+            progress(1)
+
+    def finished(_: Outcome[str, None]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_concurrently(
+            ("first", "endless", "endless", "never"), work, workers=2, finished=finished
+        )
+    assert "never" not in started
+
+
+def test_what_finished_raises_is_raised_and_not_recorded() -> None:
+    def finished(outcome: Outcome[str, str]) -> None:
+        raise AdapterError(f"{outcome.job} is enough.")
+
+    with pytest.raises(AdapterError, match="a is enough"):
+        run_concurrently(("a",), lambda name, _: name, workers=1, finished=finished)
