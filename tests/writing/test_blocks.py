@@ -1,0 +1,91 @@
+"""Reads cut and joined into blocks. That they cover every plan is in tests/shards/test_plan.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorashard.shards.plan import CopyRange, Rearrange, Target
+from lorashard.writing.blocks import (
+    CopyBlock,
+    RearrangeBlock,
+    axis_sizes,
+    split_into_blocks,
+)
+
+
+def copy(begin: int, end: int, offset: int = 0) -> CopyRange:
+    return CopyRange(begin, end, (Target(0, offset), Target(1, offset + 1000)))
+
+
+def rearrange(axes: str, begin: int = 0) -> Rearrange:
+    """4 experts of [2, 3] in F16: 48 bytes."""
+    slots = tuple((Target(0, 12 * e),) for e in range(4))
+    return Rearrange(begin, begin + 48, axes, 2, 3, 2, 3, "F16", "F16", slots)
+
+
+def test_neighbouring_copies_share_a_block() -> None:
+    reads = (copy(0, 10), copy(10, 25), copy(25, 30))
+    assert list(split_into_blocks(reads, 100)) == [CopyBlock(0, 30, reads)]
+
+
+def test_a_gap_between_copies_begins_a_new_block() -> None:
+    reads = (copy(0, 10), copy(11, 20))
+    assert [(b.begin, b.end) for b in split_into_blocks(reads, 100)] == [(0, 10), (11, 20)]
+
+
+def test_a_copy_that_no_longer_fits_begins_a_new_block() -> None:
+    reads = (copy(0, 10), copy(10, 20), copy(20, 25))
+    assert [(b.begin, b.end) for b in split_into_blocks(reads, 24)] == [(0, 20), (20, 25)]
+
+
+def test_a_long_copy_is_cut_and_each_piece_goes_on_where_the_last_ended() -> None:
+    (first, second, third) = split_into_blocks((copy(100, 125, offset=7),), 10)
+    assert [(b.begin, b.end) for b in (first, second, third)] == [
+        (100, 110),
+        (110, 120),
+        (120, 125),
+    ]
+    assert isinstance(second, CopyBlock)
+    assert second.copies == (CopyRange(110, 120, (Target(0, 17), Target(1, 1017))),)
+
+
+@pytest.mark.parametrize(
+    ("axes", "limit", "ranges"),
+    [
+        ("erc", 24, [(0, 2), (2, 4)]),  # an expert is 12 bytes
+        ("rce", 24, [(0, 1), (1, 2)]),  # a row of all experts is 24
+        ("rec", 1000, [(0, 2)]),
+        ("erc", 30, [(0, 2), (2, 4)]),
+        ("rce", 1, [(0, 1), (1, 2)]),  # one index is never cut
+    ],
+)
+def test_a_rearrangement_is_cut_along_its_slowest_axis(
+    axes: str, limit: int, ranges: list[tuple[int, int]]
+) -> None:
+    blocks = list(split_into_blocks((rearrange(axes, begin=10),), limit, 1))
+    assert [(b.first, b.last) for b in blocks if isinstance(b, RearrangeBlock)] == ranges
+    unit = 48 // {"e": 4, "r": 2, "c": 3}[axes[0]]
+    assert [(b.begin, b.end) for b in blocks] == [(10 + unit * a, 10 + unit * b) for a, b in ranges]
+
+
+def test_columns_have_a_limit_of_their_own() -> None:
+    blocks = list(split_into_blocks((rearrange("cre"),), 1, 32))  # a column is 16 bytes
+    assert [(b.begin, b.end) for b in blocks] == [(0, 32), (32, 48)]
+
+
+def test_copies_before_and_after_a_rearrangement_are_not_joined() -> None:
+    reads = (copy(0, 10), rearrange("erc", begin=10), copy(58, 60))
+    blocks = list(split_into_blocks(reads, 1000))
+    assert [(type(b), b.begin, b.end) for b in blocks] == [
+        (CopyBlock, 0, 10),
+        (RearrangeBlock, 10, 58),
+        (CopyBlock, 58, 60),
+    ]
+
+
+def test_nothing_to_read_is_no_block() -> None:
+    assert list(split_into_blocks(())) == []
+
+
+def test_axes_have_the_sizes_of_the_source() -> None:
+    assert axis_sizes(rearrange("erc")) == {"e": 4, "r": 2, "c": 3}
