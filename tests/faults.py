@@ -1,4 +1,4 @@
-"""What the servers on loopback do wrong on request: which fault is due for which request."""
+"""Faults that the servers on loopback produce on demand: which one applies to which request."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 
-class Asked(Protocol):
-    """A request as far as faults look at it. ranged: the bytes [begin, end) that are asked for."""
+class IncomingRequest(Protocol):
+    """What faults need to know of a request. ranged: the bytes [begin, end) that it asks for."""
 
     method: str
     path: str
@@ -17,7 +17,7 @@ class Asked(Protocol):
 
 @dataclass
 class Fault:
-    """Laid on requests whose path holds `match`, after `skip` of them, `times` times or always."""
+    """Applies to requests whose path contains `match`: after `skip` of them, `times` times or always."""
 
     kind: str
     match: str
@@ -25,11 +25,11 @@ class Fault:
     times: int | None = 1
     skip: int = 0
     method: str | None = "GET"
-    beyond: int = 0  # only where bytes from here on are asked for
+    beyond: int = 0  # only to requests for bytes from here on
 
 
 class Faults:
-    """All that are laid on one server; several threads may ask."""
+    """All faults of one server. Thread-safe."""
 
     def __init__(self) -> None:
         self._laid: list[Fault] = []
@@ -40,12 +40,12 @@ class Faults:
             self._laid.append(fault)
 
     def mend(self) -> None:
-        """Take all faults away."""
+        """Remove all faults."""
         with self._lock:
             self._laid.clear()
 
-    def due(self, kind: str, request: Asked) -> Any:
-        """The value of a fault that is due now, or None; True for one without a value."""
+    def due(self, kind: str, request: IncomingRequest) -> Any:
+        """The value of a fault that applies now; True if it has no value, None if none applies."""
         with self._lock:
             for fault in self._laid:
                 if fault.kind != kind or fault.match not in request.path or fault.times == 0:

@@ -8,13 +8,13 @@
         assert hub.ranges("model.safetensors") == [(0, 8)]
 
 It keeps commits, branches, tags, private and gated repositories, answers with the Hub's headers and
-error codes, and takes uploads from who may write. As on the Hub, the content of a small file is behind a redirect to
-/api/resolve-cache, and that of a large one behind a signed link to another server, the CDN, which
-refuses a token. Xet, pull requests, datasets, multi-part uploads, and changing or deleting a
-repository are left out.
+error codes, and accepts uploads with a token that may write. As on the Hub, a small file is behind
+a redirect to /api/resolve-cache, and a large one behind a signed link to another server, the CDN,
+which refuses requests with a token. It has no Xet, pull requests, datasets or multi-part uploads,
+and repositories cannot be changed or deleted.
 
-Every request is logged. A fault is laid on all requests whose path holds a text; the path of a
-file's content, on whichever server, ends with the name of the file.
+Every request is logged. A fault applies to all requests whose path contains a text; on either
+server the path of a file's content ends with the file's name.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Content = bytes | Path
 
 @dataclass
 class Request:
-    """What one client asked for and got. sent_bytes: of the body, without headers.
+    """A request and its answer. sent_bytes: of the body, without headers.
 
     ranged: the bytes [begin, end) of a 206 answer. token: as the client sent it.
     """
@@ -71,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of a commit. blob_id: what git calls it, which for LFS is the pointer's id."""
+    """A file of a commit. blob_id: its git id; for an LFS file, that of the pointer."""
 
     content: Content
     size_bytes: int
@@ -151,8 +151,8 @@ class HubServer:
     """See the module. Names of repositories are `owner/name`; all of them are models."""
 
     token = "hf_" + "o" * 34
-    read_token = "hf_" + "r" * 34  # the owner's as well, without the right to write
-    stranger_token = "hf_" + "s" * 34  # someone who may read what is public, and nothing else
+    read_token = "hf_" + "r" * 34  # also the owner's, but may not write
+    stranger_token = "hf_" + "s" * 34  # of someone who may only read what is public
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -188,7 +188,7 @@ class HubServer:
         return f"http://127.0.0.1:{self._servers['cdn'].server_port}"
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """For a subprocess whose huggingface_hub talks to this server, and keeps all it has in `home`."""
+        """For a subprocess whose huggingface_hub talks to this server and keeps its files in `home`."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         for name in ("http_proxy", "https_proxy", "all_proxy", "TRANSFORMERS_OFFLINE"):
             env.pop(name, None)
@@ -196,7 +196,7 @@ class HubServer:
         env |= {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",  # or uploads go through xet, which is no HTTP
+            "HF_HUB_DISABLE_XET": "1",  # otherwise uploads go through Xet, which this server does not have
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -251,11 +251,11 @@ class HubServer:
         stored = self.repos[name].resolve(revision).files[path]
         return b"".join(read_chunks(stored.content, 0, stored.size_bytes))
 
-    # What was asked for
+    # The log of requests
 
     @property
     def requests(self) -> list[Request]:
-        """All of them, in the order in which they came, from both servers."""
+        """All requests to both servers, in the order in which they arrived."""
         with self.lock:
             return list(self._requests)
 
@@ -267,7 +267,7 @@ class HubServer:
         return [request.line for request in self.requests]
 
     def sent_bytes(self, file: str) -> int:
-        """How much of a file's content was sent, over all requests."""
+        """How many bytes of a file's content were sent, over all requests."""
         return sum(request.sent_bytes for request in self._contents(file))
 
     def ranges(self, file: str) -> list[tuple[int, int]]:
@@ -296,7 +296,7 @@ class HubServer:
         self._faults.lay(Fault("fail", match, (status, headers), times, skip, method))
 
     def corrupt(self, match: str, offset: int, times: int | None = None) -> None:
-        """Invert the byte at `offset` of a file wherever it is sent."""
+        """Invert the byte at `offset` of a file whenever it is sent."""
         self._faults.lay(Fault("corrupt", match, offset, times, 0, "GET"))
 
     def delay(self, match: str, seconds: float, times: int | None = None) -> None:
@@ -308,11 +308,11 @@ class HubServer:
         self._faults.lay(Fault("throttle", match, bytes_per_s, times, 0, "GET"))
 
     def limit_bandwidth(self, bytes_per_s: float | None) -> None:
-        """Send content no faster than this over all connections together; None: as fast as it goes."""
+        """Limit the speed of all connections together; None removes the limit."""
         self._bandwidth, self._free_at = bytes_per_s, 0.0
 
     def ignore_range(self, match: str, times: int | None = None) -> None:
-        """Answer 200 with the whole file whatever range is asked for."""
+        """Ignore the requested range and answer 200 with the whole file."""
         self._faults.lay(Fault("whole", match, None, times, 0, None))
 
     def drop(self, match: str) -> None:
@@ -328,7 +328,7 @@ class HubServer:
         self._signature += 1
 
     def mend(self) -> None:
-        """Take all faults away."""
+        """Remove all faults."""
         self._faults.mend()
 
     # For the handler
@@ -338,18 +338,18 @@ class HubServer:
             self._requests.append(request)
 
     def fault(self, kind: str, request: Request) -> Any:
-        """The value of a fault that is due now, or None; True for one without a value."""
+        """The value of a fault that applies now; True if it has no value, None if none applies."""
         return self._faults.due(kind, request)
 
     def pace(self, num_bytes: int) -> None:
-        """Wait until the line that all connections share has taken these bytes too."""
+        """Wait until the bandwidth that all connections share allows these bytes."""
         if self._bandwidth is None:
             return
         with self.lock:
             now = time.monotonic()
             self._free_at = max(now, self._free_at) + num_bytes / self._bandwidth
             wait = self._free_at - now
-        # What is slept too long is not lost: the next bytes then wait less.
+        # Sleeping too long is made up for: the next bytes wait less.
         if wait > _BURST_S:
             time.sleep(wait - _BURST_S)
 
@@ -362,7 +362,7 @@ class HubServer:
 
     @property
     def users(self) -> dict[str | None, str | None]:
-        """Who has which token; without one it is nobody in particular."""
+        """The user of each token; None for requests without one."""
         return {
             None: None,
             self.token: OWNER,
@@ -371,7 +371,7 @@ class HubServer:
         }
 
     def has_object(self, repo: str, sha256: str) -> Content | None:
-        """What was uploaded, or is in a commit already."""
+        """An LFS object that was uploaded, or is in a commit already."""
         if sha256 in self.uploads:
             return self.uploads[sha256]
         commits = self.repos[repo].commits.values()
@@ -385,14 +385,14 @@ class HubServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = False  # connections that are kept alive have threads that wait
+    block_on_close = False  # kept-alive connections have threads that wait
 
     def __init__(self, hub: HubServer, role: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.hub, self.role = hub, role
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is nothing to print."""
+        """A client that disconnects is not worth printing."""
 
 
 _REPO, _REV = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
@@ -444,7 +444,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.headers.get("Range"),
             token,
         )
-        # A list of coding agents, asked for once a day by huggingface_hub whatever it is used for.
+        # A list of coding agents that huggingface_hub requests once a day, whatever it is used for.
         if url.path != "/api/agent-harnesses":
             self.hub.log(self.request_log)
         self.chunks = self.body_chunks()
@@ -453,8 +453,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.misbehave()
             self.route(url.path)
         except _Refusal as refusal:
-            # What was not read would be taken for the next request, and to close the connection
-            # on it would lose the answer.
+            # Unread bytes would be taken for the next request, and closing the connection on them
+            # would lose the answer.
             self.drain()
             headers = {"X-Error-Message": refusal.message, **refusal.headers}
             self.send_json({"error": refusal.message}, refusal.status, headers)
@@ -506,7 +506,7 @@ class _Handler(BaseHTTPRequestHandler):
             yield chunk
 
     def find(self, name: str, write: bool = False, content: bool = False) -> Repo:
-        """A repository that who asks may use so. The Hub hides what they may not even know of."""
+        """A repository that this user may use in this way. Others do not learn that it exists."""
         token, repo = self.request_log.token, self.hub.repos.get(name)
         user = self.user()
         if repo is None or (repo.private and user != OWNER):
@@ -585,7 +585,7 @@ class _Handler(BaseHTTPRequestHandler):
         cut = self.hub.fault("cut", self.request_log)
         speed = self.hub.fault("throttle", self.request_log)
         wrong = self.hub.fault("corrupt", self.request_log)
-        # A speed limit is kept by sending a twentieth of a second's worth at a time.
+        # To keep a speed limit, send a twentieth of a second's worth at a time.
         step = max(1, int(speed / 20)) if speed else CHUNK_BYTES
         for at, chunk in enumerate_chunks(stored.content, begin, end, step):
             if wrong is not None and at <= wrong < at + len(chunk):
@@ -872,7 +872,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """The bytes [begin, end), empty where nothing is left. None: no range, or several of them."""
+    """The bytes [begin, end), which may be empty. None if there is no range, or more than one."""
     found = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
     if not found or found.group() == "bytes=-":
         return None
@@ -914,7 +914,7 @@ def blob_info(stored: StoredFile) -> dict[str, Any]:
 
 
 def tree_entries(commit: Commit, expand: bool) -> dict[str, dict[str, Any]]:
-    """What the tree has at each path: files, and the folders that they are in."""
+    """The tree's entry for each path: files and the folders that they are in."""
     last = {"lastCommit": {"id": commit.hash, "title": commit.title, "date": DATE}}
     more = last if expand else {}
     entries: dict[str, dict[str, Any]] = {}

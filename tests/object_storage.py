@@ -1,4 +1,4 @@
-"""S3 on loopback for the real s3fs: moto's, behind an application that counts and misbehaves.
+"""S3 on loopback for the real s3fs: moto's, behind an application that logs requests and produces faults.
 
     with ObjectStorage() as storage:
         storage.put_folder("adapter", directory)
@@ -6,8 +6,8 @@
         subprocess.run([..., storage.url("adapter")], env=os.environ | storage.environment())
         assert storage.ranges("model.safetensors") == [(0, 8)]
 
-Objects lie in one bucket. Requests without the right key are refused as S3 refuses them; what they
-are signed with is not checked. A fault is laid on all requests whose path holds a text.
+Objects lie in one bucket. Requests without the right key are refused as S3 does; signatures are
+not checked. A fault applies to all requests whose path contains a text.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from tests.faults import Fault, Faults
 
 BUCKET = "bucket"
 KEY_ID = "AKIALOOPBACK"
-CHUNK_BYTES = 1 << 14  # small, so that what a broken connection loses can be said exactly
+CHUNK_BYTES = 1 << 14  # small, so that a test can say exactly what a broken connection loses
 
 _CODES = {403: "AccessDenied", 404: "NoSuchKey", 500: "InternalError", 503: "ServiceUnavailable"}
 
 
 @dataclass
 class Request:
-    """What one client asked for and got. sent_bytes: of the body."""
+    """A request and its answer. sent_bytes: of the body."""
 
     method: str
     path: str
@@ -49,7 +49,7 @@ class Request:
 
     @property
     def ranged(self) -> tuple[int, int] | None:
-        """The bytes [begin, end) that were asked for."""
+        """The bytes [begin, end) that the request asks for."""
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.range or "")
         return (int(found[1]), int(found[2]) + 1) if found else None
 
@@ -96,7 +96,7 @@ class ObjectStorage:
         }
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """For a subprocess whose S3 is this one, whatever its user has set up."""
+        """For a subprocess that uses this S3, whatever its user has configured."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": KEY_ID,
@@ -104,7 +104,7 @@ class ObjectStorage:
             "AWS_REGION": "us-east-1",
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-            "AWS_EC2_METADATA_DISABLED": "true",  # or a machine without keys waits for its host's
+            "AWS_EC2_METADATA_DISABLED": "true",  # otherwise a machine without keys waits for its host's
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
             **changes,
@@ -133,7 +133,7 @@ class ObjectStorage:
         for entry in self._client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
             self.delete(entry["Key"])
 
-    # What was asked for
+    # The log of requests
 
     def lines(self) -> list[str]:
         return [request.line for request in self.requests]
@@ -171,7 +171,7 @@ class ObjectStorage:
         self._faults.lay(Fault("fail", match, status, times, skip, method, beyond))
 
     def corrupt(self, match: str, offset: int) -> None:
-        """Invert the byte at `offset` of an object wherever it is sent, and send no checksum."""
+        """Invert the byte at `offset` of an object whenever it is sent, without its checksum."""
         self._faults.lay(Fault("corrupt", match, offset, None))
 
     def when(self, match: str, action: Callable[[], object], nth: int = 1) -> None:
@@ -179,7 +179,7 @@ class ObjectStorage:
         self._faults.lay(Fault("when", match, action, 1, nth - 1))
 
     def mend(self) -> None:
-        """Take all faults away."""
+        """Remove all faults."""
         self._faults.mend()
 
     # Answers
@@ -242,7 +242,7 @@ class ObjectStorage:
 
 
 class _Unlogged:
-    """Takes what the test itself asks out of the log."""
+    """Keeps the test's own requests out of the log."""
 
     def __init__(self, storage: ObjectStorage) -> None:
         self._storage = storage

@@ -116,7 +116,7 @@ def _cast(data: memoryview, op: Rearrange) -> memoryview:
     after.copy_(before)
     infinite = torch.isinf(after)
     if infinite.any():
-        # In float64, which holds every value and knows isfinite; F8_E4M3 does not.
+        # float64 holds every value, and torch lacks isfinite for F8_E4M3.
         values = before.to(torch.float64)[infinite]
         too_large = values[torch.isfinite(values)]
         if len(too_large):
