@@ -27,7 +27,7 @@ PLUGIN_ORDER = ({"settings", "metrics"}, {"engine"}, {"load"}, {"patches"}, {"do
 PURE = (
     "header", "dtypes", "vllm_options",
     "adapter.config", "adapter.keys", "adapter.options", "adapter.base_model", "adapter.fused_pairs",
-    "adapter.containers", "adapter.modules", "adapter.layout",
+    "adapter.source_layout", "adapter.containers", "adapter.modules", "adapter.layout",
     "shards.names", "shards.placement", "shards.plan", "shards.manifest",
     "writing.blocks", "reshard.moves",
     "convert.target", "convert.peft_tensors", "convert.per_expert", "convert.fused", "convert.peft_config",

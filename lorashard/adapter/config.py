@@ -21,17 +21,16 @@ PICKLE_NAME = "adapter_model.bin"
 # the base model the adapter is wrong, and a server does not make that change. PEFT
 # `LoraLayer.update_layer`; vLLM 0.33 rejects them too (peft_helper.py:188).
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Layers that compute something else than x + scaling * B A x.
+# Layers that compute something other than x + scaling * B A x.
 _LORA_VARIANTS = (
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
     "monteclora_config", "velora_config",
 )  # fmt: skip
-_CLASSIFIER_HEADS = frozenset(
-    {"classifier", "score"}
-)  # what PEFT saves for sequence classification
+# What PEFT saves for sequence classification.
+_CLASSIFIER_HEADS = frozenset({"classifier", "score"})
 
 _PATTERN = r"(.*\.)?({})$"
-_MAX_NUMBER = 10**9  # of a rank or an alpha; far above any that is meant
+_MAX_NUMBER = 10**9  # for a rank or an alpha; far above any real one
 
 _CONVERT = "Train without it, or merge the adapter into the base model with PEFT."
 
@@ -92,7 +91,7 @@ class AdapterIndex:
 
 
 def parse_config(raw: bytes, where: str) -> LoraConfig:
-    """Read adapter_config.json. Raises AdapterError on damage and on features that do not fit."""
+    """Read adapter_config.json. Raises AdapterError if it is damaged or uses what is not supported."""
     try:
         config = json.loads(raw)
     except (ValueError, RecursionError) as err:
@@ -129,11 +128,11 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
         (config.get("use_dora"), "DoRA (use_dora)", _CONVERT),
         (bias != "none", f"trained bias (bias={bias!r})", 'Train with bias="none".'),
         (config.get("lora_bias"), "lora_bias", "Train with lora_bias=False."),
-        (config.get("trainable_token_indices"), "training tokens", _CONVERT),
+        (config.get("trainable_token_indices"), "trainable_token_indices", _CONVERT),
         (config.get("layer_replication"), "layer_replication", _CONVERT),
         (changes_base, f"init_lora_weights={init!r}, which changes the base weights,",
-         "Save with path_initial_model_for_weight_conversion, which makes a plain LoRA of it."),
-        (beyond, f"modules_to_save {beyond}", "Only a classifier head can be carried along."),
+         "Save with path_initial_model_for_weight_conversion, which turns it into a plain LoRA."),
+        (beyond, f"modules_to_save {beyond}", "Only a classifier head can be kept."),
         *((config.get(name), f"the LoRA variant {name}", _CONVERT) for name in _LORA_VARIANTS),
     ]  # fmt: skip
     for present, feature, hint in refusals:
@@ -154,7 +153,7 @@ def _patterns(
         for key in patterns:
             re.compile(_PATTERN.format(key))
     except (re.error, OverflowError, RecursionError) as err:
-        raise _damaged(where, f"{field}: a key is no pattern ({err})") from err
+        raise _damaged(where, f"{field}: a key is not a regular expression ({err})") from err
     return {key: check(value, f"{field} {key!r}", where) for key, value in patterns.items()}
 
 

@@ -7,14 +7,15 @@ those of docs/adapter-layouts.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
 from lorashard.adapter.config import LoraConfig
 from lorashard.adapter.fused_pairs import FusedPair, Reading, read_fused
 from lorashard.adapter.keys import PEFT_PREFIX, ExpertKey, Matrix, Projection
-from lorashard.adapter.options import LayoutOptions, LoraBLayout
+from lorashard.adapter.options import LayoutOptions, LoraBLayout, Orientation
+from lorashard.adapter.source_layout import SourceLayout, Storage
 from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
 
@@ -24,7 +25,7 @@ Axes = Literal["erc", "ecr", "rce", "rec", "cre", "cer"]
 FactorName = tuple[Projection, Matrix]
 
 _Key = TypeVar("_Key")
-_Found = tuple[FactorName, "list[SourceFactor]"]
+_NamedSources = tuple[FactorName, "list[SourceFactor]"]
 
 
 class SourceFactor(NamedTuple):
@@ -46,12 +47,21 @@ class SourceFactor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ContainerFactors:
-    """All factors of one container, and how its writer spells them."""
+    """All factors of one container, and how its writer stored them.
 
-    source_layout: str
-    fused: bool
+    non_gated: whether the container's own tensors show that its experts have no gate.
+    """
+
+    source_layout: SourceLayout
     non_gated: bool
     factors: Mapping[FactorName, tuple[SourceFactor, ...]]
+
+    @property
+    def fused(self) -> bool:
+        """Whether gate and up share a factor pair, as far as the tensors show."""
+        return self.source_layout.has_fused_tensors or any(
+            projection == "gate_up_proj" for projection, _ in self.factors
+        )
 
 
 @dataclass(slots=True)
@@ -67,28 +77,33 @@ class ContainerTensors:
     empty: set[Projection] = field(default_factory=set)
 
     @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing but tensors without elements."""
-        tables = (self.per_expert, self.stacked, self.native, self.parameter)
-        return not any((*tables, self.inner, self.outer))
+    def storages(self) -> tuple[Storage, ...]:
+        """The kinds of tensors in it; () if there are only tensors without elements."""
+        present: dict[Storage, bool] = {
+            "per_expert": bool(self.per_expert),
+            "stacked": bool(self.stacked),
+            "native": bool(self.native),
+            "fused": bool(self.inner or self.outer or self.parameter),
+        }
+        return tuple(storage for storage, is_present in present.items() if is_present)
 
     def add(self, key: ExpertKey, entry: TensorEntry) -> None:
-        """File a tensor under its key. Raises LayoutError if its place is taken."""
+        """File a tensor under its key. Raises LayoutError if another has the same key."""
         if key.projection is None:
             if 0 in entry.shape:
                 raise _bad_shape(entry, "at least one row and column")
-            _put(self.inner if key.kind == "inner" else self.outer, key.matrix, entry)
+            _add_new(self.inner if key.kind == "inner" else self.outer, key.matrix, entry)
             return
         name = (key.projection, key.matrix)
         if key.expert is not None:
             if 0 in entry.shape:
                 raise _bad_shape(entry, "at least one row and column")
-            _put(self.per_expert.setdefault(name, {}), key.expert, entry)
+            _add_new(self.per_expert.setdefault(name, {}), key.expert, entry)
         elif 0 in entry.shape:
             self.empty.add(key.projection)  # Tinker writes an empty w3 for experts without a gate
         else:
             tables = {"stacked": self.stacked, "native": self.native, "parameter": self.parameter}
-            _put(tables[key.kind], name, entry)
+            _add_new(tables[key.kind], name, entry)
 
 
 def read_container(
@@ -104,41 +119,29 @@ def read_container(
     Raises LayoutError for shapes that fit no layout, or more than one.
     """
     factors: dict[FactorName, list[SourceFactor]] = {}
-    spellings: list[str] = []
-
-    def add(spelling: str, items: Iterable[_Found]) -> None:
-        for name, found in items:
-            if name in factors:
-                raise LayoutError(
-                    f"{module}.{name[0]} {name[1]} is stored twice: {factors[name][0].entry.name} "
-                    f"and {found[0].entry.name}.",
-                    hint="Keep one of them; lorashard does not guess which is meant.",
-                )
-            factors[name] = found
-        spellings.append(spelling)
-
-    if tensors.per_expert:
-        add("per_expert", _per_expert(tensors))
-    if tensors.stacked:
-        add("stacked", _stacked(tensors))
-    if tensors.native:
-        add("native", _native(tensors))
-    if tensors.inner or tensors.outer or tensors.parameter:
-        spelling, items = _fused(module, tensors, config, options, hidden_size_hint)
-        add(spelling, items)
-    non_gated = bool(tensors.empty) and not any(name[0] == "up_proj" for name in factors)
-    if non_gated:  # the writer's w1 is then the up projection
+    source_layout = SourceLayout(tensors.storages)
+    _add_sources(factors, module, _per_expert(tensors))
+    _add_sources(factors, module, _stacked(tensors))
+    _add_sources(factors, module, _native(tensors))
+    if source_layout.has_fused_tensors:
+        pairs = _fused_pairs(module, tensors)
+        reading = read_fused(module, pairs, config.target_parameters, options, hidden_size_hint)
+        lora_b_layout = _lora_b_layout(module, config, options)
+        _add_sources(factors, module, _fused(module, pairs, reading, lora_b_layout, config))
+        source_layout = SourceLayout(
+            tensors.storages, reading.orientation, lora_b_layout, "up_proj" in reading.roles
+        )
+    has_empty_half = bool(tensors.empty) and not any(name[0] == "up_proj" for name in factors)
+    if has_empty_half:  # the writer's w1 is then the up projection
         factors = {("up_proj" if p == "gate_proj" else p, m): f for (p, m), f in factors.items()}
     return ContainerFactors(
-        source_layout="+".join(spellings),
-        fused=any(name[0] == "gate_up_proj" for name in factors)
-        or spellings[-1].startswith("fused"),
-        non_gated=non_gated or spellings[-1].endswith("non_gated"),
-        factors={name: tuple(items) for name, items in factors.items()},
+        source_layout=source_layout,
+        non_gated=has_empty_half or source_layout.up_without_gate,
+        factors={name: tuple(sources) for name, sources in factors.items()},
     )
 
 
-def _put(table: dict[_Key, TensorEntry], key: _Key, entry: TensorEntry) -> None:
+def _add_new(table: dict[_Key, TensorEntry], key: _Key, entry: TensorEntry) -> None:
     if key in table:
         raise LayoutError(
             f"{table[key].name} and {entry.name} name the same factor.",
@@ -147,26 +150,39 @@ def _put(table: dict[_Key, TensorEntry], key: _Key, entry: TensorEntry) -> None:
     table[key] = entry
 
 
+def _add_sources(
+    factors: dict[FactorName, list[SourceFactor]], module: str, new: Iterable[_NamedSources]
+) -> None:
+    for name, sources in new:
+        if name in factors:
+            raise LayoutError(
+                f"{module}.{name[0]} {name[1]} is stored twice: {factors[name][0].entry.name} "
+                f"and {sources[0].entry.name}.",
+                hint="Keep one of them; lorashard does not guess which is meant.",
+            )
+        factors[name] = sources
+
+
 def _peft_module(entry: TensorEntry) -> str:
     name = entry.name
     begin = len(PEFT_PREFIX) if name.startswith(PEFT_PREFIX) else 0
     return name[begin : name.rindex(".lora_")]
 
 
-def _per_expert(tensors: ContainerTensors) -> Iterable[_Found]:
+def _per_expert(tensors: ContainerTensors) -> Iterable[_NamedSources]:
     """L1, the per-expert side of L9, L15: [r, in] and [out, r] for each expert."""
     for name, entries in tensors.per_expert.items():
-        found = []
+        sources = []
         for expert in sorted(entries):
             entry = entries[expert]
             if len(entry.shape) != 2:
                 raise _bad_shape(entry, "two dimensions")
             rows, cols = entry.shape
-            found.append(SourceFactor(entry, _peft_module(entry), "erc", (expert,), rows, cols))
-        yield name, found
+            sources.append(SourceFactor(entry, _peft_module(entry), "erc", (expert,), rows, cols))
+        yield name, sources
 
 
-def _stacked(tensors: ContainerTensors) -> Iterable[_Found]:
+def _stacked(tensors: ContainerTensors) -> Iterable[_NamedSources]:
     """L8 to L12, L14: [E, r, in] and [E, out, r]; E = 1 or no E axis at all means shared."""
     for name, entry in tensors.stacked.items():
         if len(entry.shape) not in (2, 3):
@@ -177,7 +193,7 @@ def _stacked(tensors: ContainerTensors) -> Iterable[_Found]:
         yield name, [SourceFactor(entry, _peft_module(entry), "erc", experts, rows, cols)]
 
 
-def _native(tensors: ContainerTensors) -> Iterable[_Found]:
+def _native(tensors: ContainerTensors) -> Iterable[_NamedSources]:
     """L13: lora_A [E, in, r] and lora_B [E, r, out], both the other way round."""
     for name, entry in tensors.native.items():
         if len(entry.shape) != 3:
@@ -190,23 +206,20 @@ def _native(tensors: ContainerTensors) -> Iterable[_Found]:
 
 def _fused(
     module: str,
-    tensors: ContainerTensors,
+    pairs: Sequence[FusedPair],
+    reading: Reading,
+    lora_b_layout: LoraBLayout,
     config: LoraConfig,
-    options: LayoutOptions,
-    hidden_size_hint: int | None,
-) -> tuple[str, list[_Found]]:
+) -> Iterable[_NamedSources]:
     """L2 to L7: lora_A [E*r, x] and lora_B [y, r*E] (or [y, E*r], grouped by expert)."""
-    pairs = _fused_pairs(module, tensors)
-    reading = read_fused(module, pairs, config.target_parameters, options, hidden_size_hint)
-    b_layout = _lora_b_layout(module, config, options)
-    items: list[_Found] = []
     for pair, role in zip(pairs, reading.roles):
         # PEFT matches its patterns against "<module>.<parameter>".
         name = _peft_module(pair.lora_a) + ".weight" if pair.projection else f"{module}.{role}"
-        items += _fused_factors(pair, role, name, reading, b_layout, config.rank_of(name))
-    spelling = "fused" + ("_transposed" if reading.orientation == "transposed" else "")
-    spelling += "_grouped_by_expert" if b_layout == "grouped_by_expert" else ""
-    return spelling + ("_non_gated" if "up_proj" in reading.roles else ""), items
+        lora_a, lora_b = _fused_factors(
+            pair, name, reading.orientation, lora_b_layout, config.rank_of(name)
+        )
+        yield (role, "lora_A"), [lora_a]
+        yield (role, "lora_B"), [lora_b]
 
 
 def _fused_pairs(module: str, tensors: ContainerTensors) -> list[FusedPair]:
@@ -222,7 +235,7 @@ def _fused_pairs(module: str, tensors: ContainerTensors) -> list[FusedPair]:
         if len(table) == 1:
             (entry,) = table.values()
             raise LayoutError(
-                f"{module}: {entry.name} has no partner (lora_A and lora_B belong together).",
+                f"{module}: {entry.name} has no partner (lora_A and lora_B come in pairs).",
                 hint="The file is incomplete; save the adapter again.",
             )
         if table:
@@ -262,32 +275,33 @@ def _lora_b_layout(module: str, config: LoraConfig, options: LayoutOptions) -> L
 
 def _fused_factors(
     pair: FusedPair,
-    role: Projection,
-    name: str,
-    reading: Reading,
-    b_layout: LoraBLayout,
+    module: str,
+    orientation: Orientation,
+    lora_b_layout: LoraBLayout,
     lora_rank: int,
-) -> list[_Found]:
-    total, out = pair.lora_a.shape[0], pair.lora_b.shape[0]
-    if total % lora_rank:
+) -> tuple[SourceFactor, SourceFactor]:
+    """The lora_A and the lora_B of all experts that a pair holds."""
+    total_rows, in_features = pair.lora_a.shape
+    out_features = pair.lora_b.shape[0]
+    if total_rows % lora_rank:
         raise LayoutError(
-            f"{pair.lora_a.name}: {total} rows are no multiple of r={lora_rank}.",
-            hint="Is adapter_config.json the one of this file (r, rank_pattern)?",
+            f"{pair.lora_a.name}: {total_rows} rows are not a multiple of r={lora_rank}.",
+            hint="Does adapter_config.json belong to this file (r, rank_pattern)?",
         )
-    experts = tuple(range(total // lora_rank))
-    inside = pair.lora_a.shape[1]
-    grouped = b_layout == "grouped_by_expert"
-    if reading.orientation == "standard":
-        lora_a = SourceFactor(pair.lora_a, name, "erc", experts, lora_rank, inside)
-        lora_b = SourceFactor(
-            pair.lora_b, name, "rec" if grouped else "rce", experts, out, lora_rank
+    experts = tuple(range(total_rows // lora_rank))
+    grouped = lora_b_layout == "grouped_by_expert"
+    if orientation == "standard":
+        axes: Axes = "rec" if grouped else "rce"
+        return (
+            SourceFactor(pair.lora_a, module, "erc", experts, lora_rank, in_features),
+            SourceFactor(pair.lora_b, module, axes, experts, out_features, lora_rank),
         )
-    else:  # delta = (B @ A)^T, so each takes the other's place, transposed
-        lora_a = SourceFactor(
-            pair.lora_b, name, "cer" if grouped else "cre", experts, lora_rank, out
-        )
-        lora_b = SourceFactor(pair.lora_a, name, "ecr", experts, inside, lora_rank)
-    return [((role, "lora_A"), [lora_a]), ((role, "lora_B"), [lora_b])]
+    # delta = (B @ A)^T, so each takes the other's place, transposed
+    axes = "cer" if grouped else "cre"
+    return (
+        SourceFactor(pair.lora_b, module, axes, experts, lora_rank, out_features),
+        SourceFactor(pair.lora_a, module, "ecr", experts, in_features, lora_rank),
+    )
 
 
 def _bad_shape(entry: TensorEntry, wanted: str) -> LayoutError:

@@ -10,8 +10,8 @@ intermediate size:
     up         A [E*r, H]   B [I, r*E]         A [E*r, I]   B [H, r*E]
     down       A [E*r, I]   B [H, r*E]         A [E*r, H]   B [I, r*E]
 
-Every reading that the shapes allow is listed; exactly one must be left. A gated pair always has
-one. A pair without gate, or a single parameter, needs H from elsewhere.
+Every reading that the shapes allow is listed, and exactly one must remain. A gated pair always has
+one. A pair without a gate, or a single parameter, needs H from elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 from lorashard.adapter.keys import Projection
 from lorashard.adapter.options import LayoutOptions, Orientation
@@ -73,59 +73,61 @@ def read_fused(
     """Find the one reading of `pairs` (innermost first).
 
     hidden_size_hint: H as far as other tensors of the adapter show it.
-    Raises LayoutError if no reading or more than one is left.
+    Raises LayoutError if no reading remains, or more than one.
     """
-    possible = list(_consistent_readings(pairs, _named_roles(target_parameters)))
+    readings = list(_consistent_readings(pairs, _named_roles(target_parameters)))
     shapes = "; ".join(
         f"lora_A {list(pair.lora_a.shape)}, lora_B {list(pair.lora_b.shape)}" for pair in pairs
     )
-    if not possible:
+    if not readings:
         raise LayoutError(
             f"{module}: {shapes} fit no gate_up/up/down parameters.",
-            hint="Are lora_A and lora_B of one adapter, saved by PEFT with target_parameters?",
+            hint="Do lora_A and lora_B belong to one adapter, saved by PEFT with target_parameters?",
         )
-    left = [
+    matching = [
         reading
-        for reading in possible
+        for reading in readings
         if options.hidden_size in (None, reading.hidden_size)
         and options.intermediate_size in (None, reading.intermediate_size)
         and options.orientation in (None, reading.orientation)
     ]
-    if not left:
-        told = {
+    if not matching:
+        stated = {
             "hidden size": options.hidden_size,
             "intermediate size": options.intermediate_size,
             "orientation": options.orientation,
         }
         raise LayoutError(
-            f"{module}: {shapes} can be read as {' or '.join(map(str, possible))}, which "
-            f"contradicts {', '.join(f'{name} {v}' for name, v in told.items() if v)}.",
+            f"{module}: {shapes} can be read as {' or '.join(map(str, readings))}, which "
+            f"contradicts {', '.join(f'{name} {v}' for name, v in stated.items() if v)}.",
             hint="Is --model the base model of this adapter?",
         )
-    if len(left) > 1:  # other tensors may break the tie; experts can be narrower than attention
-        left = [r for r in left if r.hidden_size == hidden_size_hint] or left
-    if len(left) > 1:
+    # Other tensors may break a tie, but not overrule: experts can be narrower than attention.
+    if len(matching) > 1:
+        matching = [r for r in matching if r.hidden_size == hidden_size_hint] or matching
+    if len(matching) > 1:
+        listed = "; or ".join(map(str, matching))
         raise UnclearLayoutError(
-            f"{module}: {shapes} can be read in more than one way: {'; or '.join(map(str, left))}.",
+            f"{module}: {shapes} can be read in more than one way: {listed}.",
             hint="Give --model MODEL_DIR (its config.json has the hidden size), or --orientation.",
         )
-    return left[0]
+    return matching[0]
 
 
 def _consistent_readings(pairs: Sequence[FusedPair], named: frozenset[Role]) -> Iterator[Reading]:
+    """The readings in which all pairs imply one H and one I. named: the only roles, if any."""
     candidates = _PAIRS if len(pairs) == 2 else _SINGLES
-    for roles, orientation in product(candidates, ("standard", "transposed")):
+    for roles, orientation in product(candidates, get_args(Orientation)):
         if any(pair.projection not in (None, role) for pair, role in zip(pairs, roles)):
             continue
         if named and not named.issuperset(roles):
             continue
-        sizes = {_sizes(pair, role, orientation) for pair, role in zip(pairs, roles)}
-        size = sizes.pop()
-        if not sizes and size is not None:
-            yield Reading(roles, orientation, *size)  # type: ignore[arg-type]
+        sizes = {_implied_sizes(pair, role, orientation) for pair, role in zip(pairs, roles)}
+        if len(sizes) == 1 and (size := sizes.pop()) is not None:
+            yield Reading(roles, orientation, *size)
 
 
-def _sizes(pair: FusedPair, role: Role, orientation: str) -> tuple[int, int] | None:
+def _implied_sizes(pair: FusedPair, role: Role, orientation: Orientation) -> tuple[int, int] | None:
     """(H, I) that a pair implies in a role; None if it cannot have that role."""
     in_features, out_features = pair.lora_a.shape[1], pair.lora_b.shape[0]
     if orientation == "transposed":

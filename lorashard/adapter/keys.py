@@ -17,7 +17,7 @@ Matrix = Literal["lora_A", "lora_B"]
 #   stacked     expert-agnostic name, dim 0 = experts, or shared by all L8 to L12, L14
 #   inner       PEFT fused, the innermost wrapped parameter             L2, L3, L6, L7
 #   outer       PEFT fused, the outermost (or only) wrapped parameter   L2, L3, L4, L6, L7
-#   parameter   PEFT fused, the parameter stands in the name            L5
+#   parameter   PEFT fused, with the parameter's name in the key        L5
 #   native      NeMo AutoModel's own orientation, [E, in, r]            L13
 Kind = Literal["expert", "stacked", "inner", "outer", "parameter", "native"]
 
@@ -110,7 +110,7 @@ class LoraKey:
 
 @dataclass(frozen=True, slots=True)
 class FullWeightKey:
-    """A whole weight that is carried along: a classifier head or embeddings."""
+    """A whole weight that every rank gets as well: a classifier head or embeddings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def _expert_key(kind: Kind, match: re.Match[str], suffix: str, expert: int | Non
     module, leaf, matrix = match.group("module", "projection", "matrix")
     projection = _PROJECTIONS.get(leaf)
     if projection is None:
-        return UnknownKey(f"{leaf!r} is no known projection of an expert")
+        return UnknownKey(f"an expert projection called {leaf!r}")
     return ExpertKey(kind, module + suffix, projection, _MATRICES[matrix], expert)
 
 
@@ -155,11 +155,11 @@ def _parse_other(name: str, num_dims: int) -> ParsedKey:
         if marker in name:
             return UnknownKey(reason)
     if "experts" in name.split("."):
-        return UnknownKey("this way to write expert tensors")
+        return UnknownKey("this way of naming expert tensors")
     if match := _LORA.fullmatch(name):
         if num_dims != 2:
             return UnknownKey(f"a LoRA factor with {num_dims} dimensions outside of experts")
         return LoraKey(match["module"], _MATRICES[match["matrix"]], "embedding" in match["matrix"])
     if _FULL_WEIGHT.fullmatch(name):
         return FullWeightKey()
-    return UnknownKey("not a LoRA factor")
+    return UnknownKey("a tensor other than a LoRA factor")

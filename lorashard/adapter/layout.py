@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorashard.adapter.base_model import gate_up_named
+from lorashard.adapter.base_model import gate_up_by_name
 from lorashard.adapter.config import AdapterIndex, LoraConfig
 from lorashard.adapter.containers import (
     ContainerFactors,
@@ -32,8 +32,8 @@ MAX_EXPERTS = 2**16
 class AdapterLayout:
     """The meaning of every tensor: expert modules in the order of the file, and the rest.
 
-    gate_up_known: False where neither the model nor the adapter says how gate and up rows lie,
-    so that "concatenated" is assumed.
+    gate_up_known: False where neither the model nor the adapter says in which order gate and up
+    rows are stored, so that "concatenated" is assumed.
     """
 
     num_experts: int
@@ -54,17 +54,17 @@ def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> Ad
     Raises NoExpertsError, LayoutError or UnsupportedAdapterError; guesses neither an orientation
     nor an expert count.
     """
-    tensors, replicated, lora_keys = _collect(index, where)
+    collected, replicated, lora_keys = _collect(index, where)
     _check_replicated(lora_keys, index.config)
-    tensors = {name: found for name, found in tensors.items() if not found.is_empty}
-    if not tensors:
-        raise NoExpertsError(where)
     containers = {
-        name: read_container(name, found, index.config, options, _hidden_size(name, lora_keys))
-        for name, found in tensors.items()
+        name: read_container(name, tensors, index.config, options, _hidden_size(name, lora_keys))
+        for name, tensors in collected.items()
+        if tensors.storages
     }
+    if not containers:
+        raise NoExpertsError(where)
     num_experts = _count_experts(containers, options, _router_rows(containers, lora_keys))
-    gate_up = options.gate_up or gate_up_named(
+    gate_up = options.gate_up or gate_up_by_name(
         index.config.base_model, index.config.base_model_class
     )
     modules = tuple(
@@ -85,7 +85,7 @@ def _collect(
         key = parse_key(entry.name, len(entry.shape))
         if isinstance(key, ExpertKey):
             if entry.dtype not in FLOAT_DTYPES:
-                raise LayoutError(f"{entry.name}: dtype {entry.dtype} is no LoRA factor's.")
+                raise LayoutError(f"{entry.name}: a LoRA factor cannot have dtype {entry.dtype}.")
             container = containers.get(key.module)
             if container is None:
                 container = containers[key.module] = ContainerTensors()
@@ -112,7 +112,7 @@ def _check_replicated(lora_keys: Sequence[tuple[LoraKey, TensorEntry]], config: 
     for key, entry in lora_keys:
         if len(matrices[key.module]) == 1:
             raise LayoutError(
-                f"{entry.name} has no partner (lora_A and lora_B belong together).",
+                f"{entry.name} has no partner (lora_A and lora_B come in pairs).",
                 hint="The file is incomplete; save the adapter again.",
             )
 
@@ -120,7 +120,7 @@ def _check_replicated(lora_keys: Sequence[tuple[LoraKey, TensorEntry]], config: 
 def _check_replicated_rank(key: LoraKey, entry: TensorEntry, config: LoraConfig) -> None:
     """A factor whose r is not the config's may be a stack of experts under an unknown name.
 
-    To replicate such a tensor would serve wrong experts without a word.
+    Replicating such a tensor would silently serve wrong experts.
     """
     lora_rank = entry.shape[0] if key.matrix == "lora_A" else entry.shape[1]
     expected = config.rank_of(key.module)
@@ -129,8 +129,8 @@ def _check_replicated_rank(key: LoraKey, entry: TensorEntry, config: LoraConfig)
         raise LayoutError(
             f"{entry.name} {list(entry.shape)} has r={lora_rank}, adapter_config.json says "
             f"{expected}.",
-            hint="If it holds several experts, its layout is not known; if not, the config is "
-            "not the one of this file.",
+            hint="Either it holds several experts in a layout that lorashard does not know, or "
+            "the config does not belong to this file.",
         )
 
 
@@ -150,7 +150,7 @@ def _hidden_size(module: str, lora_keys: Sequence[tuple[LoraKey, TensorEntry]]) 
 def _router_rows(
     containers: Mapping[str, ContainerFactors], lora_keys: Sequence[tuple[LoraKey, TensorEntry]]
 ) -> int | None:
-    """How many experts the trained routers choose from: at least as many as there are weights."""
+    """How many experts the trained routers choose from, None if none is trained."""
     blocks = {name.rpartition(".")[0] for name in containers}
     rows = {
         entry.shape[0]
@@ -165,7 +165,7 @@ def _router_rows(
 def _count_experts(
     containers: Mapping[str, ContainerFactors], options: LayoutOptions, router_rows: int | None
 ) -> int:
-    """E, from tensors that hold all experts, the model, or a gapless set of numbered experts."""
+    """E: from tensors that hold all experts, from the model, or from gapless expert numbers."""
     factors = [
         factor
         for container in containers.values()
@@ -174,7 +174,7 @@ def _count_experts(
         if factor.experts is not None
     ]
     stated = _stated_count(factors, options.num_experts)
-    num_experts = options.num_experts or stated or _counted(factors, router_rows)
+    num_experts = options.num_experts or stated or _count_trained(factors, router_rows)
     for factor in factors:
         if factor.experts and factor.experts[-1] >= num_experts:
             raise LayoutError(
@@ -182,16 +182,18 @@ def _count_experts(
                 hint="Is --model the base model of this adapter?",
             )
     if num_experts > MAX_EXPERTS or (router_rows is not None and num_experts > router_rows):
-        limit = "more than any model" if num_experts > MAX_EXPERTS else f"the router {router_rows}"
+        limit = "more than any model has"
+        if num_experts <= MAX_EXPERTS:
+            limit = f"but its router chooses from {router_rows}"
         raise LayoutError(
             f"The adapter would have {num_experts} experts, {limit}.",
-            hint="Is adapter_config.json the one of this file (r, rank_pattern)?",
+            hint="Does adapter_config.json belong to this file (r, rank_pattern)?",
         )
     return num_experts
 
 
-def _counted(factors: Sequence[SourceFactor], router_rows: int | None) -> int:
-    """The number of experts trained, if nothing speaks against their being all."""
+def _count_trained(factors: Sequence[SourceFactor], router_rows: int | None) -> int:
+    """The number of experts trained. Raises LayoutError if there may be more than those."""
     trained = {expert for factor in factors for expert in factor.experts or ()}
     complete = bool(trained) and trained == set(range(len(trained)))
     if not complete or (router_rows is not None and router_rows != len(trained)):
@@ -217,6 +219,6 @@ def _stated_count(factors: Sequence[SourceFactor], known: int | None) -> int | N
         (count_a, name_a), (count_b, name_b) = list(stated.items())[:2]
         raise LayoutError(
             f"{name_a} holds {count_a} experts, {name_b} {count_b}.",
-            hint="Is --model the base model, and do r and rank_pattern fit the file?",
+            hint="Is --model the base model, and do r and rank_pattern match the file?",
         )
     return next(iter(stated), None)

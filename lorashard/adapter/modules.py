@@ -13,6 +13,7 @@ from lorashard.adapter.config import LoraConfig
 from lorashard.adapter.containers import ContainerFactors, FactorName, SourceFactor
 from lorashard.adapter.keys import Matrix, Projection
 from lorashard.adapter.options import GateUp
+from lorashard.adapter.source_layout import SourceLayout
 from lorashard.errors import LayoutError
 
 PROJECTIONS: tuple[Projection, ...] = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -62,7 +63,7 @@ class ExpertModule:
 
     name: str
     layout: Literal["per_expert", "fused"]
-    source_layout: str
+    source_layout: SourceLayout
     gate_up: GateUp
     lora_rank: int
     scaling: Mapping[Projection, float | tuple[float, ...]]
@@ -95,8 +96,9 @@ def build_module(
     gate_up: how the base model stores gate and up rows, None = not known.
     Raises LayoutError for a factor without its partner, or ranks and shapes that disagree.
     """
-    projections = [p for p in PROJECTIONS if any(name[0] == p for name in container.factors)]
-    if "gate_up_proj" in projections and {"gate_proj", "up_proj"} & set(projections):
+    trained_projections = {projection for projection, _ in container.factors}
+    projections = [p for p in PROJECTIONS if p in trained_projections]
+    if "gate_up_proj" in projections and {"gate_proj", "up_proj"} & trained_projections:
         raise LayoutError(
             f"{name}: gate_up_proj beside gate_proj or up_proj.",
             hint="They name the same weights; keep one spelling.",
@@ -108,11 +110,11 @@ def build_module(
         sources_a = container.factors.get((projection, "lora_A"), ())
         sources_b = container.factors.get((projection, "lora_B"), ())
         trained = _pair_up(f"{name}.{projection}", sources_a, sources_b)
-        if container.source_layout != "native":
+        if not container.source_layout.rank_is_from_tensors:
             _check_config_ranks(trained, config)
         lora_rank = max(factor.lora_rank for factor in trained.values())
-        stacks.append(_stack(name, projection, "lora_A", sources_a, lora_rank))
-        stacks.append(_stack(name, projection, "lora_B", sources_b, lora_rank))
+        stacks.append(_build_stack(name, projection, "lora_A", sources_a, lora_rank))
+        stacks.append(_build_stack(name, projection, "lora_B", sources_b, lora_rank))
         scaling[projection] = _scaling(trained, num_experts, config)
         if None not in trained:
             ranks = {e: trained[e].lora_rank if e in trained else 0 for e in range(num_experts)}
@@ -136,7 +138,7 @@ def build_module(
 
 
 @dataclass(frozen=True, slots=True)
-class _Trained:
+class _TrainedPair:
     """What one expert trains of a projection: its r and the name PEFT's patterns see."""
 
     lora_rank: int
@@ -146,12 +148,12 @@ class _Trained:
 
 def _pair_up(
     where: str, sources_a: Sequence[SourceFactor], sources_b: Sequence[SourceFactor]
-) -> dict[int | None, _Trained]:
+) -> dict[int | None, _TrainedPair]:
     """Expert -> what it trains; the one key None if both factors are shared by all experts."""
     by_expert_a = _by_expert(where, "lora_A", sources_a)
     by_expert_b = _by_expert(where, "lora_B", sources_b)
     numbered = {e for e in (*by_expert_a, *by_expert_b) if e is not None}
-    trained: dict[int | None, _Trained] = {}
+    trained: dict[int | None, _TrainedPair] = {}
     for expert in sorted(numbered) or (None,):
         lora_a = by_expert_a.get(expert) or by_expert_a.get(None)
         lora_b = by_expert_b.get(expert) or by_expert_b.get(None)
@@ -160,7 +162,7 @@ def _pair_up(
             tensor = present.entry.name if present else "nothing"
             who = "" if expert is None else f" of expert {expert}"
             raise LayoutError(
-                f"{where}: {missing}{who} is missing ({tensor} is there).",
+                f"{where}: {missing}{who} is missing ({tensor} is present).",
                 hint="The file is incomplete; save the adapter again.",
             )
         if lora_a.rows != lora_b.cols:
@@ -169,26 +171,26 @@ def _pair_up(
                 hint="The two do not belong together; save the adapter again.",
             )
         named = lora_a if lora_a.experts is not None else lora_b
-        trained[expert] = _Trained(lora_a.rows, named.module, named.entry.name)
+        trained[expert] = _TrainedPair(lora_a.rows, named.module, named.entry.name)
     return trained
 
 
 def _by_expert(
     where: str, matrix: Matrix, sources: Sequence[SourceFactor]
 ) -> dict[int | None, SourceFactor]:
-    found: dict[int | None, SourceFactor] = {}
+    by_expert: dict[int | None, SourceFactor] = {}
     for source in sources:
         for expert in (None,) if source.experts is None else source.experts:
-            found[expert] = source
-    if None in found and len(found) > 1:
+            by_expert[expert] = source
+    if None in by_expert and len(by_expert) > 1:
         raise LayoutError(
             f"{where} {matrix}: both a factor shared by all experts and factors of single ones.",
             hint="Keep one of them; lorashard does not guess which is meant.",
         )
-    return found
+    return by_expert
 
 
-def _check_config_ranks(trained: Mapping[int | None, _Trained], config: LoraConfig) -> None:
+def _check_config_ranks(trained: Mapping[int | None, _TrainedPair], config: LoraConfig) -> None:
     for factor in trained.values():
         expected = config.rank_of(factor.module)
         if factor.lora_rank != expected:
@@ -200,7 +202,7 @@ def _check_config_ranks(trained: Mapping[int | None, _Trained], config: LoraConf
             )
 
 
-def _stack(
+def _build_stack(
     module: str,
     projection: Projection,
     matrix: Matrix,
@@ -223,7 +225,7 @@ def _stack(
 
 
 def _scaling(
-    trained: Mapping[int | None, _Trained], num_experts: int, config: LoraConfig
+    trained: Mapping[int | None, _TrainedPair], num_experts: int, config: LoraConfig
 ) -> float | tuple[float, ...]:
     """One number, or one per expert (0 where it trains nothing) if the trained ones differ."""
     by_expert = {e: config.scaling_of(f.module, f.lora_rank) for e, f in trained.items()}

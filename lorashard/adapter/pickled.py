@@ -31,8 +31,9 @@ def convert_pickle(directory: Path) -> Iterator[Path]:
     path = directory / PICKLE_NAME
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # a damaged pickle raises anything; torch's text is
-        # not passed on, because it recommends weights_only=False
+    except Exception as err:
+        # A damaged pickle can raise anything. torch's own message recommends weights_only=False,
+        # so it is not shown.
         raise AdapterError(
             f"{path}: cannot be read as plain tensors ({type(err).__name__}).",
             hint="Save the adapter again with safe_serialization=True.",
@@ -42,8 +43,8 @@ def convert_pickle(directory: Path) -> Iterator[Path]:
         for name, value in loaded.items()
     ):
         raise AdapterError(f"{path}: not a table of plain tensors.", hint="Is it a PEFT adapter?")
-    with tempfile.TemporaryDirectory(prefix="lorashard-") as name:
-        converted = Path(name)
+    with tempfile.TemporaryDirectory(prefix="lorashard-") as folder:
+        converted = Path(folder)
         shutil.copyfile(directory / CONFIG_NAME, converted / CONFIG_NAME)
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in loaded.items()}
         save_file(tensors, converted / WEIGHTS_NAME, metadata={"format": "pt"})

@@ -1,4 +1,8 @@
-"""The files of an adapter, here or remote -> AdapterIndex. The only reader of source headers."""
+"""The files of an adapter, here or remote -> AdapterSource. The only reader of source headers.
+
+In: the place of an adapter. Out: its config and tensor table, and the way to its tensor data, of
+which nothing is read yet. `opened_adapter` is where to begin.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +52,24 @@ class AdapterSource:
         return self.weights.opened(self.index.data_begin)
 
 
+@contextmanager
+def opened_adapter(adapter: Location, *, allow_pickle: bool) -> Iterator[AdapterSource]:
+    """Read an adapter's headers; with allow_pickle, a local pickle is made a temporary file first.
+
+    Raises AdapterError (HeaderError for a damaged file).
+    """
+    if isinstance(adapter, RemoteFolder):
+        yield read_adapter(adapter)
+        return
+    directory = find_adapter(adapter)
+    has_weights = (directory / WEIGHTS_NAME).exists()
+    if allow_pickle and not has_weights and (directory / PICKLE_NAME).exists():
+        with convert_pickle(directory) as converted:
+            yield read_adapter(converted)
+    else:
+        yield read_adapter(directory)
+
+
 def read_adapter(place: Location) -> AdapterSource:
     """Read config and header of the adapter in `place`; no tensor data.
 
@@ -55,29 +77,23 @@ def read_adapter(place: Location) -> AdapterSource:
     """
     if isinstance(place, RemoteFolder):
         return _read_remote(find_remote_adapter(place))
-    directory = find_adapter(place)
-    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    config_bytes = read_small_file(directory, CONFIG_NAME)
-    if not weights_path.is_file():
-        raise _no_weights(directory, has_pickle=(directory / PICKLE_NAME).is_file())
-    raw, header = read_header(weights_path)
-    index = _index(config_bytes, header, str(config_path))
-    return AdapterSource(directory, config_bytes, weights_path, raw, index)
+    return _read_local(find_adapter(place))
 
 
-def _read_remote(folder: RemoteFolder) -> AdapterSource:
-    weights = folder.file(WEIGHTS_NAME)
-    config = read_small_file(folder, CONFIG_NAME)
-    if weights is None:
-        raise _no_weights(folder, has_pickle=folder.has(PICKLE_NAME))
-    raw, header = read_header(weights)
-    index = _index(config, header, str(folder))
-    return AdapterSource(folder, config, weights, raw, index, folder.repo, folder.revision)
-
-
-def _index(config_bytes: bytes, header: Header, where: str) -> AdapterIndex:
-    config = parse_config(config_bytes, where)
-    return AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
+def find_adapter(path: Path) -> Path:
+    """The directory that holds the adapter: `path`, or its one named adapter in a sub-folder."""
+    if not path.is_dir():
+        problem = "is a file; name its directory" if path.exists() else "does not exist"
+        raise AdapterError(
+            f"{path} {problem}.", hint=f"An adapter is a directory with {CONFIG_NAME} in it."
+        )
+    if (path / CONFIG_NAME).is_file():
+        return path
+    # PEFT saves an adapter that is not called "default" into a sub-folder of its name.
+    named = sorted(child for child in path.iterdir() if (child / CONFIG_NAME).is_file())
+    if len(named) == 1:
+        return named[0]
+    raise _no_adapter(path, named)
 
 
 def find_remote_adapter(folder: RemoteFolder) -> RemoteFolder:
@@ -90,20 +106,49 @@ def find_remote_adapter(folder: RemoteFolder) -> RemoteFolder:
     raise _no_adapter(folder, named)
 
 
-def find_adapter(path: Path) -> Path:
-    """The directory that holds the adapter: `path`, or its one named adapter in a sub-folder."""
-    if not path.is_dir():
-        what = "is a file; name its directory" if path.exists() else "does not exist"
-        raise AdapterError(
-            f"{path} {what}.", hint=f"An adapter is a directory with {CONFIG_NAME} in it."
-        )
-    if (path / CONFIG_NAME).is_file():
-        return path
-    # PEFT saves an adapter that is not called "default" into a sub-folder of its name.
-    named = sorted(child for child in path.iterdir() if (child / CONFIG_NAME).is_file())
-    if len(named) == 1:
-        return named[0]
-    raise _no_adapter(path, named)
+def is_plain_adapter(_path: Path, names: frozenset[str]) -> bool:
+    """Whether a directory with these names holds an adapter and nothing else."""
+    return names == {CONFIG_NAME, WEIGHTS_NAME}
+
+
+def read_model_facts(model: Location) -> ModelFacts:
+    """What the base model's config.json says; `model` is its folder, or locally that file.
+
+    Raises AdapterError.
+    """
+    if isinstance(model, Path) and not model.is_dir():
+        raw, file = read_small_path(model), str(model)
+    else:
+        raw, file = read_small_file(model, _MODEL_CONFIG), f"{model}/{_MODEL_CONFIG}"
+    config = parse_json(raw, model)
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: not a JSON object.", hint="Check the path.")
+    return parse_model_config(config, file)
+
+
+def _read_local(directory: Path) -> AdapterSource:
+    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    config_bytes = read_small_file(directory, CONFIG_NAME)
+    if not weights_path.is_file():
+        raise _no_weights(directory, has_pickle=(directory / PICKLE_NAME).is_file())
+    raw, header = read_header(weights_path)
+    index = _index(config_bytes, header, str(config_path))
+    return AdapterSource(directory, config_bytes, weights_path, raw, index)
+
+
+def _read_remote(folder: RemoteFolder) -> AdapterSource:
+    weights = folder.file(WEIGHTS_NAME)
+    config_bytes = read_small_file(folder, CONFIG_NAME)
+    if weights is None:
+        raise _no_weights(folder, has_pickle=folder.has(PICKLE_NAME))
+    raw, header = read_header(weights)
+    index = _index(config_bytes, header, str(folder))
+    return AdapterSource(folder, config_bytes, weights, raw, index, folder.repo, folder.revision)
+
+
+def _index(config_bytes: bytes, header: Header, where: str) -> AdapterIndex:
+    config = parse_config(config_bytes, where)
+    return AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
 
 
 def _no_adapter(place: Location, named: Sequence[Location]) -> AdapterError:
@@ -117,55 +162,17 @@ def _no_adapter(place: Location, named: Sequence[Location]) -> AdapterError:
     )
 
 
-def _no_weights(directory: Location, *, has_pickle: bool) -> AdapterError:
-    if has_pickle and isinstance(directory, RemoteFolder):
-        return UnsupportedAdapterError(
-            f"{PICKLE_NAME} (a pickle)",
-            str(directory),
-            hint="Download it, for example with `hf download`, and see --allow-pickle.",
-        )
+def _no_weights(place: Location, *, has_pickle: bool) -> AdapterError:
     if has_pickle:
+        is_remote = isinstance(place, RemoteFolder)
         return UnsupportedAdapterError(
             f"{PICKLE_NAME} (a pickle)",
-            str(directory),
-            hint="--allow-pickle reads it with torch.load(weights_only=True).",
+            str(place),
+            hint="Download it, for example with `hf download`, and see --allow-pickle."
+            if is_remote
+            else "--allow-pickle reads it with torch.load(weights_only=True).",
         )
     return AdapterError(
-        f"{directory}: no {WEIGHTS_NAME}.",
+        f"{place}: no {WEIGHTS_NAME}.",
         hint="Is the download complete? A shard directory is read with verify, inspect or merge.",
     )
-
-
-@contextmanager
-def opened_adapter(adapter: Location, *, allow_pickle: bool) -> Iterator[AdapterSource]:
-    """Read an adapter's headers; a local pickle is converted into a temporary file first."""
-    if isinstance(adapter, RemoteFolder):
-        yield read_adapter(adapter)
-        return
-    directory = find_adapter(adapter)
-    if (
-        allow_pickle
-        and not (directory / WEIGHTS_NAME).exists()
-        and (directory / PICKLE_NAME).exists()
-    ):
-        with convert_pickle(directory) as converted:
-            yield read_adapter(converted)
-    else:
-        yield read_adapter(directory)
-
-
-def is_plain_adapter(_path: Path, names: frozenset[str]) -> bool:
-    """Whether a directory with these names holds an adapter and nothing else."""
-    return names == {CONFIG_NAME, WEIGHTS_NAME}
-
-
-def read_model_facts(model: Location) -> ModelFacts:
-    """What the base model's config.json says; `model` is its folder, or locally that file."""
-    if isinstance(model, Path) and not model.is_dir():
-        raw, file = read_small_path(model), str(model)
-    else:
-        raw, file = read_small_file(model, _MODEL_CONFIG), f"{model}/{_MODEL_CONFIG}"
-    config = parse_json(raw, model)
-    if not isinstance(config, dict):
-        raise AdapterError(f"{file}: not a JSON object.", hint="Check the path.")
-    return parse_model_config(config, file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from lorashard.adapter.base_model import spelled_w
+from lorashard.adapter.base_model import uses_w_names
 from lorashard.adapter.keys import PEFT_PREFIX, Projection
 from lorashard.adapter.modules import ExpertModule
 from lorashard.adapter.options import GateUp
@@ -76,7 +76,7 @@ def _spelling(module: ExpertModule, asked: Asked) -> tuple[str, Mapping[Projecti
     leaves = {name[1] for name in names if len(name) == 2 and name[0].isdecimal()}
     if leaves:  # one tensor per expert already
         return module.name, _W_NAMES if leaves <= set(_W_NAMES.values()) else {}
-    if not spelled_w(asked.model):
+    if not uses_w_names(asked.model):
         return module.name, {}
     # transformers 5 has renamed it
     return re.sub(r"\.mlp\.experts$", ".block_sparse_moe.experts", module.name), _W_NAMES

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from lorashard.adapter.base_model import (
     ModelFacts,
-    fused_already,
     fused_orientation,
-    fused_orientation_named,
-    gate_up_named,
+    fused_orientation_by_name,
+    gate_up_by_name,
+    has_fused_experts,
 )
 from lorashard.adapter.config import LoraConfig, parse_config
 from lorashard.adapter.keys import PEFT_PREFIX, LoraKey, parse_key
@@ -71,7 +71,7 @@ def ask(
         orientation = options.orientation or _orientation(source, config, facts)
     return Asked(
         layout=layout,
-        gate_up=told or gate_up_named(config.base_model, config.base_model_class),
+        gate_up=told or gate_up_by_name(config.base_model, config.base_model_class),
         gated=told is not None,
         orientation=orientation,
         use_rslora=config.use_rslora,
@@ -91,7 +91,7 @@ def _orientation(
     """Which way round PEFT >= 0.19 has the parameters of the base model."""
     if facts is not None:
         return fused_orientation(facts.model_type)
-    named = fused_orientation_named(config.base_model, config.base_model_class)
+    named = fused_orientation_by_name(config.base_model, config.base_model_class)
     # Llama 4 is the one model that comes out transposed; it calls its blocks `feed_forward`.
     unsure = [m.name for m in source.modules if m.name.endswith("feed_forward.experts")]
     if named is None and unsure:
@@ -172,11 +172,8 @@ def _keeps_the_config(
     asked: Asked,
 ) -> bool:
     """Whether PEFT wrote the source in this very layout, so that its config says it right."""
-    spelling = "per_expert"
-    if asked.layout == "fused":
-        spelling = "fused_transposed" if asked.orientation == "transposed" else "fused"
     same_layout = all(
-        m.source_layout in (spelling, f"{spelling}_non_gated") for m in source.modules
+        m.source_layout.is_peft_layout(asked.layout, asked.orientation) for m in source.modules
     )
     sources = (s.entry for m in source.modules for stack in m.stacks for s in stack.sources)
     before = {entry.name: entry.shape for entry in (*source.replicated, *sources)}
@@ -256,7 +253,7 @@ def _notes(
 
 
 def _per_expert_notes(source: AdapterLayout, config_bytes: bytes, asked: Asked) -> Iterator[str]:
-    if fused_already(asked.model):
+    if has_fused_experts(asked.model):
         yield (
             "transformers has no module for each expert of this model, so PEFT would leave them "
             "out without a word. Convert to fused for it."

@@ -5,8 +5,7 @@ Every function returns plain dicts and lists: what `--json` prints and the table
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from math import prod
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorashard.adapter.config import LoraConfig
@@ -132,15 +131,16 @@ def _count_kinds(names: Iterable[str]) -> dict[str, int]:
 
 
 def _describe_stacks(module: ExpertModule) -> dict[str, Any]:
+    stacks = module.stacks_by_factor
     return {
         "layout": module.layout,
-        "source_layout": module.source_layout,
+        "source_layout": str(module.source_layout),
         "gate_up": module.gate_up,
         "scaling": {p: _plain(scale) for p, scale in module.scaling.items()},
         "lora_ranks": {s.projection: s.rows for s in module.stacks if s.matrix == "lora_A"},
         "features": {
-            a.projection: {"in": a.cols, "out": b.rows}
-            for a, b in zip(module.stacks[::2], module.stacks[1::2])  # lora_A, lora_B, ...
+            p: {"in": stacks[p, "lora_A"].cols, "out": stacks[p, "lora_B"].rows}
+            for p in module.scaling
         },
         "shared_factors": [f"{s.projection}.{s.matrix}" for s in module.stacks if s.shared],
         "absent_experts": list(module.absent_experts),
@@ -177,7 +177,7 @@ def _expert_bytes(layout: AdapterLayout, experts: Sequence[int], matrix: str | N
 
 
 def _stack_bytes(stack: FactorStack) -> int:
-    return prod((stack.rows, stack.cols)) * ELEMENT_SIZE[stack.dtype]
+    return stack.rows * stack.cols * ELEMENT_SIZE[stack.dtype]
 
 
 def _buffer_bytes(module: ExpertModule, num_local: int, max_loras: int, max_lora_rank: int) -> int:
@@ -198,11 +198,12 @@ def _buffer_bytes(module: ExpertModule, num_local: int, max_loras: int, max_lora
 
 def _expert_sizes(module: ExpertModule) -> tuple[int, int]:
     """(H, I) of a module's experts, from whichever projection is trained."""
-    features: Mapping[tuple[str, str], int] = {
-        (s.projection, s.matrix): s.cols if s.matrix == "lora_A" else s.rows for s in module.stacks
-    }
-    if ("down_proj", "lora_A") in features:
-        return features["down_proj", "lora_B"], features["down_proj", "lora_A"]
     projection = module.stacks[0].projection
-    out = features[projection, "lora_B"]
-    return features[projection, "lora_A"], out // 2 if projection == "gate_up_proj" else out
+    if "down_proj" in module.scaling:
+        projection = "down_proj"
+    stacks = module.stacks_by_factor
+    in_features = stacks[projection, "lora_A"].cols
+    out_features = stacks[projection, "lora_B"].rows
+    if projection == "down_proj":
+        return out_features, in_features
+    return in_features, out_features // 2 if projection == "gate_up_proj" else out_features

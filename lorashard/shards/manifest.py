@@ -358,7 +358,7 @@ def describe_module(module: ExpertModule) -> ModuleInfo:
     """What the manifest says about one experts container."""
     return ModuleInfo(
         layout=module.layout,
-        source_layout=module.source_layout,
+        source_layout=str(module.source_layout),
         gate_up=module.gate_up,
         lora_rank=module.lora_rank,
         scaling=dict(module.scaling),

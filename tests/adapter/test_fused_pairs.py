@@ -48,7 +48,7 @@ def test_an_unnamed_base_model_is_told_as_not_known():
 
 
 def test_fused_rows_that_are_no_multiple_of_r_are_refused():
-    assert "no multiple of r=3" in refusal(built("L2", config={"r": 3}))
+    assert "not a multiple of r=3" in refusal(built("L2", config={"r": 3}))
 
 
 @pytest.mark.parametrize("layout", ["L4-gate_up", "L4-down"])
