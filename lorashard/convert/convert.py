@@ -1,8 +1,8 @@
 """Shards -> a plain PEFT adapter in the layout of choice, with every expert's weight change exact.
 
-What the shards hold is what is converted, so cast shards will do. First every shard file is
-digested, and must have the digest in the manifest. Then the new file is written front to back, and
-what a tensor is made of is read from wherever its slots are: so the shards are read twice.
+What is converted is what the shards hold, so cast shards will do. First every shard file is digested,
+and must have the digest in the manifest. Then the new file is written front to back, and each tensor
+is read from wherever its slots are. So the shards are read twice.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME, parse_config
 from lorashard.adapter.layout import AdapterLayout
 from lorashard.adapter.options import Orientation
 from lorashard.adapter.read import is_plain_adapter, read_model_facts
-from lorashard.convert.assemble import assemble
 from lorashard.convert.peft_tensors import PEFT_LAYOUTS, OutputTensor, PeftLayout
-from lorashard.convert.target import (
-    Conversion,
-    Places,
-    ask,
-    decide,
-    dtypes_in_shards,
+from lorashard.convert.plan import ConversionPlan, plan_conversion
+from lorashard.convert.slots import (
+    SlotTable,
     find_slots,
-    inputs_to_compare,
+    inputs_that_may_be_equal,
+    stack_dtypes_in,
 )
+from lorashard.convert.target import describe_target
+from lorashard.convert.tensor_blocks import read_tensor_blocks
 from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.errors import AdapterError, VerificationError
 from lorashard.progress import Progress
@@ -50,12 +49,12 @@ class PreparedConversion:
     shards: Path
     manifest: Manifest
     plan: ShardPlan
-    places: Places
-    conversion: Conversion
+    slots: SlotTable
+    conversion: ConversionPlan
 
     @property
     def progress_bytes(self) -> int:
-        """What `write_conversion` reports in all: the shards digested, the adapter written."""
+        """What `write_conversion` reports in total: the shards digested, the adapter written."""
         return sum(file.size_bytes for file in self.plan.files) + self.conversion.size_bytes
 
 
@@ -74,9 +73,9 @@ def convert_shards(
     layout: "per_expert", a pair for each expert, as PEFT writes with transformers 4; or "fused",
     as PEFT >= 0.19 writes with transformers 5 and target_parameters.
     model: the base model's directory, config.json or id on the Hub, for what the shards do not say
-    of it. orientation: which way round the fused parameters lie, where no one else says it.
-    progress: called with bytes digested or written since the last call.
-    Raises LayoutError for what the layout cannot say, ShardError if the shards are not what
+    about it. orientation: which way round the fused parameters are, if nothing else says it.
+    progress: called with the bytes digested or written since the last call.
+    Raises LayoutError for what the layout cannot express, ShardError if the shards are not what
     `split` wrote.
     """
     target = Path(out)
@@ -93,7 +92,7 @@ def prepare_conversion(
     model: str | os.PathLike[str] | None = None,
     orientation: Orientation | None = None,
 ) -> PreparedConversion:
-    """Decide everything. Reads headers, and the lora_A of gate and up for as long as they agree."""
+    """Decide everything. Reads headers, and the lora_A of gate and up until they differ."""
     if layout not in PEFT_LAYOUTS:
         raise AdapterError(f"layout {layout!r} is not one of {', '.join(PEFT_LAYOUTS)}.")
     manifest = read_manifest(shards)
@@ -105,15 +104,22 @@ def prepare_conversion(
     config = parse_config(config_bytes, str(shards / CONFIG_NAME))
     facts = read_model_facts(locate(model)) if model else None
     merge_facts(manifest.options, facts)  # refuses a model with another number of experts
-    places = find_slots(source, manifest.placement, plan)
-    equal: frozenset[str] = frozenset()
+    slots = find_slots(source, manifest.placement, plan)
+    equal_inputs: frozenset[str] = frozenset()
     if layout == "fused":
         with reading_shards(), _opened(shards, plan) as files:
-            equal = frozenset(_modules_with_equal_inputs(source, plan, places, files))
-    options = replace(manifest.options, orientation=orientation)
-    asked = ask(source, plan, config, layout, options, facts, equal)
-    conversion = decide(source, plan, config, config_bytes, asked)
-    return PreparedConversion(shards, manifest, plan, places, conversion)
+            equal_inputs = frozenset(_modules_with_equal_inputs(source, plan, slots, files))
+    target = describe_target(
+        source,
+        config,
+        layout,
+        options=replace(manifest.options, orientation=orientation),
+        facts=facts,
+        modules_with_equal_inputs=equal_inputs,
+        stack_dtypes=stack_dtypes_in(plan),
+    )
+    conversion = plan_conversion(source, plan, config, config_bytes, target)
+    return PreparedConversion(shards, manifest, plan, slots, conversion)
 
 
 def write_conversion(
@@ -164,7 +170,7 @@ def _write_weights(
         write(memoryview(conversion.header))
         for tensor in conversion.tensors:
             if isinstance(tensor, OutputTensor):
-                for block in assemble(tensor, prepared.places, files):
+                for block in read_tensor_blocks(tensor, prepared.slots, files):
                     write(block)
                 continue
             for data in read_in_steps(files[0], tensor.begin, tensor.end, buffer):
@@ -174,25 +180,26 @@ def _write_weights(
 
 
 def _modules_with_equal_inputs(
-    source: AdapterLayout, plan: ShardPlan, places: Places, files: Sequence[LocalFile]
+    source: AdapterLayout, plan: ShardPlan, slots: SlotTable, files: Sequence[LocalFile]
 ) -> Iterator[str]:
     """The modules whose gate and up have one lora_A; a module is read up to the first difference."""
-    dtypes = dtypes_in_shards(plan)
-    one, two = (memoryview(bytearray(BLOCK_BYTES)) for _ in range(2))
-    for module, gate, up in inputs_to_compare(source):
+    dtypes = stack_dtypes_in(plan)
+    buffers = memoryview(bytearray(BLOCK_BYTES)), memoryview(bytearray(BLOCK_BYTES))
+    for module, gate, up in inputs_that_may_be_equal(source):
         if dtypes[gate.name] != dtypes[up.name]:
             continue
         size = gate.rows * gate.cols * ELEMENT_SIZE[dtypes[gate.name]]
-        pairs = {(place, places[up.name][e]) for e, place in places[gate.name].items()}
-        if all(_equal(pair, size, files, (one, two)) for pair in sorted(pairs, key=_in_file_order)):
+        pairs = {(slot, slots[up.name][expert]) for expert, slot in slots[gate.name].items()}
+        in_file_order = sorted(pairs, key=_file_order)
+        if all(_is_equal(pair, size, files, buffers) for pair in in_file_order):
             yield module
 
 
-def _in_file_order(pair: tuple[Target, Target]) -> tuple[int, int, int]:
+def _file_order(pair: tuple[Target, Target]) -> tuple[int, int, int]:
     return pair[0].file, pair[0].offset, pair[1].offset
 
 
-def _equal(
+def _is_equal(
     pair: tuple[Target, Target],
     size_bytes: int,
     files: Sequence[LocalFile],
@@ -200,8 +207,8 @@ def _equal(
 ) -> bool:
     for begin in range(0, size_bytes, BLOCK_BYTES):
         length = min(BLOCK_BYTES, size_bytes - begin)
-        for place, buffer in zip(pair, buffers):
-            files[place.file].read_into(buffer[:length], place.offset + begin)
+        for slot, buffer in zip(pair, buffers):
+            files[slot.file].read_into(buffer[:length], slot.offset + begin)
         if buffers[0][:length] != buffers[1][:length]:
             return False
     return True

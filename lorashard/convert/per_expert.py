@@ -7,54 +7,42 @@ from collections.abc import Iterator, Mapping
 
 from lorashard.adapter.base_model import uses_w_names
 from lorashard.adapter.keys import PEFT_PREFIX, Projection
-from lorashard.adapter.modules import ExpertModule
-from lorashard.adapter.options import GateUp
-from lorashard.convert.peft_tensors import (
-    Asked,
-    Factor,
-    OutputTensor,
-    Part,
-    Span,
-    TrainedModule,
-    gate_up_rows,
-    representable_rank,
-)
+from lorashard.adapter.modules import ExpertModule, FactorStack, gate_up_rows
+from lorashard.convert.peft_tensors import OutputFactor, OutputTensor, StackPart, TrainedModule
+from lorashard.convert.scaling import find_rank_with_alpha
+from lorashard.convert.target import PeftTarget
 from lorashard.errors import LayoutError
 
 _W_NAMES: Mapping[Projection, str] = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-def emit_per_expert(
-    module: ExpertModule, num_experts: int, asked: Asked
+def build_per_expert_modules(
+    module: ExpertModule, num_experts: int, target: PeftTarget
 ) -> Iterator[TrainedModule]:
     """A pair for each expert and projection, with the r that the source gave it.
 
-    Also for experts that are not trained: PEFT would do without, vLLM would not.
+    Also for experts that are not trained: PEFT can do without, vLLM cannot.
     Raises LayoutError if it is not known which rows of gate_up_proj are gate's.
     """
     stacks = module.stacks_by_factor
-    container, spelling = _spelling(module, asked)
+    container, leaf_names = _names(module, target)
     for projection in module.scaling:
         lora_a, lora_b = stacks[projection, "lora_A"], stacks[projection, "lora_B"]
-        rows: dict[Projection, Span] = {projection: Span(0, 1, lora_b.rows)}
-        if projection == "gate_up_proj":
-            gate, up = gate_up_rows(lora_b.rows // 2, _stored_order(module, asked))
-            rows = {"gate_proj": gate, "up_proj": up}
+        rows_by_leaf = _rows_by_leaf(module, projection, lora_b, target)
         for expert in range(num_experts):
             lora_rank = module.expert_lora_ranks.get(projection, {}).get(expert, lora_a.rows)
             scaling = _scaling_of(module, projection, expert) if lora_rank else None
-            padded = representable_rank(module, lora_rank or lora_a.rows, scaling, asked)
-            for leaf, span in rows.items():
-                parts_a: tuple[Part, ...] = ()
-                parts_b: tuple[Part, ...] = ()
-                if lora_rank:
-                    own_rows = Span(0, 1, lora_rank)
-                    parts_a = (Part(lora_a, own_rows, own_rows, 0, lora_a.cols),)
-                    parts_b = (Part(lora_b, Span(0, 1, span.size), span, 0, lora_rank),)
-                name = f"{container}.{expert}.{spelling.get(leaf, leaf)}"
+            padded = find_rank_with_alpha(
+                scaling,
+                lora_rank or lora_a.rows,
+                use_rslora=target.use_rslora,
+                module=module.name,
+            )
+            for leaf, rows in rows_by_leaf.items():
+                name = f"{container}.{expert}.{leaf_names.get(leaf, leaf)}"
                 factors = {
-                    "lora_A": Factor(padded, lora_a.cols, asked.dtypes[lora_a.name], parts_a),
-                    "lora_B": Factor(span.size, padded, asked.dtypes[lora_b.name], parts_b),
+                    "lora_A": _input_factor(lora_a, lora_rank, padded, target),
+                    "lora_B": _output_factor(lora_b, rows, lora_rank, padded, target),
                 }
                 tensors = tuple(
                     OutputTensor(
@@ -66,37 +54,66 @@ def emit_per_expert(
                 yield TrainedModule(name, padded, scaling, tensors)
 
 
-def _spelling(module: ExpertModule, asked: Asked) -> tuple[str, Mapping[Projection, str]]:
-    """The container's name and those of the projections, as transformers 4 has them."""
-    names = [
+def _input_factor(
+    stack: FactorStack, lora_rank: int, padded: int, target: PeftTarget
+) -> OutputFactor:
+    """One expert's lora_A [padded, in]; zero if its `lora_rank` is 0, that is, not trained."""
+    rows = range(lora_rank)
+    parts = (StackPart(stack, rows, rows, range(stack.cols)),) if lora_rank else ()
+    return OutputFactor(padded, stack.cols, target.stack_dtypes[stack.name], parts)
+
+
+def _output_factor(
+    stack: FactorStack, stack_rows: range, lora_rank: int, padded: int, target: PeftTarget
+) -> OutputFactor:
+    """One expert's lora_B [out, padded], made of `stack_rows`; zero if it is not trained."""
+    rows = range(len(stack_rows))
+    parts = (StackPart(stack, rows, stack_rows, range(lora_rank)),) if lora_rank else ()
+    return OutputFactor(len(rows), padded, target.stack_dtypes[stack.name], parts)
+
+
+def _rows_by_leaf(
+    module: ExpertModule, projection: Projection, lora_b: FactorStack, target: PeftTarget
+) -> dict[Projection, range]:
+    """The projections that a stack becomes, each with its rows of the stack's lora_B."""
+    if projection != "gate_up_proj":
+        return {projection: range(lora_b.rows)}
+    _check_gate_up(module, target)
+    gate, up = gate_up_rows(lora_b.rows, interleaved=target.gate_up == "interleaved")
+    return {"gate_proj": gate, "up_proj": up}
+
+
+def _check_gate_up(module: ExpertModule, target: PeftTarget) -> None:
+    """Raise LayoutError unless it is known which rows of gate_up_proj are whose."""
+    if target.gate_up == "none":
+        raise LayoutError(
+            f"{module.name}: has gate_up_proj, but the base model's experts have no gate.",
+            hint="Is --model the base model of this adapter?",
+        )
+    if target.gate_up not in ("concatenated", "interleaved"):
+        raise LayoutError(
+            f"{module.name}: it is not known which rows of gate_up_proj are gate's and which are "
+            "up's.",
+            hint="The adapter does not name its base model. Give --model MODEL_DIR.",
+        )
+
+
+def _names(module: ExpertModule, target: PeftTarget) -> tuple[str, Mapping[Projection, str]]:
+    """The container's name in transformers 4, and its projections' where they are not ours."""
+    names_below = [
         source.module.removeprefix(f"{module.name}.").split(".")
         for stack in module.stacks
         for source in stack.sources
     ]
-    leaves = {name[1] for name in names if len(name) == 2 and name[0].isdecimal()}
-    if leaves:  # one tensor per expert already
+    leaves = {name[1] for name in names_below if len(name) == 2 and name[0].isdecimal()}
+    if leaves:  # one tensor per expert already, so the names are known
         return module.name, _W_NAMES if leaves <= set(_W_NAMES.values()) else {}
-    if not uses_w_names(asked.model):
+    if not uses_w_names(target.model_names):
         return module.name, {}
-    # transformers 5 has renamed it
+    # transformers 5 has renamed the block
     return re.sub(r"\.mlp\.experts$", ".block_sparse_moe.experts", module.name), _W_NAMES
 
 
 def _scaling_of(module: ExpertModule, projection: Projection, expert: int) -> float:
     scaling = module.scaling[projection]
     return scaling[expert] if isinstance(scaling, tuple) else scaling
-
-
-def _stored_order(module: ExpertModule, asked: Asked) -> GateUp:
-    """How the rows of the module's gate_up_proj lie."""
-    if asked.gate_up == "none":
-        raise LayoutError(
-            f"{module.name}: has gate_up_proj, and the model is said to have no gate.",
-            hint="Is --model the base model of this adapter?",
-        )
-    if asked.gate_up not in ("concatenated", "interleaved"):
-        raise LayoutError(
-            f"{module.name}: which rows of gate_up_proj are gate's and which up's is not known.",
-            hint="The adapter does not name its base model. Give --model MODEL_DIR.",
-        )
-    return asked.gate_up

@@ -28,8 +28,8 @@ from lorashard import (
     split_adapter,
     verify_shards,
 )
-from lorashard.convert.assemble import assemble
-from lorashard.convert.peft_tensors import fitting_alpha
+from lorashard.convert.scaling import find_alpha
+from lorashard.convert.tensor_blocks import read_tensor_blocks
 from lorashard.errors import AdapterError, LayoutError, ManifestError, ShardError, VerificationError
 from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, Adapter, Spec, build
 from tests.coded_values import bits
@@ -228,7 +228,7 @@ def test_any_adapter_is_converted_right(
     ranks = data.draw(rank_lists(spec.num_experts, ep_size)) if data.draw(st.booleans()) else None
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         if block_bytes:
-            patch.setattr(assemble, "__defaults__", (block_bytes, block_bytes))
+            patch.setattr(read_tensor_blocks, "__defaults__", (block_bytes, block_bytes))
         work = Work(Path(name), build(spec))
         work.split(ep_size, ranks and {"ranks": ranks})
         before = json.loads((work.shards / "lorashard.json").read_bytes())["modules"]
@@ -372,12 +372,12 @@ def test_an_alpha_is_found_for_every_scaling_that_has_one(
     alpha: float, lora_rank: int, use_rslora: bool
 ) -> None:
     divisor = lora_rank**0.5 if use_rslora else lora_rank
-    found = fitting_alpha(alpha / divisor, lora_rank, use_rslora=use_rslora)
+    found = find_alpha(alpha / divisor, lora_rank, use_rslora=use_rslora)
     assert found is not None
     assert found / divisor == alpha / divisor
     if isinstance(alpha, int):
         assert found == alpha
-    twice = fitting_alpha(alpha / lora_rank, 2 * lora_rank, use_rslora=False)
+    twice = find_alpha(alpha / lora_rank, 2 * lora_rank, use_rslora=False)
     assert twice is not None
     assert Fraction(twice) == 2 * Fraction(alpha) or twice / (2 * lora_rank) == alpha / lora_rank
 
@@ -445,7 +445,7 @@ def test_whether_up_alone_has_a_gate_is_not_guessed(tmp_path: Path) -> None:
     work = Work(tmp_path, build(Spec("L1", gated=False, config={
         "base_model_name_or_path": "some/nemotron-h"
     }))).split()  # fmt: skip
-    assert "whether the experts have a gate" in refused(work.shards, "fused")
+    assert "not known whether the experts have a gate" in refused(work.shards, "fused")
 
 
 def test_which_way_round_a_feed_forward_lies_is_not_guessed(tmp_path: Path) -> None:
@@ -569,7 +569,7 @@ NOTES = [
     (Spec("L1", experts=(0,)), "per_expert", "qwen3_moe", "written as zeros"),
     (Spec("L1", rslora=True), "per_expert", "qwen3_moe", "rsLoRA"),
     (Spec("L2b"), "per_expert", "qwen3_moe", "that have their own"),
-    (Spec("L2"), "per_expert", "gpt_oss", "out without a word"),
+    (Spec("L2"), "per_expert", "gpt_oss", "silently leave them out"),
     (Spec("L2", extras=True), "per_expert", "mixtral", "gate.lora_A.weight keeps its name"),
     (Spec("L4-down"), "fused", "qwen3_moe", "trains down_proj only"),
 ]

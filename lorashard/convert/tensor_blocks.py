@@ -1,18 +1,19 @@
 """Output tensors <- the slots of shard files: a tensor's bytes in blocks that fit a buffer.
 
 A block is a run of indices of the tensor's slowest axis. What its parts need is read slot by slot,
-then put where it belongs in one step; bits are moved by numpy as integers.
+then put where it belongs in one step; numpy moves the bits as unsigned integers.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorashard.convert.peft_tensors import OutputTensor, Part, Span
-from lorashard.convert.target import Places
+from lorashard.convert.peft_tensors import OutputTensor, StackPart
+from lorashard.convert.slots import SlotTable
 from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.shards.plan import Target
 from lorashard.storage.local import ByteSource
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     Bits = npt.NDArray[np.unsignedinteger[Any]]
 
 
-def assemble(
+def read_tensor_blocks(
     tensor: OutputTensor,
-    places: Places,
+    slots: SlotTable,
     files: Sequence[ByteSource],
     block_bytes: int = BLOCK_BYTES,
     column_block_bytes: int = COLUMN_BLOCK_BYTES,
@@ -49,50 +50,46 @@ def assemble(
         factors = block.transpose([tensor.axes.index(axis) for axis in "erc"])
         experts = [tensor.experts[position] for position in window["e"]]
         for part in factor.parts:
-            _fill(factors, part, experts, window["r"], window["c"], places, files)
+            _copy_part(factors, part, experts, window["r"], window["c"], slots, files)
         yield block.data.cast("B")
 
 
-def _fill(
+def _copy_part(
     factors: Bits,
-    part: Part,
+    part: StackPart,
     experts: Sequence[int],
     rows: range,
     cols: range,
-    places: Places,
+    slots: SlotTable,
     files: Sequence[ByteSource],
 ) -> None:
-    """Put what `part` has of these rows and columns into `factors` [e, row, col]."""
-    first, last = _inside(part.rows, rows)
-    left = max(cols.start, part.first_col)
-    right = min(cols.stop, part.first_col + part.num_cols)
-    if first >= last or left >= right:
+    """Copy what `part` has of these rows and columns into `factors` [e, row, col]."""
+    in_rows, in_cols = _positions_in(part.rows, rows), _positions_in(part.cols, cols)
+    to_rows, to_cols = part.rows[in_rows], part.cols[in_cols]
+    if not to_rows or not to_cols:
         return
-    from_rows = range(
-        part.from_rows.begin + first * part.from_rows.step,
-        part.from_rows.begin + (last - 1) * part.from_rows.step + 1,
-    )
-    from_cols = range(left - part.first_col, right - part.first_col)
-    read = np.empty((len(experts), len(from_rows), len(from_cols)), factors.dtype)
+    stack_rows, stack_cols = part.stack_rows[in_rows], range(len(part.cols))[in_cols]
+    run = range(stack_rows[0], stack_rows[-1] + 1)  # read whole, also where every other row is used
+    read = np.empty((len(experts), len(run), len(stack_cols)), factors.dtype)
     for position, expert in enumerate(experts):
-        _read(read[position], part, places[part.stack.name][expert], from_rows, from_cols, files)
-    begin = part.rows.begin + first * part.rows.step - rows.start
-    end = begin + (last - first - 1) * part.rows.step + 1
-    factors[:, begin : end : part.rows.step, left - cols.start : right - cols.start] = read[
-        :, :: part.from_rows.step
-    ]
+        _read_slot(read[position], part, slots[part.stack.name][expert], run, stack_cols, files)
+    into = factors[:, _slice_from(to_rows, rows.start), _slice_from(to_cols, cols.start)]
+    into[...] = read[:, :: stack_rows.step]
 
 
-def _inside(span: Span, window: range) -> tuple[int, int]:
-    """Which of a span's indices are in the window: the first, and the one after the last."""
-    first = max(0, -((span.begin - window.start) // span.step))
-    last = min(span.size, -((span.begin - window.stop) // span.step))
-    return first, last
+def _positions_in(indices: range, window: range) -> slice:
+    """The positions in `indices`, which ascend, of those that lie in the window."""
+    return slice(bisect_left(indices, window.start), bisect_left(indices, window.stop))
 
 
-def _read(
+def _slice_from(indices: range, begin: int) -> slice:
+    """The same indices, counted from `begin`."""
+    return slice(indices.start - begin, indices.stop - begin, indices.step)
+
+
+def _read_slot(
     into: Bits,
-    part: Part,
+    part: StackPart,
     slot: Target,
     rows: range,
     cols: range,
@@ -101,7 +98,7 @@ def _read(
     """Read rows and columns of one slot; row by row where a block is some columns of all rows."""
     width, size = part.stack.cols, into.dtype.itemsize
     file = files[slot.file]
-    if len(cols) < part.num_cols:
+    if len(cols) < len(part.cols):
         for number, row in enumerate(rows):
             begin = slot.offset + (row * width + cols.start) * size
             file.read_into(into[number].data.cast("B"), begin)
