@@ -28,7 +28,7 @@ Pairs = dict[tuple[str, int, str], tuple[Tensor, Tensor]]  # (module, expert, pr
 
 
 class Work:
-    """One adapter in a folder, split and converted. model: what --model is told, None = nothing."""
+    """One adapter in a folder, split and converted; `model` is the base model's config.json."""
 
     def __init__(self, folder: Path, adapter: Adapter, model_type: str | None = None) -> None:
         self.folder, self.adapter, spec = folder, adapter, adapter.spec

@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashard.convert.scaling import find_alpha
+from lorashard.convert.scaling import find_alpha, find_rank_with_alpha
 from tests.adapters import Spec, build
 from tests.conversions import Work
 
@@ -41,3 +41,14 @@ def test_doubling_the_rank_keeps_the_scaling_of_rslora(tmp_path: Path) -> None:
         before = json.loads((work.shards / "lorashard.json").read_bytes())
         scaling = {s for m in before["modules"].values() for s in m["scaling"].values()}
         assert {s for m in manifest["modules"].values() for s in m["scaling"].values()} == scaling
+
+
+def test_an_r_without_an_alpha_is_padded_to_one_that_has_one() -> None:
+    scalings = [number / 997 for number in range(1, 997)]
+    unlucky = next(s for s in scalings if find_alpha(s, 3, use_rslora=True) is None)
+    assert find_rank_with_alpha(unlucky, 3, use_rslora=True, module="m") == 4
+    assert find_alpha(unlucky, 4, use_rslora=True) == 2 * unlucky
+
+
+def test_what_is_zero_needs_no_padding() -> None:
+    assert find_rank_with_alpha(None, 3, use_rslora=True, module="m") == 3

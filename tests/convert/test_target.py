@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from lorashard import LayoutOptions, SplitRequest, convert_shards, split_adapter
+from lorashard.adapter.base_model import ModelFacts, parse_model_config
+from lorashard.convert.target import PeftTarget, describe_target
 from tests.conversions import PEFT_LAYOUTS, UNNAMED, refused
+from tests.layouts import built
+from tests.strategies import index_of, layout_of
 from tests.tiny import MODULE, fused_tensors, per_expert_tensors, save_adapter, save_fused
 
 
@@ -53,3 +58,45 @@ def test_a_model_without_gates_contradicts_them(tmp_path: Path, layout: str) -> 
     split_adapter(source(tmp_path / "adapter"), tmp_path / "shards", SplitRequest(2))
     (tmp_path / "config.json").write_text('{"model_type": "nemotron_h", "num_experts": 4}')
     assert "no gate" in refused(tmp_path / "shards", layout, model=tmp_path / "config.json")
+
+
+def described(layout: str, facts: ModelFacts | None = None, **fields: Any) -> PeftTarget:
+    """The target for an adapter of this base model, with these options of the split."""
+    adapter = built(config={"base_model_name_or_path": fields.pop("base_model", None)})
+    return describe_target(
+        layout_of(adapter), index_of(adapter).config, layout,
+        options=LayoutOptions(**fields), facts=facts, modules_with_equal_inputs=frozenset(),
+        stack_dtypes={},
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_the_model_s_config_outweighs_the_options_and_those_the_name() -> None:
+    facts = parse_model_config({"model_type": "gpt_oss", "num_experts": 4}, "config.json")
+    stated = described("fused", facts, gate_up="concatenated", base_model="qwen")
+    assert (stated.gate_up, stated.gate_up_stated) == ("interleaved", True)
+    by_option = described("fused", gate_up="concatenated", base_model="gpt-oss")
+    assert (by_option.gate_up, by_option.gate_up_stated) == ("concatenated", True)
+    by_name = described("fused", base_model="gpt-oss")
+    assert (by_name.gate_up, by_name.gate_up_stated) == ("interleaved", False)
+    assert described("fused").gate_up is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "orientation"),
+    [
+        ("fused", {"base_model": "meta/Llama-4-Scout"}, "transposed"),
+        ("fused", {"base_model": "meta/Llama-4-Scout", "orientation": "standard"}, "standard"),
+        ("fused", {"base_model": "some/qwen3-moe"}, "standard"),
+        ("per_expert", {"orientation": "transposed"}, "standard"),
+    ],
+)
+def test_the_orientation_is_peft_s_for_the_base_model(
+    layout: str, options: dict[str, Any], orientation: str
+) -> None:
+    assert described(layout, **options).orientation == orientation
+
+
+def test_all_that_is_known_of_the_model_s_name_is_kept() -> None:
+    facts = parse_model_config({"model_type": "mixtral", "num_experts": 4}, "config.json")
+    assert described("per_expert", facts, base_model="me/mine").model_names == "me/mine mixtral"
+    assert described("per_expert").model_names == ""
