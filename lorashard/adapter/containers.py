@@ -1,8 +1,8 @@
-"""One experts container's tensors -> where each expert's factor lies in them. Pure.
+"""One experts container's tensors -> where each expert's factor is in them. Pure.
 
 Legend: E experts, r LoRA rank, H hidden size. Every factor is described in one orientation,
-lora_A [r, in] and lora_B [out, r]; `axes` says how the source tensor lies. The layout numbers are
-those of docs/adapter-layouts.md.
+lora_A [r, in] and lora_B [out, r]; `axes` is the order of the source tensor's axes. The layout
+numbers are those of docs/adapter-layouts.md.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def read_container(
     options: LayoutOptions,
     hidden_size_hint: int | None,
 ) -> ContainerFactors:
-    """Say where each factor of one container lies.
+    """Find where each factor of one container is.
 
     hidden_size_hint: H as far as other tensors of the adapter show it.
     Raises LayoutError for shapes that fit no layout, or more than one.
@@ -266,7 +266,7 @@ def _lora_b_layout(module: str, config: LoraConfig, options: LayoutOptions) -> L
     if not config.saved_by_peft:
         raise LayoutError(
             f"{module}: the columns of the fused lora_B can be in two orders, and "
-            "adapter_config.json was not written by PEFT and names none.",
+            "adapter_config.json, which PEFT did not write, does not say which.",
             hint="Give --lora-b-layout: rank_major is PEFT's order, grouped_by_expert is "
             "Megatron-Bridge's and older Unsloth's.",
         )
@@ -306,6 +306,6 @@ def _fused_factors(
 
 def _bad_shape(entry: TensorEntry, wanted: str) -> LayoutError:
     return LayoutError(
-        f"{entry.name} has shape {list(entry.shape)}, not {wanted}.",
+        f"{entry.name} has shape {list(entry.shape)}; expected {wanted}.",
         hint="docs/adapter-layouts.md lists the layouts that lorashard reads.",
     )

@@ -1,4 +1,4 @@
-"""Which parameter a fused PEFT tensor pair is for, and which way round it lies. Pure.
+"""Which parameter a fused PEFT tensor pair is for, and which way round it is. Pure.
 
 PEFT's ParamWrapper names neither: `experts.base_layer.lora_A` and `experts.lora_A` are the
 innermost and the outermost wrapped parameter, and the in and out side are swapped for some
@@ -81,7 +81,7 @@ def read_fused(
     )
     if not readings:
         raise LayoutError(
-            f"{module}: {shapes} fit no gate_up/up/down parameters.",
+            f"{module}: {shapes} fit no gate_up, up or down parameters.",
             hint="Do lora_A and lora_B belong to one adapter, saved by PEFT with target_parameters?",
         )
     matching = [

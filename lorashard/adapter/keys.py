@@ -67,7 +67,7 @@ _DENSE_NAME = re.compile(
 _LORA = re.compile(
     rf"{_PREFIX}(?P<module>[^ ]+?)\.(?P<matrix>lora_[AB]|lora_embedding_[AB])(?:\.weight)?"
 )
-# Full weights that PEFT saves beside the factors: a classifier head (modules_to_save), and the
+# Full weights that PEFT saves along with the factors: a classifier head (modules_to_save), and the
 # embeddings when they are trained or resized.
 _FULL_WEIGHT = re.compile(
     rf"{_PREFIX}(?:[^ ]+\.)?(?:(?:score|classifier)(?:\.[^ ]+)?\.(?:weight|bias)"
@@ -101,7 +101,7 @@ class ExpertKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LoraKey:
-    """A LoRA factor of a module that every rank needs. `embedding` factors lie transposed."""
+    """A LoRA factor of a module that every rank needs. `embedding` factors are transposed."""
 
     module: str
     matrix: Matrix

@@ -178,7 +178,8 @@ def _count_experts(
     for factor in factors:
         if factor.experts and factor.experts[-1] >= num_experts:
             raise LayoutError(
-                f"{factor.entry.name}: expert {factor.experts[-1]}, the model has {num_experts}.",
+                f"{factor.entry.name} has expert {factor.experts[-1]}, but the model has "
+                f"{num_experts} experts.",
                 hint="Is --model the base model of this adapter?",
             )
     if num_experts > MAX_EXPERTS or (router_rows is not None and num_experts > router_rows):

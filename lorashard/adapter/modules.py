@@ -100,8 +100,8 @@ def build_module(
     projections = [p for p in PROJECTIONS if p in trained_projections]
     if "gate_up_proj" in projections and {"gate_proj", "up_proj"} & trained_projections:
         raise LayoutError(
-            f"{name}: gate_up_proj beside gate_proj or up_proj.",
-            hint="They name the same weights; keep one spelling.",
+            f"{name}: gate_up_proj as well as gate_proj or up_proj.",
+            hint="They name the same weights; keep only one of them.",
         )
     stacks: list[FactorStack] = []
     scaling: dict[Projection, float | tuple[float, ...]] = {}
@@ -184,7 +184,7 @@ def _by_expert(
             by_expert[expert] = source
     if None in by_expert and len(by_expert) > 1:
         raise LayoutError(
-            f"{where} {matrix}: both a factor shared by all experts and factors of single ones.",
+            f"{where} {matrix}: both a factor shared by all experts and factors for single experts.",
             hint="Keep one of them; lorashard does not guess which is meant.",
         )
     return by_expert

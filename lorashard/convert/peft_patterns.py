@@ -1,4 +1,4 @@
-"""The r or alpha of every module -> the rank_pattern or alpha_pattern with which PEFT gives it that. Pure.
+"""The r or alpha of every module -> rank_pattern or alpha_pattern, by PEFT's rule. Pure.
 
 PEFT's rule (`get_pattern_key`): a key is a regular expression for the end of a module's name, from a
 dot on; of the keys that match, the first one counts. Without a match the config's `r` or

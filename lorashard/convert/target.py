@@ -1,4 +1,4 @@
-"""What is to be written: the flags, the base model, the shards and the adapter's config together. Pure."""
+"""What to write: from the flags, the base model, the shards and the adapter's config. Pure."""
 
 from __future__ import annotations
 

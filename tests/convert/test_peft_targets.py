@@ -14,7 +14,9 @@ from lorashard.convert.peft_targets import (
     is_target_parameter,
 )
 
-Q, K, GATE = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate"))  # fmt: skip
+Q = "model.layers.0.self_attn.q_proj"
+K = "model.layers.0.self_attn.k_proj"
+GATE = "model.layers.0.mlp.gate"
 UP = "model.layers.0.mlp.shared_expert.up_proj"
 EXPERTS = {
     "per_expert": [f"model.layers.0.mlp.experts.{e}.down_proj" for e in range(2)],
@@ -25,7 +27,7 @@ EXPERTS = {
 def choose(
     layout: str, *others: str, parameters: tuple[str, ...] = (), **source: Any
 ) -> PeftTargets:
-    return choose_targets(source, layout, EXPERTS[layout], others, frozenset(parameters))  # type: ignore[arg-type]
+    return choose_targets(source, layout, EXPERTS[layout], others, frozenset(parameters))
 
 
 @pytest.mark.parametrize("targets", [
