@@ -22,7 +22,7 @@ from lorashard.vllm_plugin.doctor.findings import (
     AdapterSummary,
     SurveyedAdapter,
 )
-from lorashard.vllm_plugin.load.contents import AdapterContents
+from lorashard.vllm_plugin.load.contents import AdapterContents, NoSources
 from lorashard.vllm_plugin.load.plain_source import module_contents, open_with_experts
 from lorashard.vllm_plugin.load.shard_source import is_shard_directory, open_shard_directory
 
@@ -92,7 +92,7 @@ def _survey_plain(path: Path, options: LayoutOptions) -> SurveyedAdapter:
         gate_up_known=True,  # as the loader has it: where nothing says, the engine's model decides
         modules=module_contents(layout, linear_placement(layout.num_experts, 1)),
         dense=(),
-        sources={},
+        sources=NoSources(),
     )
     return SurveyedAdapter(summary, contents)
 

@@ -12,7 +12,7 @@ from lorashard.adapter.base_model import ModelFacts
 from lorashard.shards.placement import Strategy, linear_placement, round_robin_placement
 from lorashard.vllm_plugin.doctor.flags import EngineFlags
 from lorashard.vllm_plugin.engine.live import LiveExperts
-from lorashard.vllm_plugin.load.assembly import Stack
+from lorashard.vllm_plugin.load.assembly import ShardStack
 from lorashard.vllm_plugin.load.contents import AdapterContents, ModuleContents
 
 
@@ -75,7 +75,7 @@ def _layer(
     )
 
 
-def shown_sizes(stacks: Sequence[Stack]) -> tuple[int, int]:
+def shown_sizes(stacks: Sequence[ShardStack]) -> tuple[int, int]:
     """(H, I) as a container's tensors show them; 0 for what none of them shows."""
     hidden_size = intermediate_size = 0
     for stack in stacks:

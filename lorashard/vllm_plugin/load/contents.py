@@ -1,7 +1,7 @@
-"""An adapter as the loader needs it, wherever its bytes are: a shard directory, or a plain adapter.
+"""An adapter as the loader needs it, whether it is a shard directory or a plain adapter.
 
-Both become `AdapterContents`: expert modules with their stacks, the tensors that every rank needs,
-and sources to read them from.
+Both become `AdapterContents`: the expert modules with their stacks, the tensors that every rank
+needs, and the sources to read them from.
 """
 
 from __future__ import annotations
@@ -14,38 +14,55 @@ from lorashard.adapter.config import LoraConfig
 from lorashard.adapter.keys import Projection
 from lorashard.header import TensorEntry
 from lorashard.shards.placement import Ranks
-from lorashard.vllm_plugin.load.assembly import Stack
+from lorashard.storage.local import ByteSource
+from lorashard.vllm_plugin.load.assembly import ShardStack
 
-REPLICATED = -1  # the source that holds what every rank needs
+REPLICATED = -1  # in place of an ep rank: the source of what every rank needs
 Scaling = Union[float, tuple[float, ...]]
 
 
-class TensorSource(Protocol):
-    """Where the tensors of one shard file are read from."""
+class RankSources(Protocol):
+    """The bytes of an adapter's tensors, by ep rank or REPLICATED."""
 
-    def offset_of(self, name: str) -> int:
-        """First byte of a tensor."""
+    def offset_of(self, ep_rank: int, name: str) -> int:
+        """First byte of a tensor in its rank's source. Opens nothing."""
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from byte `offset`. Raises ShardError if the source ends before."""
+    def source_of(self, ep_rank: int) -> ByteSource:
+        """The source itself, opened at its first use; not from several threads at once.
+
+        Its `read_into` may be called from several threads. Raises ShardError.
+        """
+
+
+class NoSources:
+    """The RankSources of contents that are only judged and never read, as by `lorashard doctor`."""
+
+    def offset_of(self, ep_rank: int, name: str) -> int:
+        """No tensor is anywhere."""
+        raise LookupError(f"{name} of rank {ep_rank}: these contents have no sources")
+
+    def source_of(self, ep_rank: int) -> ByteSource:
+        """There is no source."""
+        raise LookupError(f"rank {ep_rank}: these contents have no sources")
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleContents:
-    """One experts container. ranks: global ids in slot order, per source 0, 1, 2, ..."""
+    """One experts container. ranks: global ids in slot order, of the sources 0, 1, 2, ..."""
 
     name: str
     gate_up: str
     scaling: Mapping[Projection, Scaling]
-    stacks: tuple[Stack, ...]
+    stacks: tuple[ShardStack, ...]
     ranks: Ranks
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterContents:
-    """`dense` are entries of the replicated source; `sources` opens files when first asked.
+    """What one adapter has for this engine.
 
-    gate_up_known: False where "concatenated" is an assumption and the model decides.
+    dense: the tensors beside the experts, entries of the replicated source. gate_up_known: False
+    if "concatenated" is only assumed, so that the model decides.
     """
 
     config: LoraConfig
@@ -53,4 +70,4 @@ class AdapterContents:
     gate_up_known: bool
     modules: tuple[ModuleContents, ...]
     dense: tuple[TensorEntry, ...]
-    sources: Mapping[int, TensorSource]
+    sources: RankSources

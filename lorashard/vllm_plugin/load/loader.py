@@ -20,8 +20,8 @@ from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.engine.live import interleaves, live_experts, moe_wrappers
 from lorashard.vllm_plugin.engine.names import ModuleNames, read_model_names
-from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents
-from lorashard.vllm_plugin.load.fill import CopyJob, Filler, Job, LayerPlan, lay_out, make_jobs
+from lorashard.vllm_plugin.load.contents import AdapterContents
+from lorashard.vllm_plugin.load.fill import Filler
 from lorashard.vllm_plugin.load.lora_model import (
     make_lora_model,
     packed_experts,
@@ -30,10 +30,17 @@ from lorashard.vllm_plugin.load.lora_model import (
 )
 from lorashard.vllm_plugin.load.outcome import LoadOutcome, explain_load, strict_error
 from lorashard.vllm_plugin.load.plain_source import open_plain_adapter
+from lorashard.vllm_plugin.load.reads import (
+    CopyJob,
+    LayerPlan,
+    ReadJob,
+    place_factors,
+    plan_copies,
+    plan_reads,
+)
 from lorashard.vllm_plugin.load.regions import RegionPool
 from lorashard.vllm_plugin.load.shard_source import is_shard_directory, open_shard_directory
 from lorashard.vllm_plugin.load.threads import reader_threads
-from lorashard.writing.blocks import BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,30 +154,30 @@ class AdapterLoader:
         contents = adapter.contents
         dense = contents.dense
         begin, end = (dense[0].begin, dense[-1].end) if dense else (0, 0)
-        places, size = lay_out(
+        placed, size = place_factors(
             [layer.assembly for layer in outcome.layers], ELEMENT_SIZE[self._dtype], end - begin
         )
         layers = [
             LayerPlan(
-                matched.live.name, matched.assembly, matched.runs, matched.live.local_experts,
-                matched.contents.scaling, own_places,
+                matched.live.name, factors, matched.runs, matched.live.local_experts,
+                matched.contents.scaling,
             )
-            for matched, own_places in zip(outcome.layers, places)
+            for matched, factors in zip(outcome.layers, placed)
         ]  # fmt: skip
         region = self.regions.take(max(1, size))
         filler = Filler(region, contents.sources, self._dtype, self._threads)
-        jobs: list[Job | CopyJob] = [
-            *_copy_jobs(begin, end),
-            *make_jobs(layers, contents.sources, self._dtype),
+        jobs: list[ReadJob | CopyJob] = [
+            *plan_copies(begin, end),
+            *plan_reads(layers, contents.sources.offset_of, self._dtype),
         ]
         num_bytes = filler.run(layers, jobs)
         model = make_lora_model(
             self._stock, {entry.name: tensor_in(region, entry, begin) for entry in dense},
             peft_helper, arguments, contents.config, names,
         )  # fmt: skip
-        for layer in layers:
-            tensors = [filler.tensor(place) for place in layer.places]
-            model.loras[layer.name] = packed_experts(layer.name, layer.assembly, tensors)
+        for matched, layer in zip(outcome.layers, layers):
+            tensors = [filler.tensor(factor) for factor in layer.factors]
+            model.loras[layer.name] = packed_experts(layer.name, matched.assembly, tensors)
         self.last_report = LoadReport(
             path=str(adapter.path),
             kind="shards" if adapter.has_placement else "plain adapter",
@@ -200,9 +207,3 @@ class AdapterLoader:
             intermediate_size=agreed(live.intermediate_size for live in layers),
             gate_up=gate_up if layers[0].gated else "none",
         )
-
-
-def _copy_jobs(begin: int, end: int) -> Iterator[CopyJob]:
-    """The dense tensors, bytes [begin, end) of the replicated file, to the region's beginning."""
-    for at in range(begin, end, BLOCK_BYTES):
-        yield CopyJob(REPLICATED, at, at - begin, min(BLOCK_BYTES, end - at))

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lorashard.errors import LayoutError
 from lorashard.vllm_plugin.engine.live import LiveExperts
-from lorashard.vllm_plugin.load.assembly import Assembly, assemble
+from lorashard.vllm_plugin.load.assembly import Assembly, plan_assembly
 from lorashard.vllm_plugin.load.contents import AdapterContents, ModuleContents
 from lorashard.vllm_plugin.load.rows import Run, find_runs
 
@@ -87,6 +87,6 @@ def _match(module: ModuleContents, live: LiveExperts, *, gate_up_known: bool) ->
     return MatchedLayer(
         live,
         module,
-        assemble(live, module.stacks, gate_up, module.name),
+        plan_assembly(live, module.stacks, gate_up, module.name),
         find_runs(module.ranks, live.local_experts, own_file),
     )

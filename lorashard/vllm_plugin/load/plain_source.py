@@ -1,7 +1,7 @@
-"""A plain PEFT adapter, sliced in memory by the same plan as `lorashard split`.
+"""A plain PEFT adapter -> AdapterContents, sliced in memory by the plan of `lorashard split`.
 
 What the plan would write to `replicated.safetensors` and to this rank's file goes into memory
-instead; nothing of other ranks is kept, and what is per expert is not even read.
+instead. Other ranks' experts are dropped, or not read at all where each has tensors of its own.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lorashard.shards.placement import Placement
 from lorashard.shards.plan import FilePlan, build_plan
 from lorashard.storage.local import ByteSource
 from lorashard.storage.safetensors_file import read_header
-from lorashard.vllm_plugin.load.assembly import Stack
+from lorashard.vllm_plugin.load.assembly import ShardStack
 from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents, ModuleContents
 from lorashard.writing.blocks import Block, CopyBlock, split_into_blocks
 from lorashard.writing.rearrange import rearrange_block, scratch_bytes
 
-_KEPT_FILES = 2  # of the plan: replicated, this rank; the third is everybody else's
+_OWN_FILES = 2  # of the plan's three: the replicated one and this rank's, but not the others'
 
-# Module of the adapter -> the global experts that this rank holds of it, in slot order.
+# A module of the adapter -> this rank's global experts of it, in slot order.
 LocalExperts = Callable[[str], tuple[int, ...]]
 
 
@@ -45,22 +45,22 @@ def open_plain_adapter(
 ) -> AdapterContents | None:
     """Read what this rank needs of a PEFT adapter; None if it has no expert weights.
 
-    options: what the model says about its experts. take: gives so many bytes of memory, of any
-    content, for as long as the contents are held. Raises AdapterError.
+    options: what the model says about its experts. take: returns an array of so many bytes, with
+    any content, that is in use as long as the array is referenced. Raises AdapterError.
     """
     source = open_with_experts(path, stack)
     if source is None:
         return None
     layout = detect_layout(source.index, options, str(path))
-    placement = _own_and_rest(layout, local_experts)
+    placement = _own_and_other_experts(layout, local_experts)
     plan = build_plan(layout, placement, None)
     weights = stack.enter_context(source.opened())
-    images = _images(plan.files[:_KEPT_FILES], take)
+    images = _images(plan.files[:_OWN_FILES], take)
     for zero in plan.zeros:
-        if zero.target.file < _KEPT_FILES:
+        if zero.target.file < _OWN_FILES:
             begin = zero.target.offset
             images[zero.target.file].bytes[begin : begin + zero.size_bytes] = 0
-    blocks = [block for block in split_into_blocks(plan.reads) if _is_kept(block)]
+    blocks = [block for block in split_into_blocks(plan.reads) if _is_needed(block)]
     list(threads.map(lambda block: _read_block(block, weights, images), blocks))
     return AdapterContents(
         source.index.config,
@@ -68,29 +68,29 @@ def open_plain_adapter(
         gate_up_known=True,
         modules=module_contents(layout, placement),
         dense=_dense(plan.files[0], layout),
-        sources={REPLICATED: images[0], 0: images[1]},
+        sources=_PlainSources(*images),
     )
 
 
 def open_with_experts(path: Path, stack: ExitStack) -> AdapterSource | None:
     """Read an adapter's config and header; None if no tensor is an expert's.
 
-    An adapter without experts is vLLM's own to load or to refuse, whatever may be wrong with it.
+    vLLM itself loads, or refuses, an adapter without experts, whatever may be wrong with it.
     Raises AdapterError.
     """
     try:
-        # vLLM reads adapter_model.bin with weights_only=True, so a pickle is taken here too.
+        # vLLM accepts adapter_model.bin (with weights_only=True), so pickles are allowed here too.
         source = stack.enter_context(opened_adapter(path, allow_pickle=True))
     except AdapterError:
         weights_path = path / WEIGHTS_NAME
-        if weights_path.is_file() and not _has_experts(read_header(weights_path)[1].tensors):
+        if weights_path.is_file() and not has_experts(read_header(weights_path)[1].tensors):
             return None
         raise
-    return source if _has_experts(source.index.tensors) else None
+    return source if has_experts(source.index.tensors) else None
 
 
-def _has_experts(tensors: Sequence[TensorEntry]) -> bool:
-    """Whether a tensor is an expert's, or at least calls itself so."""
+def has_experts(tensors: Sequence[TensorEntry]) -> bool:
+    """Whether any tensor is an expert's, or at least has a name that says so."""
     return any(
         "experts" in entry.name.split(".")
         or isinstance(parse_key(entry.name, len(entry.shape)), ExpertKey)
@@ -98,8 +98,8 @@ def _has_experts(tensors: Sequence[TensorEntry]) -> bool:
     )
 
 
-def _own_and_rest(layout: AdapterLayout, local_experts: LocalExperts) -> Placement:
-    """A placement of two ranks: what is local here, and everything else."""
+def _own_and_other_experts(layout: AdapterLayout, local_experts: LocalExperts) -> Placement:
+    """A placement on two ranks: the experts of this rank, and all others."""
     layers = {}
     for module in layout.modules:
         own = local_experts(module.name)
@@ -116,7 +116,7 @@ def module_contents(layout: AdapterLayout, placement: Placement) -> tuple[Module
             module.gate_up,
             module.scaling,
             tuple(
-                Stack(s.name, s.projection, s.matrix, s.dtype, s.rows, s.cols, s.shared)
+                ShardStack(s.name, s.projection, s.matrix, s.dtype, s.rows, s.cols, s.shared)
                 for s in module.stacks
             ),
             placement.ranks_of(module.name)[:1],
@@ -126,33 +126,44 @@ def module_contents(layout: AdapterLayout, placement: Placement) -> tuple[Module
 
 
 def _dense(file: FilePlan, layout: AdapterLayout) -> tuple[TensorEntry, ...]:
-    """What every rank needs, with its place in the image; shared factors are stacks."""
+    """The replicated tensors beside the experts, as they are in the image."""
     names = {entry.name for entry in layout.replicated}
     return tuple(entry for entry in file.tensors if entry.name in names)
 
 
-def _is_kept(block: Block) -> bool:
+def _is_needed(block: Block) -> bool:
     if isinstance(block, CopyBlock):
-        return any(t.file < _KEPT_FILES for copy in block.copies for t in copy.targets)
+        return any(t.file < _OWN_FILES for copy in block.copies for t in copy.targets)
     first, last = (block.first, block.last) if block.op.axes[0] == "e" else (0, None)
-    return any(t.file < _KEPT_FILES for targets in block.op.targets[first:last] for t in targets)
+    return any(t.file < _OWN_FILES for targets in block.op.targets[first:last] for t in targets)
 
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """A file of the plan in memory: a TensorSource. bytes: a numpy array of uint8."""
+    """A file of the plan in memory: a ByteSource. bytes: a numpy array of uint8."""
 
     bytes: Any
     offsets: Mapping[str, int]
-
-    def offset_of(self, name: str) -> int:
-        return self.offsets[name]
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         buffer[:] = self.at(offset, len(buffer))
 
     def at(self, offset: int, size: int) -> memoryview:
         return memoryview(self.bytes)[offset : offset + size]
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainSources:
+    """The RankSources of a plain adapter: this rank's experts are those of rank 0."""
+
+    replicated: _Image
+    own: _Image
+
+    def offset_of(self, ep_rank: int, name: str) -> int:
+        return self.source_of(ep_rank).offsets[name]
+
+    def source_of(self, ep_rank: int) -> _Image:
+        return {REPLICATED: self.replicated, 0: self.own}[ep_rank]
 
 
 def _images(files: Sequence[FilePlan], take: Callable[[int], Any]) -> list[_Image]:
@@ -168,12 +179,12 @@ def _images(files: Sequence[FilePlan], take: Callable[[int], Any]) -> list[_Imag
 def _read_block(block: Block, source: ByteSource, images: Sequence[_Image]) -> None:
     if isinstance(block, CopyBlock):
         for copy in block.copies:
-            for target in (target for target in copy.targets if target.file < _KEPT_FILES):
-                place = images[target.file].at(target.offset, copy.end - copy.begin)
-                source.read_into(place, copy.begin)
+            for target in (target for target in copy.targets if target.file < _OWN_FILES):
+                memory = images[target.file].at(target.offset, copy.end - copy.begin)
+                source.read_into(memory, copy.begin)
         return
     data = memoryview(bytearray(block.end - block.begin))
     source.read_into(data, block.begin)
     for targets, view in rearrange_block(block, data, memoryview(bytearray(scratch_bytes(block)))):
-        for target in (target for target in targets if target.file < _KEPT_FILES):
+        for target in (target for target in targets if target.file < _OWN_FILES):
             images[target.file].at(target.offset, len(view))[:] = view

@@ -1,4 +1,4 @@
-"""Which slots of which rank files a rank's local experts come from. Pure."""
+"""Which slots of which rank files a rank's local experts are read from. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorashard.errors import PlacementError
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`count` experts that stand in neighbouring slots, in a rank file and on the device."""
+    """`count` experts in neighbouring slots, both in a rank file and on the device."""
 
     ep_rank: int
     src_slot: int
@@ -21,15 +21,15 @@ class Run:
 def find_runs(
     ranks: Sequence[Sequence[int]], local_experts: Sequence[int], own_rank: int | None
 ) -> tuple[Run, ...]:
-    """Where each local expert lies, in slot order, neighbours joined.
+    """Where to read each local expert, in slot order, neighbours joined.
 
     ranks: the shards' placement, global ids in slot order per rank file.
-    own_rank: the rank file to prefer where an expert stands in several.
-    Raises PlacementError for an expert that stands nowhere.
+    own_rank: the rank file to prefer for an expert that several files hold.
+    Raises PlacementError for an expert that no file holds.
     """
     places: dict[int, tuple[int, int]] = {}
-    order = [rank for rank in range(len(ranks)) if rank != own_rank]
-    for rank in [*order, *([own_rank] if own_rank is not None else [])]:
+    preferred = [] if own_rank is None else [own_rank]
+    for rank in [*(k for k in range(len(ranks)) if k != own_rank), *preferred]:
         places.update((expert, (rank, slot)) for slot, expert in enumerate(ranks[rank]))
     runs: list[Run] = []
     for dst_slot, expert in enumerate(local_experts):

@@ -1,9 +1,9 @@
-"""A shard directory -> AdapterContents. Rank files are opened when they are needed."""
+"""A shard directory -> AdapterContents. Rank files are opened at their first use."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,13 +17,8 @@ from lorashard.shards.manifest import Manifest, ShardFile
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.storage.local import read_at
 from lorashard.storage.small_files import read_small_file
-from lorashard.vllm_plugin.load.assembly import Stack
-from lorashard.vllm_plugin.load.contents import (
-    REPLICATED,
-    AdapterContents,
-    ModuleContents,
-    TensorSource,
-)
+from lorashard.vllm_plugin.load.assembly import ShardStack
+from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents, ModuleContents
 from lorashard.vllm_plugin.settings import verifies_fully
 
 
@@ -33,7 +28,7 @@ def is_shard_directory(path: Path) -> bool:
 
 
 def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
-    """Read the manifest; rank files are opened when they are needed. Files close with `stack`.
+    """Read the manifest and the configuration. What is opened later is closed with `stack`.
 
     Raises ManifestError, ShardError or AdapterError.
     """
@@ -47,7 +42,7 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
     files = ShardFiles(path, manifest)
     stack.callback(files.close)
     shared = _stacks_in(manifest.files[REPLICATED_NAME], manifest, shared=True)
-    # Every rank file has the same tensors but for dimension 0, so the first describes them all.
+    # The rank files' tensors differ in dimension 0 alone, so the first file describes them all.
     ranked = _stacks_in(manifest.files[rank_file_name(0, manifest.placement.ep_size)], manifest)
     _check_slots(path, manifest, ranked)
     modules = tuple(
@@ -57,8 +52,8 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
         )
         for name, info in manifest.modules.items()
     )  # fmt: skip
-    taken = {stack.name for stacks in shared.values() for stack in stacks}
-    dense = tuple(e for e in manifest.files[REPLICATED_NAME].tensors if e.name not in taken)
+    of_experts = {stack.name for stacks in shared.values() for stack in stacks}
+    dense = tuple(e for e in manifest.files[REPLICATED_NAME].tensors if e.name not in of_experts)
     return AdapterContents(
         parse_config(config_bytes, str(path / CONFIG_NAME)),
         manifest.placement.num_experts,
@@ -69,14 +64,14 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
     )
 
 
-_COPY_AGAIN = "Copy the whole directory again; its files belong together."
+_COPY_AGAIN = "Copy the whole directory again: its files belong together."
 
 
 def _stacks_in(
     file: ShardFile, manifest: Manifest, *, shared: bool = False
-) -> dict[str, list[Stack]]:
-    """The expert stacks of one shard file, by module."""
-    found: dict[str, list[Stack]] = {}
+) -> dict[str, list[ShardStack]]:
+    """The expert stacks of one shard file, by module. shared: whether the file is the replicated one."""
+    by_module: dict[str, list[ShardStack]] = {}
     entries = {entry.name: entry for entry in file.tensors}
     matrices: tuple[Matrix, ...] = ("lora_A", "lora_B")
     for module, info in manifest.modules.items():
@@ -87,13 +82,15 @@ def _stacks_in(
                     continue
                 if len(entry.shape) != 3:
                     raise ShardError(f"{entry.name} has {len(entry.shape)} dimensions, not 3.")
-                found.setdefault(module, []).append(
-                    Stack(entry.name, projection, matrix, entry.dtype, *entry.shape[1:], shared)
+                by_module.setdefault(module, []).append(
+                    ShardStack(
+                        entry.name, projection, matrix, entry.dtype, *entry.shape[1:], shared
+                    )
                 )
-    return found
+    return by_module
 
 
-def _check_slots(path: Path, manifest: Manifest, ranked: Mapping[str, list[Stack]]) -> None:
+def _check_slots(path: Path, manifest: Manifest, ranked: Mapping[str, list[ShardStack]]) -> None:
     """Raise ManifestError unless every rank file has one slot for each expert of its rank."""
     ep_size = manifest.placement.ep_size
     for ep_rank in range(ep_size):
@@ -109,35 +106,44 @@ def _check_slots(path: Path, manifest: Manifest, ranked: Mapping[str, list[Stack
                     )
 
 
-class ShardFiles(Mapping[int, TensorSource]):
-    """The files of a shard directory by ep rank (REPLICATED: the replicated one), opened at need."""
+class ShardFiles:
+    """The RankSources of a shard directory. Offsets are the manifest's."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._directory = directory
         self._manifest = manifest
-        self._open: dict[int, RankFile] = {}
+        self._offsets: dict[int, dict[str, int]] = {}
+        self._opened: dict[int, RankFile] = {}
 
-    def __getitem__(self, ep_rank: int) -> RankFile:
-        if ep_rank not in self._open:
-            ep_size = self._manifest.placement.ep_size
-            name = REPLICATED_NAME if ep_rank == REPLICATED else rank_file_name(ep_rank, ep_size)
-            self._open[ep_rank] = RankFile(self._directory / name, self._manifest.files[name])
-        return self._open[ep_rank]
+    def offset_of(self, ep_rank: int, name: str) -> int:
+        """First byte of a tensor. Raises ShardError if the file has no such tensor."""
+        file_name, recorded = self._recorded(ep_rank)
+        if ep_rank not in self._offsets:
+            self._offsets[ep_rank] = {entry.name: entry.begin for entry in recorded.tensors}
+        if name not in self._offsets[ep_rank]:
+            raise ShardError(f"rank file {file_name}: no tensor {name}.", hint=_COPY_AGAIN)
+        return self._offsets[ep_rank][name]
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._open)
-
-    def __len__(self) -> int:
-        return len(self._open)
+    def source_of(self, ep_rank: int) -> RankFile:
+        """The checked file of a rank. Raises ShardError."""
+        if ep_rank not in self._opened:
+            name, recorded = self._recorded(ep_rank)
+            self._opened[ep_rank] = RankFile(self._directory / name, recorded)
+        return self._opened[ep_rank]
 
     def close(self) -> None:
         """Close what was opened."""
-        for file in self._open.values():
+        for file in self._opened.values():
             file.close()
+
+    def _recorded(self, ep_rank: int) -> tuple[str, ShardFile]:
+        ep_size = self._manifest.placement.ep_size
+        name = REPLICATED_NAME if ep_rank == REPLICATED else rank_file_name(ep_rank, ep_size)
+        return name, self._manifest.files[name]
 
 
 class RankFile:
-    """A TensorSource over one shard file whose size and header are the manifest's.
+    """A ByteSource over one shard file whose size and header are those in the manifest.
 
     With LORASHARD_VERIFY=full its bytes are, too. Raises ShardError.
     """
@@ -147,9 +153,8 @@ class RankFile:
         try:
             check_file(path, recorded)
         except ShardError as err:
-            # The name once more, on its own: vLLM's server hides paths in what it answers.
+            # The name again, without the path: vLLM's server hides paths in its answers.
             raise ShardError(f"rank file {path.name}: {err.message}", hint=err.hint) from err
-        self._offsets = {entry.name: entry.begin for entry in recorded.tensors}
         if verifies_fully():
             digest = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
             if digest != recorded.digest.blake3:
@@ -159,14 +164,8 @@ class RankFile:
                 )
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def offset_of(self, name: str) -> int:
-        """First byte of a tensor."""
-        if name not in self._offsets:
-            raise ShardError(f"rank file {self._path.name}: no tensor {name}.", hint=_COPY_AGAIN)
-        return self._offsets[name]
-
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from byte `offset`; safe to call from several threads."""
+        """Fill `buffer` from byte `offset`; several threads may do so at once."""
         done = read_at(self._fd, buffer, offset)
         if done < len(buffer):
             raise ShardError(

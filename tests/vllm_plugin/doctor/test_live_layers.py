@@ -10,7 +10,7 @@ from lorashard.adapter.base_model import parse_model_config
 from lorashard.shards.placement import linear_placement
 from lorashard.vllm_plugin.doctor.flags import EngineFlags
 from lorashard.vllm_plugin.doctor.live_layers import NamesOfAdapter, expected_layers, shown_sizes
-from lorashard.vllm_plugin.load.contents import AdapterContents
+from lorashard.vllm_plugin.load.contents import AdapterContents, NoSources
 from lorashard.vllm_plugin.load.matching import match_layers
 from lorashard.vllm_plugin.load.plain_source import module_contents
 from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, Spec, build
@@ -25,7 +25,7 @@ def contents_of(layout: str, **fields: Any) -> AdapterContents:
     modules = module_contents(read, linear_placement(read.num_experts, 1))
     return AdapterContents(
         index_of(adapter).config, read.num_experts, gate_up_known=True, modules=modules, dense=(),
-        sources={},
+        sources=NoSources(),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lorashard.errors import LayoutError
 from lorashard.vllm_plugin.engine.live import LiveExperts
-from lorashard.vllm_plugin.load.assembly import Assembly, DeviceFactor, Stack, assemble
+from lorashard.vllm_plugin.load.assembly import Assembly, DeviceFactor, ShardStack, plan_assembly
 
 Values = npt.NDArray[np.int64]
 Deltas = dict[str, Values]  # projection -> [E_local, out, in]
@@ -44,11 +44,11 @@ LIVE = LiveExperts(
 class Case:
     live: LiveExperts
     gate_up: str
-    stacks: tuple[Stack, ...]
+    stacks: tuple[ShardStack, ...]
     values: dict[str, Values]
 
     def assembled(self) -> Assembly:
-        return assemble(self.live, self.stacks, self.gate_up, WHERE)
+        return plan_assembly(self.live, self.stacks, self.gate_up, WHERE)
 
 
 def sizes(live: LiveExperts, projection: str) -> tuple[int, int]:
@@ -59,12 +59,14 @@ def sizes(live: LiveExperts, projection: str) -> tuple[int, int]:
     return hidden, 2 * inner if projection == "gate_up_proj" else inner
 
 
-def pair(live: LiveExperts, projection: Any, r: int, *, shared: str = "") -> tuple[Stack, Stack]:
+def pair(
+    live: LiveExperts, projection: Any, r: int, *, shared: str = ""
+) -> tuple[ShardStack, ShardStack]:
     """shared: the matrices, of "A" and "B", that all experts have in common."""
     inside, out = sizes(live, projection)
     return (
-        Stack(f"{projection}.lora_A", projection, "lora_A", "BF16", r, inside, "A" in shared),
-        Stack(f"{projection}.lora_B", projection, "lora_B", "BF16", out, r, "B" in shared),
+        ShardStack(f"{projection}.lora_A", projection, "lora_A", "BF16", r, inside, "A" in shared),
+        ShardStack(f"{projection}.lora_B", projection, "lora_B", "BF16", out, r, "B" in shared),
     )
 
 
@@ -96,7 +98,7 @@ def cases(draw: st.DrawFn) -> Case:
     else:
         trained, gate_up = ["gate_proj", "up_proj"], "split"
     some = draw(st.sets(st.sampled_from([*trained, "down_proj"]), min_size=1))
-    stacks: list[Stack] = []
+    stacks: list[ShardStack] = []
     for projection in sorted(some):
         shared = "".join(draw(st.sets(st.sampled_from("AB"))))
         if live.shared_outer:
@@ -113,19 +115,26 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def carried_out(factor: DeviceFactor, values: dict[str, Values]) -> Values:
-    """The tensor that the pieces make; no element may be written twice."""
+    """The tensor that the pieces make."""
+    return carried_out_and_counted(factor, values)[0]
+
+
+def carried_out_and_counted(
+    factor: DeviceFactor, values: dict[str, Values]
+) -> tuple[Values, Values]:
+    """The same, and which elements were written; none may be written twice."""
     tensor = np.zeros((factor.num_slots, factor.rows, factor.cols), np.int64)
     written = np.zeros((factor.rows, factor.cols), np.int64)
     for piece in factor.pieces:
-        for k in range(piece.num_rows):
-            source = values[piece.stack.name][:, piece.src_row + k * piece.src_step]
-            row = piece.dst_row + k * piece.dst_step
-            columns = slice(piece.dst_col, piece.dst_col + piece.stack.cols)
+        assert len(piece.source_rows) == len(piece.target_rows)
+        for source_row, row in zip(piece.source_rows, piece.target_rows):
+            source = values[piece.stack.name][:, source_row]
+            columns = slice(piece.first_col, piece.first_col + piece.stack.cols)
             assert tensor[:, row, columns].shape[1:] == source.shape[1:]
             tensor[:, row, columns] = source
             written[row, columns] += 1
     assert written.max(initial=0) <= 1
-    return tensor
+    return tensor, written
 
 
 def on_device(case: Case) -> Deltas:
@@ -188,7 +197,16 @@ def test_a_verbatim_factor_is_its_stack_byte_for_byte(case: Case) -> None:
         if factor.is_verbatim:
             (piece,) = factor.pieces
             stack = case.values[piece.stack.name]
-            assert (carried_out(factor, case.values) == stack).all()
+            np.testing.assert_array_equal(carried_out(factor, case.values), stack)
+            assert len(stack) == factor.num_slots, "so nothing is repeated"
+
+
+@settings(deadline=None)
+@given(cases())
+def test_a_factor_is_covered_if_its_pieces_write_every_element(case: Case) -> None:
+    for factor in case.assembled().factors:
+        _, written = carried_out_and_counted(factor, case.values)
+        assert factor.is_covered == bool(written.all())
 
 
 @settings(deadline=None)
@@ -218,7 +236,7 @@ def test_both_factors_of_a_part_have_its_rank_and_the_slots_of_the_engine(case: 
 
 def test_gate_and_up_of_a_fused_adapter_have_one_lora_a() -> None:
     stacks = [*pair(LIVE, "gate_up_proj", 3), *pair(LIVE, "down_proj", 3)]
-    assembly = assemble(LIVE, stacks, "concatenated", WHERE)
+    assembly = plan_assembly(LIVE, stacks, "concatenated", WHERE)
     gate, _, up = assembly.lora_a
     assert gate == up
     assert len(assembly.factors) == 5
@@ -226,7 +244,9 @@ def test_gate_and_up_of_a_fused_adapter_have_one_lora_a() -> None:
 
 def test_experts_without_a_gate_have_one_pair_for_w1_and_w3() -> None:
     live = replace(LIVE, gated=False)
-    assembly = assemble(live, [*pair(live, "up_proj", 3), *pair(live, "down_proj", 2)], "none", "x")
+    assembly = plan_assembly(
+        live, [*pair(live, "up_proj", 3), *pair(live, "down_proj", 2)], "none", "x"
+    )
     assert assembly.lora_a[0] == assembly.lora_a[2]
     assert assembly.lora_b[0] == assembly.lora_b[2]
 
@@ -237,18 +257,18 @@ def test_an_adapter_in_the_engine_s_own_form_is_read_straight_to_its_place(wrapp
     names = ("gate_proj", "up_proj") if wrapper == "2d" else ("gate_up_proj",)
     stacks = [s for name in (*names, "down_proj") for s in pair(live, name, 2)]
     gate_up = "split" if wrapper == "2d" else "concatenated"
-    assert all(factor.is_verbatim for factor in assemble(live, stacks, gate_up, "x").factors)
+    assert all(factor.is_verbatim for factor in plan_assembly(live, stacks, gate_up, "x").factors)
 
 
 def test_rows_that_alternate_on_both_sides_are_read_straight_too() -> None:
     live = replace(LIVE, wrapper="3d", interleaved=True, buffer_intermediate=7)
-    assembly = assemble(live, pair(live, "gate_up_proj", 2), "interleaved", WHERE)
+    assembly = plan_assembly(live, pair(live, "gate_up_proj", 2), "interleaved", WHERE)
     assert assembly.factors[assembly.lora_b[0]].is_verbatim
 
 
 def refusal(live: LiveExperts, stacks: Any, gate_up: str = "split") -> str:
     with pytest.raises(LayoutError) as caught:
-        assemble(live, list(stacks), gate_up, WHERE)
+        plan_assembly(live, list(stacks), gate_up, WHERE)
     assert str(caught.value).startswith(WHERE)
     return str(caught.value)
 

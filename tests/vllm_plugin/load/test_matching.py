@@ -11,8 +11,8 @@ import pytest
 from lorashard.adapter.config import LoraConfig, parse_config
 from lorashard.errors import LayoutError, LorashardError, PlacementError
 from lorashard.vllm_plugin.engine.live import LiveExperts
-from lorashard.vllm_plugin.load.assembly import Stack
-from lorashard.vllm_plugin.load.contents import AdapterContents, ModuleContents
+from lorashard.vllm_plugin.load.assembly import ShardStack
+from lorashard.vllm_plugin.load.contents import AdapterContents, ModuleContents, NoSources
 from lorashard.vllm_plugin.load.matching import MatchedLayer, match_layers
 from lorashard.vllm_plugin.load.rows import Run
 
@@ -43,14 +43,14 @@ class Names:
         return name if name in live else None
 
 
-def stacks(*projections: Any, hidden: int = H, lora_rank: int = R) -> tuple[Stack, ...]:
+def stacks(*projections: Any, hidden: int = H, lora_rank: int = R) -> tuple[ShardStack, ...]:
     made = []
     for projection in projections:
         inside, out = (I, hidden) if projection == "down_proj" else (hidden, I)
         out *= 2 if projection == "gate_up_proj" else 1
         made += [
-            Stack(f"{projection}.A", projection, "lora_A", "BF16", lora_rank, inside, False),
-            Stack(f"{projection}.B", projection, "lora_B", "BF16", out, lora_rank, False),
+            ShardStack(f"{projection}.A", projection, "lora_A", "BF16", lora_rank, inside, False),
+            ShardStack(f"{projection}.B", projection, "lora_B", "BF16", out, lora_rank, False),
         ]
     return tuple(made)
 
@@ -64,7 +64,9 @@ def module(
 
 
 def contents(*modules: ModuleContents, **changes: Any) -> AdapterContents:
-    made = AdapterContents(CONFIG, E, gate_up_known=True, modules=modules, dense=(), sources={})
+    made = AdapterContents(
+        CONFIG, E, gate_up_known=True, modules=modules, dense=(), sources=NoSources()
+    )
     return replace(made, **changes)
 
 
