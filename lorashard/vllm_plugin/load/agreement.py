@@ -1,7 +1,8 @@
 """All tensor-parallel workers of an engine load an adapter, or none does.
 
-If one rank's file is damaged and the others' are not, the others would keep the adapter, and a
-second try under the same id would find it there: some ranks with the old bytes, one with the new.
+In: a load, and the group of the workers that must agree. Out: the load's result, or an error on
+every rank. Without this, one damaged file would leave the adapter loaded on the other ranks, and a
+second request for the same id would find it there: old bytes on some ranks, new ones on one.
 """
 
 from __future__ import annotations
@@ -12,56 +13,65 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def load_together(load: Callable[[], T], groups: list[Any]) -> T:
-    """What `load` returns, if it succeeds on every rank of every group; else raise everywhere.
+def load_together(load: Callable[[], T], group: Any | None) -> T:
+    """The result of `load` if it succeeds on every rank of the group; otherwise raise on each.
 
-    groups: torch process groups on the CPU; every rank of each must call this at the same time.
+    group: a torch process group on the CPU, whose ranks must all call this at the same time; None
+    for a worker on its own. Raises the error of this rank's own `load`, or ValueError with the
+    message of another's.
     """
     error: Exception | None = None
     result: T | None = None
     try:
-        result = load()
-    except Exception as err:  # noqa: BLE001 - raised again below, once the others know
-        error = err
-    others = _failures_elsewhere(error, groups)
-    if error is not None:
-        raise error
-    if others:
-        raise ValueError(f"Another rank could not load the adapter: {others}")
+        try:
+            result = load()
+        except Exception as err:  # noqa: BLE001 - raised again below, once the others know
+            error = err
+        failure = "" if error is None else f"{type(error).__name__}: {error}"
+        failures = () if group is None else _failures_of_all(failure, group)
+        if error is not None:
+            raise error
+    finally:
+        # An error and the frame that it passed through hold each other, and with them all that the
+        # load has read. Without the cycle its memory is free as soon as the error is handled.
+        del error
+    if failed := next(filter(None, failures), None):
+        raise ValueError(f"Another rank could not load the adapter: {failed}")
     assert result is not None
     return result
 
 
-def _failures_elsewhere(error: Exception | None, groups: list[Any]) -> str:
-    """The first message of another rank, "" if there is none. One small all-reduce if all is well."""
+def _failures_of_all(failure: str, group: Any) -> tuple[str | None, ...]:
+    """What went wrong on each rank of the group, "" for nothing; () if all is well everywhere.
+
+    One small all-reduce if all is well.
+    """
     import torch
     import torch.distributed as dist
 
-    message = "" if error is None else f"{type(error).__name__}: {error}"
-    for group in groups:
-        failed = torch.tensor([int(bool(message))], dtype=torch.int32)
-        dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
-        if failed.item():
-            messages: list[str | None] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(messages, message, group=group)
-            message = message or next(text for text in messages if text)
-    return message if error is None else ""
+    any_failed = torch.tensor([int(bool(failure))], dtype=torch.int32)
+    dist.all_reduce(any_failed, dist.ReduceOp.MAX, group=group)
+    if not any_failed.item():
+        return ()
+    failures: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, failure, group=group)
+    return tuple(failures)
 
 
-def cpu_groups() -> list[Any]:
-    """The tensor-parallel group of this worker, if it has others in it.
+def tensor_parallel_group() -> Any | None:
+    """The tensor-parallel group of this worker on the CPU; None if it is alone in it.
 
     Not the pipeline-parallel one: a stage may load an adapter in the middle of a step, while the
-    next one waits for its output, and both would wait for each other.
+    next stage waits for its output, so that each would wait for the other.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return []
+        return None
     from vllm.distributed import parallel_state
 
     try:
         group = parallel_state.get_tp_group()
     except AssertionError:  # not initialised
-        return []
-    return [group.cpu_group] if group.world_size > 1 else []
+        return None
+    return group.cpu_group if group.world_size > 1 else None

@@ -1,8 +1,9 @@
-"""Host memory that adapters are read into: pinned once, and used again by the next adapter.
+"""Host memory that adapters are read into: pinned once and reused by the next adapter.
 
-A first read into fresh memory costs more for page faults and for registering the pages with CUDA
-than for the bytes themselves, so a region outlives its adapter. PyTorch's own pinned allocator is
-not used: it rounds every block up to a power of two (lorashard/inspect/memory.py has the figures).
+In: a size. Out: a numpy array on a region of the pool, which is free again once nothing refers to
+the array any more. With fresh memory, page faults and registering the pages with CUDA take longer
+than reading the bytes, so a region outlives its adapter. PyTorch's own pinned allocator rounds
+every block up to a power of two (lorashard/inspect/memory.py has the figures), so it is not used.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 _GRAIN = 2 * 2**20  # sizes are multiples of a huge page
-_TOUCH_STEP = 32 * 2**20  # bytes that one thread makes present at once
+_TOUCH_STEP = 32 * 2**20  # bytes that one thread faults in at once
 
 logger = logging.getLogger("vllm.lorashard")
 
 
 class Region:
-    """Anonymous memory of a fixed size, registered with CUDA where there is one."""
+    """Anonymous memory of a fixed size, registered with CUDA if the engine runs on it."""
 
     def __init__(self, size: int, device: Any, threads: Executor) -> None:
         import numpy as np
@@ -50,7 +51,7 @@ class Region:
         return len(self._memory)
 
     def mark_used(self) -> None:
-        """Copies to the device may be under way; `wait` waits for those issued until now."""
+        """Copies to the device may be in flight: `wait` waits for those issued up to now."""
         if self.is_pinned:
             import torch
 
@@ -58,13 +59,13 @@ class Region:
             self._in_use = [stream.record_event() for stream in streams]
 
     def wait(self) -> None:
-        """Return once no copy to the device reads this memory any more."""
+        """Return once no copy to the device reads this memory."""
         for event in self._in_use:
             event.synchronize()
         self._in_use = []
 
     def free(self) -> None:
-        """Give the memory back. No view of it may be left."""
+        """Unregister and unmap the memory. Nothing may refer to it any more."""
         self.wait()
         if self.is_pinned:
             import torch
@@ -76,9 +77,9 @@ class Region:
 
 
 class RegionPool:
-    """At most `limit` regions, as long as no more are held at once.
+    """At most `limit` regions, unless more are in use at once.
 
-    A region comes back by itself when the last tensor on it is gone.
+    A region comes back by itself once the last tensor on it is gone.
     """
 
     def __init__(self, limit: int, device: Any, threads: Executor) -> None:
@@ -91,7 +92,7 @@ class RegionPool:
         self._lock = threading.Lock()
 
     def warm(self, count: int, size: int) -> None:
-        """Have up to `count` regions of `size` bytes ready."""
+        """Make regions of `size` bytes until `count` are free or in use."""
         with self._lock:
             missing = min(count, self._limit) - len(self._free) - self._held
             self._free.extend(
@@ -99,8 +100,10 @@ class RegionPool:
             )
 
     def take(self, size: int) -> Bytes:
-        """`size` bytes of a region, of any content. It is free again once the array is gone, and its
-        slices, memoryviews and tensors. `numpy.asarray` of it does not hold it.
+        """`size` bytes of a region, with any content.
+
+        The region is in use until the array, its slices, memoryviews and tensors are all gone.
+        `numpy.asarray` of the array does not keep it in use.
         """
         with self._lock:
             self._collect_returned()
@@ -110,15 +113,15 @@ class RegionPool:
                 region = Region(size, self._device, self._threads)
             self._held += 1
         region.wait()
-        # numpy hangs a slice of a slice on the array underneath, unless that is of another type.
-        # So a view of the lease keeps the lease, and only a subclass does that.
+        # The base of a numpy view is the array that owns the memory, except that it stops at an
+        # array of another type. So only a subclass makes every view of the lease keep the lease.
         lease: Bytes = region.bytes[:size].view(_lease_type())
         finalizer = weakref.finalize(lease, _give_back(self._returned, region))
         finalizer.atexit = False
         return lease
 
     def sizes(self) -> tuple[int, ...]:
-        """Bytes of the regions that are free now."""
+        """The size in bytes of each region that is free now."""
         with self._lock:
             self._collect_returned()
             return tuple(region.size for region in self._free)
@@ -136,9 +139,9 @@ class RegionPool:
         return fitting
 
     def _make_room(self) -> None:
-        """Free what does not fit, so that a new region stays within the limit."""
+        """Unmap free regions, smallest first, so that a new one stays within the limit."""
         if len(self._free) + self._held >= self._limit and not self._free:
-            gc.collect(0)  # an adapter that failed to load may still hang in its own traceback
+            gc.collect(0)  # the traceback of a failed load may still refer to its region
             self._collect_returned()
         self._free.sort(key=lambda region: region.size)
         while self._free and len(self._free) + self._held >= self._limit:
@@ -173,7 +176,7 @@ def _register(pages: Bytes) -> bool:
     code = cudart().cudaHostRegister(pages.ctypes.data, len(pages), portable)
     if int(code) != 0:
         logger.warning(
-            "lorashard: cudaHostRegister of %.2f GB failed (error %d); adapters are read into "
+            "lorashard: cudaHostRegister of %.2f GB failed (error %d), so adapters are read into "
             "pageable memory, which is slower. Is the locked-memory limit (ulimit -l) too low?",
             len(pages) / 1e9,
             int(code),

@@ -1,4 +1,4 @@
-"""The threads that read adapters."""
+"""The threads that read adapters: a number -> an executor whose threads can use torch at once."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def reader_threads(count: int) -> ThreadPoolExecutor:
-    """`count` threads that can use torch at once, started on demand."""
+    """At most `count` threads, started on demand, in each of which torch is set up."""
     return ThreadPoolExecutor(count, "lorashard", initializer=_settle_torch)
 
 
 def _settle_torch() -> None:
-    """Let torch set this thread up while no other does.
+    """Set torch up in this thread while no other thread does so.
 
     A thread's first parallel operation asks for torch's thread pool. In a forked process, such as
-    a vLLM worker, the first to ask replaces the pool, and one that asks meanwhile finds none:
-    "Invalid thread pool!" (ATen/ParallelOpenMP.cpp:64, caffe2/utils/threadpool/pthreadpool-cpp.cc;
-    met with vLLM 0.26.0 on torch 2.11).
+    a vLLM worker, the first to ask replaces the pool, and a thread that asks at that moment finds
+    none: "Invalid thread pool!" (ATen/ParallelOpenMP.cpp:64,
+    caffe2/utils/threadpool/pthreadpool-cpp.cc; seen with vLLM 0.26.0 on torch 2.11).
     """
     import torch
 

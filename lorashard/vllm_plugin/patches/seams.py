@@ -18,7 +18,7 @@ from lorashard.vllm_plugin.engine.contracts import contract_breaks
 from lorashard.vllm_plugin.engine.facts import config_facts, module_facts
 from lorashard.vllm_plugin.engine.guards import EngineFacts, find_refusals
 from lorashard.vllm_plugin.engine.live import moe_wrappers, slot_bytes
-from lorashard.vllm_plugin.load.agreement import cpu_groups, load_together
+from lorashard.vllm_plugin.load.agreement import load_together, tensor_parallel_group
 from lorashard.vllm_plugin.load.host_memory import affordable_buffers
 from lorashard.vllm_plugin.load.loader import AdapterLoader, LoadReport
 from lorashard.vllm_plugin.load.shard_source import is_shard_directory
@@ -81,7 +81,7 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             finally:
                 self._lora_model_cls = stock
 
-        model = load_together(load, cpu_groups() if loader.ep_size > 1 else [])
+        model = load_together(load, tensor_parallel_group() if loader.ep_size > 1 else None)
         if loader.last_report is not None:
             _report(loader.last_report, lora_request)
         return model

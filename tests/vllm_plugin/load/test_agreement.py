@@ -1,26 +1,29 @@
-"""All ranks load an adapter or none does: real gloo groups of four processes, 2 x 2."""
+"""All ranks of a group load an adapter, or none does: real gloo groups, in four processes."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
-from functools import cache
+import weakref
+from functools import cache, partial
 from typing import Any
 
 import pytest
 
-from lorashard.vllm_plugin.load.agreement import cpu_groups, load_together
+from lorashard.vllm_plugin.load.agreement import load_together, tensor_parallel_group
 from tests.tiny import REPO
 
-# Ranks 0 and 1 are tensor-parallel, as are 2 and 3; 0 and 2 are pipeline stages, as are 1 and 3.
-# Every case is a load on each rank; what a rank answers is its result, or the error.
+# Ranks 0 and 1 are one tensor-parallel group, 2 and 3 another; "all" is a group of the four.
+# In every case each rank loads; its answer is the result or the error.
 SCRIPT = """
 import json, os, sys
 from datetime import timedelta
 import torch.distributed as dist
-from lorashard.vllm_plugin.load.agreement import cpu_groups, load_together
+from lorashard.vllm_plugin.load.agreement import load_together
 
 CASES = json.loads(sys.argv[1])
 folder = sys.argv[2]
@@ -28,17 +31,16 @@ folder = sys.argv[2]
 def work(rank):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
                             world_size=4, timeout=timedelta(seconds=30))
-    tensor, pipeline = ([dist.new_group(ranks) for ranks in sets]
-                        for sets in ([(0, 1), (2, 3)], [(0, 2), (1, 3)]))
-    kinds = {"none": [], "tp": [tensor[rank // 2]], "tp and pp": [tensor[rank // 2], pipeline[rank % 2]]}
+    pairs = [dist.new_group(ranks) for ranks in [(0, 1), (2, 3)]]
+    groups = {"none": None, "pair": pairs[rank // 2], "all": dist.new_group([0, 1, 2, 3])}
     answers = {}
-    for name, (kind, failing) in CASES.items():
+    for name, (group, failing) in CASES.items():
         def load():
             if rank in failing:
                 raise KeyError(f"file of rank {rank}")
             return f"{name} {rank}"
         try:
-            answers[name] = ["loaded", load_together(load, kinds[kind])]
+            answers[name] = ["loaded", load_together(load, groups[group])]
         except Exception as err:
             answers[name] = [type(err).__name__, str(err)]
     with open(f"{folder}/{rank}.json", "w") as file:
@@ -61,13 +63,13 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child i
 """
 
 CASES: dict[str, tuple[str, list[int]]] = {
-    "all well": ("tp and pp", []),
-    "one of two": ("tp", [1]),
-    "both": ("tp", [0, 1, 2, 3]),
-    "two of four": ("tp and pp", [1, 2]),
-    "far corner": ("tp and pp", [3]),
+    "all well": ("all", []),
+    "one of two": ("pair", [1]),
+    "both": ("pair", [0, 1, 2, 3]),
+    "two of four": ("all", [1, 2]),
+    "the last of four": ("all", [3]),
     "no group": ("none", [2]),
-    "well again": ("tp and pp", []),
+    "well again": ("all", []),
 }
 
 
@@ -95,8 +97,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]
 
 
 def elsewhere(rank: int) -> list[str]:
-    told = f"Another rank could not load the adapter: KeyError: 'file of rank {rank}'"
-    return ["ValueError", told]
+    message = f"Another rank could not load the adapter: KeyError: 'file of rank {rank}'"
+    return ["ValueError", message]
 
 
 def own(rank: int) -> list[str]:
@@ -112,7 +114,7 @@ def test_where_one_fails_it_raises_its_error_and_the_other_names_that(ranks: Any
     assert [rank["one of two"] for rank in ranks[:2]] == [elsewhere(1), own(1)]
 
 
-def test_a_group_without_a_failure_goes_on(ranks: Any) -> None:
+def test_a_group_without_a_failure_is_not_affected_by_another(ranks: Any) -> None:
     assert [rank["one of two"][0] for rank in ranks[2:]] == ["loaded", "loaded"]
 
 
@@ -120,13 +122,13 @@ def test_where_all_fail_each_raises_its_own_error(ranks: Any) -> None:
     assert [rank["both"] for rank in ranks] == [own(n) for n in range(4)]
 
 
-def test_a_failure_reaches_the_ranks_that_share_no_group_with_it(ranks: Any) -> None:
-    found = [rank["far corner"] for rank in ranks]
+def test_a_failure_reaches_every_rank_of_the_group(ranks: Any) -> None:
+    found = [rank["the last of four"] for rank in ranks]
     assert found == [elsewhere(3), elsewhere(3), elsewhere(3), own(3)]
 
 
-def test_of_two_failures_the_others_name_the_first_that_they_hear_of(ranks: Any) -> None:
-    assert [rank["two of four"] for rank in ranks] == [elsewhere(1), own(1), own(2), elsewhere(2)]
+def test_of_two_failures_the_others_name_the_first_rank_s(ranks: Any) -> None:
+    assert [rank["two of four"] for rank in ranks] == [elsewhere(1), own(1), own(2), elsewhere(1)]
 
 
 def test_without_a_group_each_is_on_its_own(ranks: Any) -> None:
@@ -136,16 +138,37 @@ def test_without_a_group_each_is_on_its_own(ranks: Any) -> None:
 
 def test_alone_the_result_and_the_error_are_those_of_the_load() -> None:
     result = object()
-    assert load_together(lambda: result, []) is result
+    assert load_together(lambda: result, None) is result
     error = OSError("no such file")
 
     def fail() -> object:
         raise error
 
     with pytest.raises(OSError, match="no such file") as caught:
-        load_together(fail, [])
+        load_together(fail, None)
     assert caught.value is error
 
 
-def test_a_process_without_distributed_torch_has_no_groups() -> None:
-    assert cpu_groups() == []
+def test_a_process_without_distributed_torch_is_on_its_own() -> None:
+    assert tensor_parallel_group() is None
+
+
+class Memory:
+    """Stands for the region that a load reads into."""
+
+
+def test_what_a_failed_load_has_read_is_free_once_its_error_is_handled() -> None:
+    memory = Memory()
+    is_alive = weakref.ref(memory)
+
+    def fail(memory: Memory) -> object:
+        raise ValueError("damaged")
+
+    gc.disable()  # so that nothing but the reference counts frees it
+    try:
+        with contextlib.suppress(ValueError):
+            load_together(partial(fail, memory), None)
+        del memory
+        assert is_alive() is None
+    finally:
+        gc.enable()
