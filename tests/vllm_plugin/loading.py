@@ -322,9 +322,7 @@ def stays_inert() -> list[str]:
     built = adapter_of("L1")
     engine.add_adapter(harness.request(engine, built.write(Path(tempfile.mkdtemp()))))
     wrong += mismatches(engine, harness.slot_of(engine), expected_of(built))
-    if engine._lorashard_loader.last_report is not None:
-        wrong.append("the loader was used")
-    if engine._lorashard_loader._loader is not None:
+    if hasattr(engine, "_lorashard_loader"):
         wrong.append("a loader was made")
     shards = on_disk("L1", 8, True, "own shards", 2, "linear")
     engine.add_adapter(harness.request(engine, shards, "shards", 2))

@@ -1,8 +1,8 @@
-"""LoRA beside FP8 experts on vLLM 0.20.0 to 0.23: it reads activations, not their FP8 codes.
+"""LoRA on FP8 experts in vLLM 0.20.0 to 0.23: it gets the activations, not their FP8 codes.
 
-There the modular kernel quantises the layer's input before the experts run, and the experts give
-LoRA what they were given: codes without their scale (vLLM issue 42007). From 0.24.0 on the input
-travels along in the LoRA context, and so it does here.
+In these releases the modular kernel quantises the layer's input before the experts run, and the
+experts pass on to LoRA what they got: codes without their scale (vLLM issue 42007). Since 0.24.0
+the input is part of the LoRA context; these patches put it there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def gives_lora_quantised_input(_owner: type) -> bool:
     for name in (f"{_PACKAGE}.lora_context", f"{_PACKAGE}.experts.lora_context"):
         try:
             spec = importlib.util.find_spec(name)
-        except ModuleNotFoundError:  # its package is not there either
+        except ModuleNotFoundError:  # nor does its package exist
             continue
         if spec is not None and spec.origin is not None:
             return _FIELD not in Path(spec.origin).read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def gives_lora_quantised_input(_owner: type) -> bool:
 
 
 def wrap_modular_apply(original: Callable[..., Any]) -> Callable[..., Any]:
-    """FusedMoEModularMethod.apply, through which every layer with LoRA goes: keep the input."""
+    """FusedMoEModularMethod.apply, which every layer with LoRA calls: remember the input."""
 
     def apply(
         self: Any, layer: Any, x: Any, topk_weights: Any, topk_ids: Any, *args: Any, **kwargs: Any
@@ -38,7 +38,7 @@ def wrap_modular_apply(original: Callable[..., Any]) -> Callable[..., Any]:
         config = self.moe_quant_config
         if context is None or config is None or config.quant_dtype is None:
             return original(self, layer, x, topk_weights, topk_ids, *args, **kwargs)
-        # What the kernel does to it before it quantises (prepare_finalize/no_dp_ep.py:68).
+        # As the kernel does before it quantises (prepare_finalize/no_dp_ep.py:68).
         weighted = layer.apply_router_weight_on_input
         setattr(context, _FIELD, x * topk_weights.to(x.dtype) if weighted else x)
         try:
@@ -50,12 +50,16 @@ def wrap_modular_apply(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_apply_w13_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    """LoRAExpertsMixin.apply_w13_lora: the kept input in place of a quantised one."""
+    """LoRAExpertsMixin.apply_w13_lora: the remembered input in place of the quantised one."""
 
     def apply_w13_lora(self: Any, lora_context: Any, *, x: Any, **kwargs: Any) -> Any:
-        kept = getattr(lora_context, _FIELD, None)
-        if kept is not None and kept.dtype != x.dtype and kept.shape[0] == x.shape[0]:
-            x = kept
+        activations = getattr(lora_context, _FIELD, None)
+        if (
+            activations is not None
+            and activations.dtype != x.dtype
+            and activations.shape[0] == x.shape[0]
+        ):
+            x = activations
         return original(self, lora_context, x=x, **kwargs)
 
     return apply_w13_lora

@@ -1,7 +1,7 @@
-"""A patch is a record; applying one replaces a method in place, once.
+"""A patch is a record; applying it replaces a method in place, once, as its module is imported.
 
-Method, not class: vLLM compares `__class__.__name__` and holds its classes in several places
-(0.33.0 lora/model_manager.py:701, lora/utils.py:83), so a subclass would be half seen.
+A method, not its class: vLLM compares `__class__.__name__` and refers to its classes in several
+places (0.33.0 lora/model_manager.py:701, lora/utils.py:83), so some of them would miss a subclass.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Patch:
     """One change to vLLM.
 
     module, owner, method: what is replaced. parameters: the leading parameter names that the
-    replacement relies on. why, how: for people, `lorashard doctor` shows them. upstream: the code
-    or thread that it is about. since, until: releases, inclusive; until None = still needed.
-    needed: looks at the class; False where this release needs no patch.
+    replacement relies on. why, how: sentences that `lorashard doctor` shows. upstream: the code,
+    issue or pull request in question. since, until: releases, inclusive; until None = still
+    needed. needed: given the class, False if this release does not need the patch.
     """
 
     module: str
@@ -55,7 +55,7 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a patch: applied, not needed, or broken (with the reason)."""
+    """The state of a patch: applied, not needed, or broken (with the reason)."""
 
     patch: Patch
     state: str
@@ -63,25 +63,25 @@ class Outcome:
 
 
 outcomes: dict[str, Outcome] = {}
-_asked_for: dict[str, Patch] = {}
+_registered: dict[str, Patch] = {}
 
 
-def broken() -> tuple[str, ...]:
-    """A sentence for each patch that did not get into a module that is imported."""
-    failed = [o for o in outcomes.values() if o.state == "broken"]
+def broken_patches() -> tuple[str, ...]:
+    """A sentence for each patch that is missing from a module that is imported."""
+    broken = [outcome for outcome in outcomes.values() if outcome.state == "broken"]
     missed = [
         target
-        for target, patch in _asked_for.items()
+        for target, patch in _registered.items()
         if target not in outcomes and _is_imported(patch.module)
     ]
     return (
-        *(f"{outcome.patch.target}: {outcome.reason}" for outcome in failed),
+        *(f"{outcome.patch.target}: {outcome.reason}" for outcome in broken),
         *(f"{target}: its module was imported without the patch" for target in missed),
     )
 
 
 def apply_patch(patch: Patch) -> Outcome:
-    """Replace the method if its module has what the patch relies on. Does nothing twice."""
+    """Replace the method if the module has what the patch relies on. Never replaces it twice."""
     owner = getattr(sys.modules[patch.module], patch.owner, None)
     method = vars(owner).get(patch.method) if isinstance(owner, type) else None
     if hasattr(method, _MARK):
@@ -90,7 +90,7 @@ def apply_patch(patch: Patch) -> Outcome:
     outcomes[patch.target] = outcome
     if outcome.state == "broken":
         logger.error(
-            "lorashard: cannot patch %s: %s. This vLLM is not one that lorashard knows; "
+            "lorashard: cannot patch %s: %s. lorashard does not know this vLLM; "
             "`lorashard doctor` says more.", patch.target, outcome.reason,
         )  # fmt: skip
     return outcome
@@ -98,18 +98,18 @@ def apply_patch(patch: Patch) -> Outcome:
 
 def _applied(patch: Patch, owner: Any, method: Any) -> Outcome:
     if absent := _absent(patch, owner, method):
-        # What mends releases until some release has nothing to do where its target is gone.
+        # A patch for older releases has nothing to do in one that no longer has its target.
         return Outcome(patch, "broken" if patch.until is None else "not needed", absent)
     if not inspect.isfunction(method):
         return Outcome(patch, "broken", f"{patch.method} is a {type(method).__name__}")
     try:
         if not patch.needed(owner):
-            return Outcome(patch, "not needed", "this release has no need of it")
+            return Outcome(patch, "not needed", "this release does not need it")
     except OSError as err:  # `needed` reads source
-        return Outcome(patch, "broken", f"what it does cannot be read: {err}")
-    found = tuple(inspect.signature(method).parameters)
-    if found[: len(patch.parameters)] != patch.parameters:
-        return Outcome(patch, "broken", f"its parameters are {', '.join(found)}")
+        return Outcome(patch, "broken", f"its source cannot be read: {err}")
+    parameters = tuple(inspect.signature(method).parameters)
+    if parameters[: len(patch.parameters)] != patch.parameters:
+        return Outcome(patch, "broken", f"its parameters are {', '.join(parameters)}")
     replacement = functools.wraps(method)(patch.wrap(method))
     setattr(replacement, _MARK, method)
     setattr(owner, patch.method, replacement)
@@ -123,12 +123,12 @@ def _absent(patch: Patch, owner: Any, method: Any) -> str:
 
 
 def apply_when_imported(patches: Sequence[Patch]) -> None:
-    """Apply each patch as soon as its module is imported; now, if that has happened.
+    """Apply each patch as soon as its module is imported; at once if it already is.
 
-    So that the API server, which never loads a LoRA, imports no LoRA code.
+    The API server never loads an adapter, and this way it imports no LoRA code either.
     """
     for patch in patches:
-        _asked_for[patch.target] = patch
+        _registered[patch.target] = patch
         if _is_imported(patch.module):
             apply_patch(patch)
     all_there = all(_is_imported(patch.module) for patch in patches)
@@ -137,18 +137,18 @@ def apply_when_imported(patches: Sequence[Patch]) -> None:
 
 
 def _is_imported(name: str) -> bool:
-    """Whether a module is there and executed to its end."""
+    """Whether a module has been imported and fully executed."""
     module = sys.modules.get(name)
     return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module, and has its patches applied once it is executed."""
+    """Has the other finders find a module, and its patches applied once it is executed."""
 
     def find_spec(
         self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        patches = [patch for patch in _asked_for.values() if patch.module == fullname]
+        patches = [patch for patch in _registered.values() if patch.module == fullname]
         if not patches:
             return None
         for finder in sys.meta_path:
@@ -172,7 +172,7 @@ class _PatchingLoader(importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # inspect.getsource and pickling by name look at the loader: leave vLLM's own there.
+        # inspect.getsource and pickling by name look at the loader, so put vLLM's own back.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

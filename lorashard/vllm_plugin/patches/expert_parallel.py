@@ -1,11 +1,11 @@
-"""MoE LoRA layers of vLLM 0.16.0 to 0.20.2, which refuse expert parallelism, made to serve it.
+"""Expert parallelism for the MoE LoRA layers of vLLM 0.16.0 to 0.20.2, which refuse it.
 
-What such a release lacks for one data-parallel rank is little. The kernel that the layer's quant
-method made, or that `select_gemm_impl` gives, is the right one as it is: every rank has all
-tokens, the prepare and finalize steps move none (0.16.0 fused_moe/all2all_utils.py:99), the
-experts skip what `expert_map` puts elsewhere, and the layer sums the ranks' outputs. A dispatching
-step such as MoEPrepareAndFinalizeNaiveEP would ask for an all2all manager that does not exist
-(0.16.0 device_communicators/base_device_communicator.py:146).
+For one data-parallel rank these releases lack very little. The kernel that the layer's quant
+method has made, or that `select_gemm_impl` returns, is already the right one: every rank has all
+tokens, the prepare and finalize steps move none of them (0.16.0 fused_moe/all2all_utils.py:99),
+the kernel skips experts that `expert_map` places on other ranks, and the layer sums the ranks'
+outputs. A step that dispatches tokens, such as MoEPrepareAndFinalizeNaiveEP, would need an all2all
+manager that does not exist (0.16.0 device_communicators/base_device_communicator.py:146).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def refuses_expert_parallelism(layer_class: type) -> bool:
 
 
 def wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    """FusedMoEWithLoRA.__init__: not stopped by expert parallelism, sharded as the layer is."""
+    """FusedMoEWithLoRA.__init__: accept expert parallelism, and shard LoRA as the layer is."""
 
     def __init__(self: Any, base_layer: Any) -> None:  # noqa: N807 - it replaces this method
         parallel = base_layer.moe_parallel_config
@@ -35,7 +35,7 @@ def wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, base_layer)
         finally:
             base_layer.moe_parallel_config = parallel
-        # 1 and 0: experts are split, not cut. The group's own size would cut whole experts.
+        # 1 and 0: each expert is whole on its rank. The group's own size would cut it up.
         self.tp_size, self.tp_rank = base_layer.tp_size, base_layer.tp_rank
 
     return __init__

@@ -1,4 +1,4 @@
-"""Two faults of vLLM's wrapper around the kernels of MoE LoRA, PunicaWrapperGPU."""
+"""Two faults in PunicaWrapperGPU, vLLM's wrapper around the kernels of MoE LoRA."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def maps_uninitialised_ids(punica: type) -> bool:
 def wrap_align_block_size(original: Callable[..., Any]) -> Callable[..., Any]:
     """PunicaWrapperGPU.moe_lora_align_block_size: global expert ids, translated by the CUDA op.
 
-    The router's ids are global. The original has the op count local experts only, which is out of
-    bounds in its shared memory, and then looks up `expert_map` at ids that nothing has written.
+    The router's ids are global. The original tells the op to count the local experts only, which
+    overruns its shared memory, and then indexes `expert_map` with ids that nothing has written.
     """
     from vllm import _custom_ops
 
@@ -56,18 +56,20 @@ def wrap_align_block_size(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _padded(num_ids: int, num_experts: int, block_size: int) -> tuple[int, int]:
-    """Room for each adapter's ids when every expert's are padded to whole blocks; its blocks."""
+    """How many ids an adapter needs room for with each expert's padded to whole blocks, and how
+    many blocks that is.
+    """
     tokens = min(num_ids + num_experts * (block_size - 1), num_ids * block_size)
     return tokens, -(-tokens // block_size)
 
 
 def wrap_add_lora_fused_moe(original: Callable[..., Any]) -> Callable[..., Any]:
-    """PunicaWrapperGPU.add_lora_fused_moe: nothing to add without LoRA in the batch, or experts.
+    """PunicaWrapperGPU.add_lora_fused_moe: do nothing if the batch has no LoRA or the rank no experts.
 
-    Up to 0.23 vLLM runs its kernel for a batch without LoRA. The token mapping is then the last
-    one that had any, and for small batches the kernel goes by that alone: base-model requests get
-    an adapter's deltas (vLLM issue 42008). And where a rank holds no expert, the kernel's tensor
-    descriptors cannot be made (0.21.0 ops/triton_ops/fused_moe_lora_op.py:486).
+    Up to 0.23 vLLM runs its kernel for a batch without LoRA, too. The token mapping is then that
+    of the last batch with LoRA, and for small batches the kernel relies on it alone: base-model
+    requests get an adapter's deltas (vLLM issue 42008). On a rank without experts the kernel's
+    tensor descriptors cannot be made (0.21.0 ops/triton_ops/fused_moe_lora_op.py:486).
     """
 
     def add_lora_fused_moe(

@@ -1,8 +1,16 @@
-"""The table of patches: what is changed in vLLM, why, and from and until which release."""
+"""The table of patches: what is changed in vLLM, why and how, and in which releases."""
 
 from __future__ import annotations
 
-from lorashard.vllm_plugin.patches import activations, expert_parallel, punica, seams, warm_up
+from lorashard.vllm_plugin.patches import (
+    activations,
+    adapter_loading,
+    engine_start,
+    expert_parallel,
+    fully_sharded,
+    punica,
+    warm_up,
+)
 from lorashard.vllm_plugin.patches.apply import Patch
 
 _VLLM = "https://github.com/vllm-project/vllm"
@@ -20,13 +28,13 @@ PATCHES: tuple[Patch, ...] = (
         method="_load_adapter",
         parameters=("self", "lora_request"),
         why="Every rank parses and repacks the whole adapter and takes the experts [ep_rank * n, "
-        "(ep_rank + 1) * n), which are the wrong ones where experts are uneven or round-robin.",
-        how="During the call, lorashard's loader stands in for LoRAModel: it reads this rank's "
-        "rows, as each layer's _expert_map names them.",
+        "(ep_rank + 1) * n), which are the wrong ones if experts are uneven or round-robin.",
+        how="During the call, lorashard's loader stands in for LoRAModel and reads the experts of "
+        "this rank alone, those in each layer's _expert_map.",
         upstream=f"{_SOURCE}/lora/model_manager.py#L1144",
         since="0.16.0",
         until=None,
-        wrap=seams.wrap_load_adapter,
+        wrap=adapter_loading.wrap_load_adapter,
     ),
     *(
         Patch(
@@ -34,13 +42,13 @@ PATCHES: tuple[Patch, ...] = (
             owner=owner,
             method="create_lora_manager",
             parameters=("self", "model", "vllm_config"),
-            why="What would be silently wrong must stop the start, not show in the answers.",
-            how="Checks the engine and vLLM's own contracts around the call, and prepares the "
-            "loader and its pinned buffers.",
+            why="An engine whose answers would be silently wrong must not start.",
+            how="Checks the engine and what the plugin relies on in vLLM, and prepares the loader "
+            "and its pinned buffers.",
             upstream=f"{_SOURCE}/lora/worker_manager.py#L87",
             since="0.16.0",
             until=None,
-            wrap=seams.wrap_create_lora_manager,
+            wrap=engine_start.wrap_create_lora_manager,
         )
         for owner in ("WorkerLoRAManager", "LRUCacheWorkerLoRAManager")
     ),
@@ -52,11 +60,11 @@ PATCHES: tuple[Patch, ...] = (
             parameters=("self", "max_loras", "lora_config", "model_config"),
             why="--fully-sharded-loras with --enable-expert-parallel stops at an assertion.",
             how="MoE layers under expert parallelism are built as if LoRA were not fully sharded; "
-            "dense layers stay sharded.",
+            "dense layers are sharded.",
             upstream=f"{_SOURCE}/lora/layers/fused_moe.py#L244",
             since="0.16.0",
             until=None,
-            wrap=seams.wrap_create_lora_weights,
+            wrap=fully_sharded.wrap_create_lora_weights,
         )
         for owner in ("FusedMoEWithLoRA", "FusedMoE3DWithLoRA")
     ),
@@ -65,21 +73,21 @@ PATCHES: tuple[Patch, ...] = (
         owner="EngineArgs",
         method="create_engine_config",
         parameters=("self",),
-        why="A refusal after minutes of loading weights, from inside a worker, is hard to read.",
-        how="Looks at the finished configuration for what lorashard refuses.",
+        why="A refusal from inside a worker comes after minutes of loading and is hard to read.",
+        how="Checks the finished configuration for whatever it alone shows to be wrong.",
         upstream=f"{_SOURCE}/engine/arg_utils.py#L2245",
         since="0.16.0",
         until=None,
-        wrap=seams.wrap_create_engine_config,
+        wrap=engine_start.wrap_create_engine_config,
     ),
     Patch(
         module="vllm.lora.model_manager",
         owner="LoRAModelManager",
         method="create_dummy_lora",
         parameters=("self", "lora_id", "rank"),
-        why="The warm-up makes a dummy adapter of all the model's experts, which the buffers of a "
-        "rank are too small for (until 0.21.0), and fails on a rank without experts.",
-        how="MoE layers for which vLLM cannot make one get zeros of their buffers' size.",
+        why="The warm-up makes a dummy adapter with all the model's experts, too many for a rank's "
+        "buffers (until 0.21.0), and fails on a rank without experts.",
+        how="MoE layers for which vLLM cannot make one get zeros in the size of their buffers.",
         upstream=f"{_SOURCE}/lora/model_manager.py#L648",
         since="0.16.0",
         until=None,
@@ -90,7 +98,7 @@ PATCHES: tuple[Patch, ...] = (
         owner="FusedMoEWithLoRA",
         method="__init__",
         parameters=("self", "base_layer"),
-        why="LoRA with --enable-expert-parallel stops at an assertion, behind which the layer "
+        why="LoRA with --enable-expert-parallel stops at an assertion, and without it each expert "
         "would be cut by tensor-parallel rank as well.",
         how="The layer keeps the kernel of its quant method and takes tp_size and tp_rank from "
         "the MoE layer (1 and 0).",
@@ -106,9 +114,9 @@ PATCHES: tuple[Patch, ...] = (
         method="moe_lora_align_block_size",
         parameters=("self", "topk_ids", "num_tokens", "block_size", "num_experts", "max_loras",
                     "adapter_enabled", "expert_map"),
-        why="Under expert parallelism the CUDA op counts local experts but is given global ids, "
-        "and its unwritten output is an index into the expert map: illegal memory access.",
-        how="The op gets the number of all experts and the map itself, on ids that start as -1.",
+        why="Under expert parallelism the CUDA op counts the local experts but gets global ids, "
+        "and vLLM indexes the expert map with its unwritten output: an illegal memory access.",
+        how="The op gets the number of all experts and the map itself, and ids that start as -1.",
         upstream=f"{_VLLM}/pull/40867",
         since="0.16.0",
         until="0.20.2",
@@ -120,9 +128,9 @@ PATCHES: tuple[Patch, ...] = (
         owner="PunicaWrapperGPU",
         method="add_lora_fused_moe",
         parameters=("self", "y", "x", "lora_a_stacked"),
-        why="Requests for the base model can get deltas of an adapter that was used before (until "
-        "0.23.0), and the kernel cannot be run on a rank without experts.",
-        how="A batch without LoRA, or a rank without experts, adds none.",
+        why="Requests for the base model can get the deltas of an earlier adapter (until 0.23.0), "
+        "and the kernel cannot run on a rank without experts.",
+        how="Does nothing for a batch without LoRA or on a rank without experts.",
         upstream=f"{_VLLM}/issues/42008",
         since="0.16.0",
         until=None,
@@ -134,7 +142,7 @@ PATCHES: tuple[Patch, ...] = (
         method="apply",
         parameters=("self", "layer", "x", "topk_weights", "topk_ids"),
         why="LoRA on FP8 experts is computed from quantised activations without their scale.",
-        how="Keeps the layer's input on the LoRA context while the experts run.",
+        how="Puts the layer's input into the LoRA context while the experts run.",
         upstream=f"{_VLLM}/pull/42120",
         since="0.20.0",
         until="0.23.0",
@@ -148,7 +156,7 @@ PATCHES: tuple[Patch, ...] = (
             method="apply_w13_lora",
             parameters=("self", "lora_context", "y", "x"),
             why="LoRA on FP8 experts is computed from quantised activations without their scale.",
-            how="Takes the input that was kept where the one given is quantised.",
+            how="Takes the input from the LoRA context if the one passed in is quantised.",
             upstream=f"{_VLLM}/pull/42120",
             since=since,
             until=until,

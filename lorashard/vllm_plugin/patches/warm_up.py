@@ -1,7 +1,7 @@
 """The dummy adapters of vLLM's warm-up, for MoE layers whose experts are split over ranks.
 
-vLLM makes one for each of all the model's experts and looks each up in buffers that hold the
-local ones only (to 0.21.0), and it cannot make one for a rank without experts (to this day).
+Up to 0.21.0 vLLM makes a dummy for each of the model's experts, and indexes buffers that hold the
+local ones only. On a rank without experts it still cannot make one (0.33.0).
 """
 
 from __future__ import annotations
@@ -13,29 +13,32 @@ from lorashard.vllm_plugin.engine.live import WRAPPER_3D, moe_wrappers
 
 
 def wrap_create_dummy_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    """LoRAModelManager.create_dummy_lora: zeros for the local experts, packed as `set_lora` wants.
+    """LoRAModelManager.create_dummy_lora: zeros for the local experts, packed as for `set_lora`.
 
-    vLLM makes the rest of the dummy as always.
+    vLLM makes the rest of the dummy.
     """
 
     def create_dummy_lora(self: Any, lora_id: int, rank: int, *args: Any, **kwargs: Any) -> Any:
-        ours = {name: w for name, w in moe_wrappers(self).items() if _is_beyond_stock(w)}
-        if not ours:
+        moe = {name: w for name, w in moe_wrappers(self).items() if _fails_in_vllm(w)}
+        if not moe:
             return original(self, lora_id, rank, *args, **kwargs)
         matches = self._match_target_modules
-        self._match_target_modules = lambda name, *more: name not in ours and matches(name, *more)
+        self._match_target_modules = lambda name, *more: name not in moe and matches(name, *more)
         try:
             dummy = original(self, lora_id, rank, *args, **kwargs)
         finally:
-            del self._match_target_modules  # the class's own again
-        dummy.loras.update(_zeros(ours, rank))
+            del self._match_target_modules  # so that the class's own is back
+        dummy.loras.update(_zeros(moe, rank))
         return dummy
 
     return create_dummy_lora
 
 
-def _is_beyond_stock(wrapper: Any) -> bool:
-    """`n_slices` came with dummies of local size (0.22.1 lora/layers/fused_moe.py:47)."""
+def _fails_in_vllm(wrapper: Any) -> bool:
+    """Whether vLLM cannot make a dummy for this layer.
+
+    `n_slices` came with dummies of local size (0.22.1 lora/layers/fused_moe.py:47).
+    """
     if not wrapper.base_layer.moe_config.moe_parallel_config.use_ep:
         return False
     return not hasattr(wrapper, "n_slices") or wrapper.w13_lora_a_stacked[0].shape[1] == 0
@@ -45,7 +48,7 @@ def _zeros(wrappers: dict[str, Any], rank: int) -> Iterator[tuple[str, Any]]:
     from vllm.lora.lora_weights import PackedLoRALayerWeights
 
     for name, wrapper in wrappers.items():
-        # Gate, down, up; or gate and up in one, down. Without a gate the up projection twice.
+        # [gate, down, up], or [gate_up, down]; without a gate [up, down, up].
         w13 = list(zip(wrapper.w13_lora_a_stacked, wrapper.w13_lora_b_stacked, strict=True))
         w2 = (wrapper.w2_lora_a_stacked[0], wrapper.w2_lora_b_stacked[0])
         stacks = [w13[0], w2] + ([] if type(wrapper).__name__ == WRAPPER_3D else [w13[-1]])

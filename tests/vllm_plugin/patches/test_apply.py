@@ -17,7 +17,7 @@ import pytest
 
 from lorashard.vllm_plugin.doctor.releases import FIRST_KNOWN, LAST_KNOWN
 from lorashard.vllm_plugin.patches import apply as patch_module
-from lorashard.vllm_plugin.patches.apply import Patch, apply_patch, broken
+from lorashard.vllm_plugin.patches.apply import Patch, apply_patch, broken_patches
 from lorashard.vllm_plugin.patches.table import PATCHES
 from tests.tiny import REPO
 
@@ -109,7 +109,10 @@ def test_what_is_not_known_is_left_alone_reported_and_logged(
     wanted = patch(**fields)
     with caplog.at_level(logging.ERROR, logger="vllm.lorashard"):
         outcome = apply_patch(wanted)
-    assert (outcome.state, broken()) == ("broken", (f"{outcome.patch.target}: {outcome.reason}",))
+    assert (outcome.state, broken_patches()) == (
+        "broken",
+        (f"{outcome.patch.target}: {outcome.reason}",),
+    )
     assert reason in outcome.reason
     assert dict(vars(module.Manager)) == before
     (record,) = caplog.records
@@ -124,7 +127,7 @@ def test_a_release_that_does_it_itself_is_left_alone_in_silence(
     outcome = apply_patch(patch(needed=lambda owner: owner is not module.Manager))
     assert outcome.state == "not needed"
     assert module.Manager().load("x") == "loaded x"
-    assert broken() == ()
+    assert broken_patches() == ()
     assert not caplog.records
 
 
@@ -138,7 +141,7 @@ def test_a_patch_whose_need_cannot_be_seen_is_broken(module: Any) -> None:
         raise OSError("no source")
 
     outcome = apply_patch(patch(needed=unreadable))
-    assert (outcome.state, outcome.reason) == ("broken", "what it does cannot be read: no source")
+    assert (outcome.state, outcome.reason) == ("broken", "its source cannot be read: no source")
 
 
 @pytest.mark.parametrize("missing", [{"owner": "Gone"}, {"method": "gone"}], ids=str)

@@ -1,0 +1,113 @@
+"""Loading an adapter: vLLM's own steps, with lorashard's loader in place of vLLM's LoRAModel.
+
+`WorkerLoRAManager._load_adapter` resolves the path, checks the configuration, has
+`self._lora_model_cls.from_local_checkpoint` read the files, and checks the result. During the call
+a stand-in takes the place of that class; everything else stays vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lorashard.errors import LorashardError
+from lorashard.vllm_plugin.engine.contracts import contract_breaks
+from lorashard.vllm_plugin.engine.guards import contract_refusal
+from lorashard.vllm_plugin.load.agreement import load_together, tensor_parallel_group
+from lorashard.vllm_plugin.load.loader import AdapterLoader
+from lorashard.vllm_plugin.load.shard_source import is_shard_directory
+from lorashard.vllm_plugin.patches.apply import broken_patches
+from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
+from lorashard.vllm_plugin.patches.refusals import enforce
+
+_LOADER = "_lorashard_loader"  # an attribute of vLLM's WorkerLoRAManager
+
+
+def attach_loader(worker_manager: Any, lora_model_class: Any) -> AdapterLoader:
+    """Give a WorkerLoRAManager a loader for its model, and return it."""
+    loader = AdapterLoader(worker_manager._adapter_manager, lora_model_class)  # noqa: SLF001 - vLLM gives no other way
+    setattr(worker_manager, _LOADER, loader)
+    return loader
+
+
+def attached_loader(worker_manager: Any) -> AdapterLoader | None:
+    """The loader of a WorkerLoRAManager, if it has one."""
+    loader: AdapterLoader | None = getattr(worker_manager, _LOADER, None)
+    return loader
+
+
+def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """WorkerLoRAManager._load_adapter: all ranks load with the stand-in, or none keeps the adapter.
+
+    After the ranks have agreed nothing may raise: vLLM would drop the adapter on this rank alone,
+    and at its next use wait for the other ranks, which have it already.
+    """
+
+    def load_adapter(self: Any, lora_request: Any) -> Any:
+        loader = attached_loader(self)
+        group = tensor_parallel_group() if loader is not None and loader.ep_size > 1 else None
+        model = load_together(partial(_load_with_stand_in, original, self, lora_request), group)
+        loader = attached_loader(self)
+        if loader is not None and loader.last_report is not None:
+            report_load(loader.last_report, lora_request)
+        return model
+
+    return load_adapter
+
+
+def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, request: Any) -> Any:
+    """The LoRAModel of vLLM's own `_load_adapter`, with the class back in place however it ends.
+
+    Raises ValueError, as vLLM does, for an adapter that cannot be loaded.
+    """
+    lora_model_class = worker_manager._lora_model_cls  # noqa: SLF001
+    worker_manager._lora_model_cls = LoraModelStandIn(worker_manager, lora_model_class)  # noqa: SLF001
+    try:
+        return original(worker_manager, request)
+    except LorashardError as err:
+        loader = attached_loader(worker_manager)
+        report_failure(loader.ep_rank if loader is not None else 0)
+        raise ValueError(f"LoRA adapter {request.lora_name!r}: {err}") from err
+    finally:
+        worker_manager._lora_model_cls = lora_model_class  # noqa: SLF001
+
+
+class LoraModelStandIn:
+    """What vLLM's `_load_adapter` sees in place of the class LoRAModel.
+
+    It passes `from_local_checkpoint`, all that vLLM uses of the class there (0.33.0
+    lora/worker_manager.py:140), to the loader, or to the class itself where there is nothing to do
+    for a loader. Any other attribute is the class's.
+    """
+
+    def __init__(self, worker_manager: Any, lora_model_class: Any) -> None:
+        self._worker_manager = worker_manager
+        self._lora_model_class = lora_model_class
+
+    def from_local_checkpoint(self, lora_dir: str, *args: Any, **kwargs: Any) -> Any:
+        """The LoRAModel of an adapter; arguments and result are those of vLLM's method."""
+        loader = _loader_for(Path(lora_dir), self._worker_manager, self._lora_model_class)
+        reader = self._lora_model_class if loader is None else loader
+        return reader.from_local_checkpoint(lora_dir, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lora_model_class, name)
+
+
+def _loader_for(
+    adapter_dir: Path, worker_manager: Any, lora_model_class: Any
+) -> AdapterLoader | None:
+    """The manager's loader, which an engine with expert parallelism has from its start.
+
+    Without expert parallelism vLLM loads plain adapters right, so the loader is made for the first
+    shard directory, once vLLM has been found to be what the loader relies on. None until then.
+    """
+    loader = attached_loader(worker_manager)
+    if loader is None and is_shard_directory(adapter_dir):
+        manager = worker_manager._adapter_manager  # noqa: SLF001
+        refusal = contract_refusal(contract_breaks(manager, lora_model_class, broken_patches()))
+        enforce([refusal] if refusal is not None else [])
+        loader = attach_loader(worker_manager, lora_model_class)
+    return loader

@@ -1,0 +1,64 @@
+"""As an engine starts: what would be silently wrong is refused, and the loader is prepared.
+
+All of it concerns the LoRA manager of a model with MoE layers. Without one, or without
+--enable-lora, nothing here does more than call vLLM's own method.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from lorashard.vllm_plugin import settings
+from lorashard.vllm_plugin.engine.contracts import contract_breaks
+from lorashard.vllm_plugin.engine.facts import config_facts, module_facts
+from lorashard.vllm_plugin.engine.guards import find_refusals
+from lorashard.vllm_plugin.engine.live import moe_wrappers, slot_bytes
+from lorashard.vllm_plugin.load.host_memory import affordable_buffers
+from lorashard.vllm_plugin.load.loader import AdapterLoader
+from lorashard.vllm_plugin.patches.adapter_loading import attach_loader
+from lorashard.vllm_plugin.patches.apply import broken_patches
+from lorashard.vllm_plugin.patches.refusals import enforce
+
+logger = logging.getLogger("vllm.lorashard")
+
+
+def wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """EngineArgs.create_engine_config: refuse before minutes are spent on loading a model."""
+
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        if getattr(config, "lora_config", None) is not None:
+            enforce(find_refusals(config_facts(config)))
+        return config
+
+    return create_engine_config
+
+
+def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]:
+    """WorkerLoRAManager.create_lora_manager: check the configuration, then the loaded model.
+
+    With expert parallelism the loader and its buffers are made here, before the first request.
+    """
+
+    def create_lora_manager(self: Any, model: Any, vllm_config: Any = None) -> Any:
+        if vllm_config is not None:
+            enforce(find_refusals(config_facts(vllm_config)))
+        wrapped = original(self, model, vllm_config)
+        wrappers = moe_wrappers(self._adapter_manager)
+        if vllm_config is not None and config_facts(vllm_config).expert_parallel and wrappers:
+            breaks = contract_breaks(self._adapter_manager, self._lora_model_cls, broken_patches())
+            enforce(find_refusals(module_facts(vllm_config, wrappers, breaks)))
+            _warm(attach_loader(self, self._lora_model_cls), slot_bytes(self._adapter_manager))
+        return wrapped
+
+    return create_lora_manager
+
+
+def _warm(loader: AdapterLoader, size: int) -> None:
+    """Prepare buffers for adapters of `size` bytes; without them the first loads take longer."""
+    try:
+        loader.regions.warm(affordable_buffers(settings.warm_buffers(), size), size)
+    except OSError as err:
+        logger.warning("lorashard: cannot prepare buffers of %.2f GB: %s", size / 1e9, err)

@@ -1,0 +1,55 @@
+"""What is logged and counted of a load. Reporting never raises.
+
+A load is reported after the ranks have agreed on it. An error on one rank would take the adapter
+away from that rank alone; and an error while a failure is counted would hide the failure.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from lorashard.vllm_plugin.load.loader import LoadReport
+from lorashard.vllm_plugin.metrics import record_failure, record_load
+
+logger = logging.getLogger("vllm.lorashard")
+
+
+def report_load(report: LoadReport, lora_request: Any) -> None:
+    """Log what was loaded, how fast and what would be faster, and count it."""
+    with _errors_logged():
+        logger.info(
+            "lorashard: adapter %r (id %d) from %s: experts of ep rank %d of %d (%d of %d in each "
+            "of %d layers), %.3f GB in %.3f s, %.1f GB/s",
+            lora_request.lora_name, lora_request.lora_int_id, report.kind, report.ep_rank,
+            report.ep_size, report.num_local_experts, report.num_experts, report.num_layers,
+            report.num_bytes / 1e9, report.seconds,
+            report.num_bytes / 1e9 / max(report.seconds, 1e-9),
+        )  # fmt: skip
+        if report.advice:
+            logger.warning("lorashard: %s: %s", report.path, report.advice)
+    with _errors_logged():
+        record_load(report.ep_rank, report.kind, report.seconds, report.num_bytes)
+
+
+def report_failure(ep_rank: int) -> None:
+    """Count a load that failed on this rank."""
+    with _errors_logged():
+        record_failure(ep_rank)
+
+
+@contextmanager
+def _errors_logged() -> Iterator[None]:
+    """Whatever goes wrong inside becomes a warning, or nothing if logging is what goes wrong."""
+    try:
+        yield
+    except Exception as err:  # noqa: BLE001 - see the module's docstring
+        with suppress(Exception):
+            logger.warning(
+                "lorashard: the load was not reported (%s: %s). Does PROMETHEUS_MULTIPROC_DIR, if "
+                "set, name a directory that can be written?",
+                type(err).__name__,
+                err,
+            )
