@@ -193,3 +193,138 @@ def test_leases_never_overlap_and_what_is_not_held_stays_within_the_limit(
         assert len(pool.sizes()) + len(leases) <= max(limit, most_held)
     leases.clear()
     assert len(pool.sizes()) <= max(limit, most_held)
+
+
+class Event:
+    """Stands for torch.cuda.Event: all work that a stream had when it was recorded."""
+
+    def __init__(self, cuda: Cuda, stream: str) -> None:
+        self._cuda = cuda
+        self._stream = stream
+
+    def synchronize(self) -> None:
+        self._cuda.log.append(f"wait for {self._stream}")
+
+
+class Stream:
+    def __init__(self, cuda: Cuda, name: str) -> None:
+        self._cuda = cuda
+        self._name = name
+
+    def record_event(self) -> Event:
+        self._cuda.log.append(f"record {self._name}")
+        return Event(self._cuda, self._name)
+
+
+class Cuda:
+    """Stands for torch.cuda with two streams, and for cudart. Addresses in the log are named."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.registered: dict[int, int] = {}  # address -> bytes
+        self.code = 0
+        self.default = Stream(self, "default")
+        self.current = Stream(self, "current")
+
+    def cudart(self) -> Cuda:
+        return self
+
+    def cudaHostRegister(self, begin: int, size: int, flags: int) -> int:
+        assert flags == 1, "portable: for copies to every device"
+        assert is_mapped(begin, size)
+        self.log.append("register")
+        if self.code == 0:
+            self.registered[begin] = size
+        return self.code
+
+    def cudaHostUnregister(self, begin: int) -> int:
+        assert is_mapped(begin, self.registered.pop(begin))
+        self.log.append("unregister")
+        return 0
+
+
+def is_mapped(begin: int, size: int) -> bool:
+    """Whether a range is memory of this process."""
+    with open("/proc/self/maps") as maps:  # noqa: PTH123 - a plain name
+        ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in maps]
+    return any(low <= begin and begin + size <= high for low, high in ranges)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    made = Cuda()
+    monkeypatch.setattr(torch.cuda, "cudart", made.cudart)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: made.current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: made.default)
+    return made
+
+
+@pytest.fixture
+def gpu_pool(cuda: Cuda, threads: ThreadPoolExecutor) -> RegionPool:
+    return RegionPool(1, torch.device("cuda"), threads)
+
+
+def test_a_region_is_registered_whole_and_once(cuda: Cuda, gpu_pool: RegionPool) -> None:
+    for size in (3 * MIB, MIB):
+        lease = gpu_pool.take(size)
+        assert cuda.registered == {address(lease): 4 * MIB}
+        del lease
+    assert cuda.log.count("register") == 1
+
+
+def test_a_lease_that_ends_records_what_the_device_may_still_read(
+    cuda: Cuda, gpu_pool: RegionPool
+) -> None:
+    lease = gpu_pool.take(MIB)
+    assert cuda.log == ["register"]
+    del lease
+    assert sorted(cuda.log[1:]) == ["record current", "record default"]
+
+
+def test_one_event_is_enough_where_the_current_stream_is_the_default_one(
+    cuda: Cuda, gpu_pool: RegionPool
+) -> None:
+    cuda.current = cuda.default
+    gpu_pool.take(MIB)
+    assert cuda.log == ["register", "record default"]
+
+
+def test_memory_is_not_handed_out_again_before_the_device_has_read_it(
+    cuda: Cuda, gpu_pool: RegionPool
+) -> None:
+    gpu_pool.take(MIB)
+    cuda.log.clear()
+    lease = gpu_pool.take(MIB)
+    assert sorted(cuda.log) == ["wait for current", "wait for default"]
+    cuda.log.clear()
+    del lease
+    gpu_pool.take(MIB)
+    assert len([entry for entry in cuda.log if entry.startswith("wait")]) == 2, "not 4"
+
+
+def test_memory_is_unregistered_before_it_is_unmapped_and_after_the_device_has_read_it(
+    cuda: Cuda, gpu_pool: RegionPool
+) -> None:
+    gpu_pool.take(MIB)
+    cuda.log.clear()
+    lease = gpu_pool.take(3 * MIB)  # the limit is 1, so the smaller region goes
+    assert sorted(cuda.log[:2]) == ["wait for current", "wait for default"]
+    assert cuda.log[2:] == ["unregister", "register"]
+    assert cuda.registered == {address(lease): 4 * MIB}
+
+
+def test_memory_that_cuda_refuses_is_used_without_it(
+    cuda: Cuda, gpu_pool: RegionPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.code = 2
+    gpu_pool.take(MIB)
+    lease = gpu_pool.take(3 * MIB)
+    assert lease.nbytes == 3 * MIB
+    assert cuda.log == ["register", "register"], "no event, nothing to unregister"
+    assert "cudaHostRegister of 0.00 GB failed (error 2)" in caplog.messages[0]
+
+
+def test_memory_of_an_engine_on_the_cpu_is_not_registered(cuda: Cuda, pool: RegionPool) -> None:
+    pool.take(MIB)
+    pool.take(3 * MIB)
+    assert cuda.log == []

@@ -1,0 +1,187 @@
+"""A plain adapter sliced in memory: what a rank file would hold, and nothing of other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorashard import SplitRequest, split_adapter
+from lorashard.adapter.options import LayoutOptions
+from lorashard.errors import AdapterError, LorashardError
+from lorashard.storage.local import LocalFile
+from lorashard.storage.safetensors_file import read_header
+from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents
+from lorashard.vllm_plugin.load.plain_source import has_experts, open_plain_adapter
+from lorashard.vllm_plugin.load.shard_source import open_shard_directory
+from tests.tiny import (
+    MODULE,
+    RANK_FILES,
+    E,
+    H,
+    I,
+    per_expert_tensors,
+    save_adapter,
+    save_fused,
+    save_pickled,
+)
+
+OPTIONS = LayoutOptions(num_experts=E, hidden_size=H, intermediate_size=I, gate_up="concatenated")
+RANKS = ((0, 1), (2, 3))
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as made:
+        yield made
+
+
+def dirty_memory(size: int) -> Any:
+    return np.full(size, 0xC3, np.uint8)
+
+
+def opened(
+    path: Path, threads: ThreadPoolExecutor, experts: tuple[int, ...] = RANKS[0]
+) -> AdapterContents | None:
+    """What a rank with these experts has of the adapter; its files are closed again."""
+    with ExitStack() as stack:
+        return open_plain_adapter(path, OPTIONS, lambda _: experts, stack, threads, dirty_memory)
+
+
+def stacks_of(contents: AdapterContents) -> dict[str, bytes]:
+    """Every stack's bytes, by name."""
+    (module,) = contents.modules
+    found = {}
+    for stack in module.stacks:
+        ep_rank, slots = (REPLICATED, 1) if stack.shared else (0, len(module.ranks[0]))
+        data = bytearray(slots * stack.rows * stack.cols * 2)
+        offset = contents.sources.offset_of(ep_rank, stack.name)
+        contents.sources.source_of(ep_rank).read_into(memoryview(data), offset)
+        found[stack.name] = bytes(data)
+    return found
+
+
+@pytest.mark.parametrize("save", [save_adapter, save_fused, save_pickled])
+@pytest.mark.parametrize("ep_rank", [0, 1])
+def test_a_rank_has_what_its_file_of_a_split_has(
+    tmp_path: Path, threads: ThreadPoolExecutor, save: Callable[[Path], Path], ep_rank: int
+) -> None:
+    adapter = save(tmp_path / "adapter")
+    request = SplitRequest(2, options=OPTIONS, allow_pickle=True)
+    split_adapter(adapter, tmp_path / "shards", request)
+    contents = opened(adapter, threads, RANKS[ep_rank])
+    assert contents is not None
+    expected = load_file(tmp_path / "shards" / RANK_FILES[ep_rank])
+    assert stacks_of(contents) == {
+        name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in expected.items()
+    }
+    with ExitStack() as stack:
+        (of_shards,) = open_shard_directory(tmp_path / "shards", stack).modules
+    (module,) = contents.modules
+    assert module.ranks == (RANKS[ep_rank],)
+    assert (module.name, module.gate_up) == (of_shards.name, of_shards.gate_up)
+    assert (module.scaling, set(module.stacks)) == (of_shards.scaling, set(of_shards.stacks))
+
+
+def test_dense_tensors_are_those_beside_the_experts(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    contents = opened(save_adapter(tmp_path), threads)
+    assert contents is not None
+    tensors = per_expert_tensors()
+    names = [name for name in tensors if "self_attn" in name]
+    assert sorted(entry.name for entry in contents.dense) == sorted(names)
+    for entry in contents.dense:
+        data = bytearray(entry.end - entry.begin)
+        contents.sources.source_of(REPLICATED).read_into(memoryview(data), entry.begin)
+        assert torch.equal(
+            torch.frombuffer(data, dtype=torch.bfloat16).view(entry.shape), tensors[entry.name]
+        )
+
+
+def test_experts_without_lora_are_zero_whatever_the_memory_held(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    tensors = per_expert_tensors()
+    trained = {name: t for name, t in tensors.items() if ".experts.1." not in name}
+    contents = opened(save_adapter(tmp_path, trained), threads)
+    assert contents is not None
+    for name, data in stacks_of(contents).items():
+        half = len(data) // 2
+        assert any(data[:half]), name
+        assert not any(data[half:]), name
+
+
+def test_a_rank_without_experts_has_stacks_of_no_bytes(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    contents = opened(save_adapter(tmp_path), threads, experts=())
+    assert contents is not None
+    assert set(stacks_of(contents).values()) == {b""}
+
+
+def test_bytes_of_other_ranks_experts_are_not_read(
+    tmp_path: Path, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(tmp_path)
+    _, header = read_header(adapter / "adapter_model.safetensors")
+    reads: list[tuple[int, int]] = []
+    read_into = LocalFile.read_into
+
+    def recorded(self: LocalFile, buffer: memoryview, offset: int) -> None:
+        reads.append((offset, offset + len(buffer)))
+        read_into(self, buffer, offset)
+
+    monkeypatch.setattr(LocalFile, "read_into", recorded)
+    opened(adapter, threads, experts=(2,))
+    by_expert = dict.fromkeys("0123", 0)
+    sizes = dict.fromkeys("0123", 0)
+    for entry in header.tensors:
+        expert = entry.name.partition(".experts.")[2][:1]
+        if expert:
+            overlaps = (min(end, entry.end) - max(begin, entry.begin) for begin, end in reads)
+            by_expert[expert] += sum(size for size in overlaps if size > 0)
+            sizes[expert] += entry.end - entry.begin
+    assert by_expert == dict.fromkeys("013", 0) | {"2": sizes["2"]}
+
+
+@pytest.mark.parametrize("config", [{}, {"peft_type": "LOHA"}])
+def test_an_adapter_without_experts_is_left_to_vllm_even_if_it_is_faulty(
+    tmp_path: Path, threads: ThreadPoolExecutor, config: dict[str, Any]
+) -> None:
+    tensors = {name: t for name, t in per_expert_tensors().items() if "self_attn" in name}
+    assert opened(save_adapter(tmp_path, tensors, **config), threads) is None
+
+
+def test_a_faulty_adapter_with_experts_is_refused(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with pytest.raises(LorashardError, match="LOHA"):
+        opened(save_adapter(tmp_path, peft_type="LOHA"), threads)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    with pytest.raises(AdapterError):
+        opened(tmp_path, threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (f"base_model.model.{MODULE}.0.up_proj.lora_A.weight", True),
+        ("odd.prefix.experts.w1.lora_down", True),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", False),
+        ("base_model.model.model.layers.0.mlp.shared_experts.up_proj.lora_A.weight", False),
+    ],
+)
+def test_expert_weights_are_told_by_their_names(tmp_path: Path, name: str, expected: bool) -> None:
+    save_adapter(tmp_path, {name: torch.ones(2, 2)})
+    _, header = read_header(tmp_path / "adapter_model.safetensors")
+    assert has_experts(header.tensors) == expected
