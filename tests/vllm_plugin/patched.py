@@ -1,0 +1,271 @@
+"""Run inside a vLLM release: what the plugin's patches do to vLLM's own classes.
+
+Each function answers with plain values; tests/vllm_plugin/patches and engine/test_contracts.py say
+which are right.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from lorashard.split.pipeline import SplitRequest, split_adapter
+from lorashard.vllm_plugin import register
+
+register()
+
+from vllm.lora import lora_weights, model_manager  # noqa: E402
+from vllm.lora.lora_model import LoRAModel  # noqa: E402
+
+from lorashard.vllm_plugin.engine.contracts import contract_breaks  # noqa: E402
+from lorashard.vllm_plugin.load import host_memory  # noqa: E402
+from lorashard.vllm_plugin.patches import (  # noqa: E402
+    activations,
+    adapter_loading,
+    expert_parallel,
+    punica,
+    warm_up,
+)
+from tests.vllm_plugin import harness  # noqa: E402
+from tests.vllm_plugin.harness_selfcheck import (  # noqa: E402
+    SIZES,
+    adapter_of,
+    mismatches,
+    modules,
+)
+from tests.vllm_plugin.loading import expected_of  # noqa: E402
+
+RISK = "LORASHARD_RISK_UNKNOWN_VLLM"
+
+
+def engine_of(**options: Any) -> Any:
+    return harness.make_engine(**SIZES | options, module_names=modules())
+
+
+def folder() -> Path:
+    return Path(tempfile.mkdtemp())
+
+
+def plain() -> Path:
+    return adapter_of("L1").write(folder())
+
+
+def shards() -> Path:
+    out = folder() / "shards"
+    split_adapter(plain(), out, SplitRequest(2))
+    return out
+
+
+def load(engine: Any, path: Path, lora_id: int = 1) -> str:
+    """ "loaded" if the right values are in the buffers, else what is wrong."""
+    try:
+        engine.add_adapter(harness.request(engine, path, f"a{lora_id}", lora_id))
+    except Exception as err:  # noqa: BLE001 - the answer
+        return f"{type(err).__name__}: {err}"
+    slot = harness.slot_of(engine, lora_id)
+    wrong = mismatches(engine, slot, expected_of(adapter_of("L1")))
+    return "; ".join(wrong) or "loaded"
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """The plugin's warnings."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.lorashard")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def class_after_loads() -> dict[str, list[Any]]:
+    """What became of a load, and whether vLLM's own class is in its place afterwards."""
+    damaged = shards()
+    for file in damaged.glob("ep-*"):
+        file.unlink()
+    paths = {"shards": shards(), "plain": plain(), "damaged": damaged, "missing": Path("/nowhere")}
+    answers: dict[str, list[Any]] = {}
+    for ep_size in (1, 2):
+        engine = engine_of(ep_size=ep_size)
+        for number, (name, path) in enumerate(paths.items(), start=1):
+            outcome = load(engine, path, number)
+            is_back = engine._lora_model_cls is LoRAModel
+            answers[f"{name}, ep_size {ep_size}"] = [outcome.replace(str(path), "PATH"), is_back]
+    return answers
+
+
+def stand_in() -> dict[str, Any]:
+    """What vLLM finds in place of its class, during a load and by name."""
+    engine = engine_of()
+    seen: list[str] = []
+    unpatched = type(engine)._load_adapter._lorashard_original
+
+    def original(self: Any, lora_request: Any) -> Any:
+        seen.append(type(self._lora_model_cls).__name__)
+        return unpatched(self, lora_request)
+
+    wrapped = adapter_loading.wrap_load_adapter(original)
+    wrapped(engine, harness.request(engine, shards()))
+    made = adapter_loading.LoraModelStandIn(engine, LoRAModel)
+    return {
+        "seen": seen,
+        "other attributes": made.from_lora_tensors == LoRAModel.from_lora_tensors,
+        "no attribute": hasattr(made, "no_such_thing"),
+    }
+
+
+def loader_of_an_engine_without_ep() -> list[Any]:
+    """Whether there is a loader, and whether it was used: after a plain adapter, shards, plain."""
+    engine = engine_of(ep_size=1)
+    answers = []
+    for number, path in enumerate((plain(), shards(), plain()), start=1):
+        outcome = load(engine, path, number)
+        loader = adapter_loading.attached_loader(engine)
+        answers.append([outcome, loader is not None, bool(loader and loader.last_report)])
+    return answers
+
+
+def reverse_packed(self: Any, lora_model: Any) -> None:
+    """Stands for a LoRAModelManager that packs what is packed already."""
+    for lora in lora_model.loras.values():
+        lora.lora_a = lora.lora_a[::-1]
+
+
+def contracts_without_ep() -> dict[str, Any]:
+    """An unknown vLLM without expert parallelism: shards are refused, plain adapters are not."""
+    manager = model_manager.LoRAModelManager
+    engine = engine_of(ep_size=1)
+    with mock.patch.object(manager, "_create_merged_loras_inplace", reverse_packed):
+        refused = load(engine, shards())
+        has_loader = adapter_loading.attached_loader(engine) is not None
+    with mock.patch.object(lora_weights.PackedLoRALayerWeights, "__init__", other_parameters):
+        refused_too = load(engine, shards(), 2)
+    allowed = engine_of(ep_size=1)
+    missing = mock.patch.object(
+        adapter_loading, "broken_patches", return_value=("a patch is not in place",)
+    )
+    with missing, mock.patch.dict(os.environ, {RISK: "1"}), logged() as messages:
+        accepted = load(allowed, shards())
+    return {
+        "refused": refused, "refused too": refused_too, "has loader": has_loader,
+        "plain": load(engine, plain(), 3), "accepted": accepted, "warnings": messages,
+    }  # fmt: skip
+
+
+def other_parameters(self: Any, name: str, lora_a: Any, lora_b: Any) -> None:
+    """Stands for PackedLoRALayerWeights.__init__ of a later release."""
+
+
+def contracts() -> dict[str, list[str]]:
+    """What is said of this release, and of one that differs."""
+    engine = engine_of()
+    manager = engine._adapter_manager
+
+    def breaks(*patches: str) -> list[str]:
+        return list(contract_breaks(manager, LoRAModel, patches))
+
+    answers = {"this release": breaks(), "patches": breaks("a patch is not in place")}
+    with mock.patch.object(lora_weights.PackedLoRALayerWeights, "__init__", other_parameters):
+        answers["signature"] = breaks()
+        answers["patches and signature"] = breaks("a patch is not in place")
+    packed_modules = manager.packed_modules
+    del manager.packed_modules
+    answers["attribute"] = breaks()
+    manager.packed_modules = packed_modules
+    (wrapper, *_) = (w for n, w in manager.modules.items() if n.endswith(".experts"))
+    with mock.patch.object(wrapper, "tp_size", 2):
+        answers["sharded twice"] = breaks()
+    with mock.patch.object(type(manager), "_create_merged_loras_inplace", reverse_packed):
+        answers["packing"] = breaks()
+    answers["this release again"] = breaks()
+    return answers
+
+
+def buffers_at_start() -> dict[str, Any]:
+    """How many buffers an engine starts with, by LORASHARD_WARM_BUFFERS, and with no /proc."""
+    answers: dict[str, Any] = {}
+    for count in ("0", "2"):
+        with mock.patch.dict(os.environ, {"LORASHARD_WARM_BUFFERS": count}):
+            loader = adapter_loading.attached_loader(engine_of())
+        assert loader is not None
+        answers[count] = len(loader.regions.sizes())
+    with mock.patch.object(host_memory, "_MEMINFO", Path("/nowhere")), logged() as messages:
+        engine = engine_of()
+    answers["no meminfo"] = [load(engine, shards()), messages]
+    answers["without ep"] = adapter_loading.attached_loader(engine_of(ep_size=1)) is not None
+    return answers
+
+
+def needed() -> dict[str, bool]:
+    """What the predicates of the fixes for older releases say about this one."""
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    layer = harness.FusedMoEWithLoRA
+    aligned = vars(PunicaWrapperGPU)["moe_lora_align_block_size"]
+    original = getattr(aligned, "_lorashard_original", aligned)
+    unpatched = type("PunicaWrapperGPU", (), {"moe_lora_align_block_size": original})
+    return {
+        "expert_parallel": expert_parallel.refuses_expert_parallelism(layer),
+        "punica": punica.maps_uninitialised_ids(unpatched),
+        "activations": activations.gives_lora_quantised_input(object),
+    }
+
+
+def dummies() -> dict[str, Any]:
+    """The warm-up's dummy of one MoE layer, per kind of layer; None where vLLM makes it itself.
+
+    Otherwise the shapes of lora_a and lora_b of every part, and whether all is zero.
+    """
+    answers: dict[str, Any] = {}
+    kinds: dict[str, dict[str, Any]] = {
+        "2d": {},
+        "3d": {"wrapper": "3d"},
+        "non-gated": {"gated": False},
+    }
+    for (kind, options), num_experts in itertools.product(kinds.items(), (8, 1)):
+        engine = engine_of(**options, num_experts=num_experts, ep_rank=1)
+        manager = engine._adapter_manager
+        name = modules()[0]
+        made_here = warm_up._fails_in_vllm(manager.modules[name])
+        dummy = manager.create_dummy_lora(1, 4, engine.embedding_modules).loras[name]
+        pairs = list(zip(dummy.lora_a, dummy.lora_b)) if made_here else []
+        answers[f"{kind}, {num_experts} experts"] = (
+            {
+                "shapes": [[list(a.shape), list(b.shape)] for a, b in pairs],
+                "zero": not any(tensor.any() for pair in pairs for tensor in pair),
+            }
+            if made_here
+            else None
+        )
+    return answers
+
+
+CHECKS: tuple[Callable[[], Any], ...] = (
+    class_after_loads, stand_in, loader_of_an_engine_without_ep, contracts_without_ep, contracts,
+    buffers_at_start, needed, dummies,
+)  # fmt: skip
+
+
+def run_all() -> dict[str, Any]:
+    """Every check's answer; what a check raises is its answer."""
+    answers: dict[str, Any] = {}
+    for check in CHECKS:
+        try:
+            answers[check.__name__] = check()
+        except Exception:  # noqa: BLE001 - reported with the rest
+            answers[check.__name__] = traceback.format_exc()[-2000:]
+    return answers
