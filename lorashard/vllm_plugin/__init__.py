@@ -1,13 +1,14 @@
 """The vLLM plugin. vLLM calls `register` in every process, through `vllm.general_plugins`.
 
-Start with patches.py: what is changed in vLLM and why. `loader.py` is what it is changed for.
+Start with patches/table.py: what is changed in vLLM, and why. What it is changed for is
+load/loader.py, which reads adapters.
 """
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Patch vLLM as soon as the modules concerned are imported. Does nothing twice."""
+    """Have vLLM's modules patched as they are imported. A second call changes nothing."""
     from lorashard.vllm_plugin import settings
 
     if settings.is_set(settings.DISABLE):

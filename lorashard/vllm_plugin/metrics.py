@@ -1,8 +1,9 @@
 """Prometheus metrics of the loads, in the registry that vLLM's /metrics collects from.
 
-Workers are processes of their own. What they count reaches /metrics if prometheus_client keeps its
-values in files, that is with PROMETHEUS_MULTIPROC_DIR set before the start (vLLM sets it itself
-for several API servers); otherwise it stays in the worker.
+Workers are separate processes. Their counts reach /metrics if prometheus_client keeps values in
+files, that is, if PROMETHEUS_MULTIPROC_DIR is set before the start (vLLM sets it itself for several
+API servers); otherwise they stay in the worker. Whatever prometheus_client raises, such as
+FileNotFoundError for a missing directory, is for the caller to handle.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def _metrics() -> tuple[Any, Any, Any]:
     return (
         Histogram(
             "lorashard_adapter_load_seconds",
-            "Time to read one adapter's share of one rank into pinned memory.",
+            "Time to read one rank's share of an adapter into pinned memory.",
             labels,
             buckets=_SECONDS,
         ),
@@ -33,7 +34,7 @@ def _metrics() -> tuple[Any, Any, Any]:
 
 
 def record_load(ep_rank: int, kind: str, seconds: float, num_bytes: int) -> None:
-    """Count one load. kind: `shards` or `plain adapter`."""
+    """Count one load. kind: "shards" or "plain adapter"."""
     histogram, size, _ = _metrics()
     histogram.labels(ep_rank, kind).observe(seconds)
     size.labels(ep_rank, kind).inc(num_bytes)

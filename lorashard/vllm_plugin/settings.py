@@ -1,11 +1,11 @@
-"""The plugin's environment variables, each named once. They are read when they matter, not before.
+"""The plugin's environment variables, each named once. They are read when needed, not at import.
 
 LORASHARD_DISABLE=1         the plugin does nothing
-LORASHARD_STRICT=1          a shard directory cut for another placement is an error, not a warning
-LORASHARD_VERIFY=full       every byte that is loaded is checked against its recorded digest
+LORASHARD_STRICT=1          a shard directory for another placement is an error, not a warning
+LORASHARD_VERIFY=full       every byte loaded is checked against its recorded digest
 LORASHARD_WARM_BUFFERS=N    host buffers prepared at start (3; 0 = none)
-LORASHARD_THREADS=N         threads that read one adapter (8, or the number of processors)
-LORASHARD_RISK_...=1        serve in spite of a refusal, see guards.py
+LORASHARD_THREADS=N         threads that read one adapter (8, or the number of processors if less)
+LORASHARD_RISK_...=1        serve despite a refusal, see engine/guards.py
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _OFF = ("", "0", "false", "off", "no")
 
 
 def is_set(variable: str) -> bool:
-    """Whether a switch is on: set, and neither empty, 0, false, off nor no."""
+    """Whether a switch is on: set to anything but an empty text, 0, false, off or no."""
     return os.environ.get(variable, "").strip().lower() not in _OFF
 
 
 def verifies_fully() -> bool:
-    """Whether digests are checked at every load. Raises ValueError for an unknown word."""
-    wanted = os.environ.get(VERIFY, "").strip().lower()
-    if wanted not in ("", "header", "full"):
-        raise ValueError(f"{VERIFY}={wanted!r}: known are 'header' (the default) and 'full'.")
-    return wanted == "full"
+    """Whether digests are checked at every load. Raises ValueError for an unknown value."""
+    value = os.environ.get(VERIFY, "").strip().lower()
+    if value not in ("", "header", "full"):
+        raise ValueError(f"{VERIFY}={value!r}: must be 'header' (the default) or 'full'.")
+    return value == "full"
 
 
 def warm_buffers() -> int:
@@ -41,8 +41,8 @@ def warm_buffers() -> int:
 
 
 def reader_threads() -> int:
-    """How many threads read one adapter. 8 read at three quarters of the speed of 16, and leave
-    the processors to the other ranks of the host.
+    """How many threads read one adapter. 8 reach three quarters of the speed of 16, and leave
+    processors for the other ranks on the host.
     """
     return _count(THREADS, min(8, len(os.sched_getaffinity(0))), least=1)
 
@@ -52,5 +52,5 @@ def _count(variable: str, default: int, *, least: int) -> int:
     if not text:
         return default
     if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{variable}={text!r} is not an integer >= {least}.")
+        raise ValueError(f"{variable}={text!r}: must be an integer >= {least}.")
     return int(text)

@@ -66,7 +66,7 @@ def test_a_number_that_is_none_is_refused_with_the_variable_s_name(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(ValueError, match=f"{variable}='{re.escape(value)}' is not an integer >="):
+    with pytest.raises(ValueError, match=f"{variable}='{re.escape(value)}': must be an integer >="):
         NUMBERS[variable]()
 
 
@@ -74,7 +74,7 @@ def test_no_buffers_may_be_wished_but_not_no_threads(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(settings.WARM_BUFFERS, "0")
     assert settings.warm_buffers() == 0
     monkeypatch.setenv(settings.THREADS, "0")
-    with pytest.raises(ValueError, match=f"{settings.THREADS}='0' is not an integer >= 1"):
+    with pytest.raises(ValueError, match=f"{settings.THREADS}='0': must be an integer >= 1"):
         settings.reader_threads()
 
 

@@ -1,4 +1,4 @@
-"""What runs here: vLLM's configuration, modules and names, as plain values; and what is refused of them.
+"""The running engine: vLLM's configuration, modules and names as plain values, and what is refused.
 
-Read `live` first.
+In: vLLM's objects. Out: `LiveExperts`, `EngineFacts`, names, and refusals. Read `live` first.
 """

@@ -1,4 +1,8 @@
-"""What the plugin relies on in vLLM beyond the patched methods, checked before it is relied on."""
+"""What the plugin relies on in vLLM beyond the patched methods, checked before it loads anything.
+
+In: vLLM's LoRA manager and its class LoRAModel. Out: a sentence for each difference. Nothing of
+vLLM is changed.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,17 @@ from lorashard.vllm_plugin.engine.live import moe_wrappers
 def contract_breaks(
     manager: Any, stock_model: Any, broken_patches: Sequence[str]
 ) -> tuple[str, ...]:
-    """What this vLLM does otherwise than the plugin relies on; nothing if all is well.
+    """Sentences on how this vLLM differs from what the plugin relies on; none if all is well.
 
-    stock_model: vLLM's LoRAModel. broken_patches: a sentence for each patch that is not in place. The
-    last check hands a tagged adapter to the manager's own
-    packing and looks whether it comes back untouched.
+    stock_model: vLLM's class LoRAModel. broken_patches: a sentence for each patch that is not in
+    place. Each check relies on those before it, so only the first that fails is reported. The last
+    one gives a tagged adapter to the manager's own packing and checks that it comes back unchanged.
     """
-    found = list(broken_patches)
+    breaks = list(broken_patches)
     for check in (_signatures, _attributes, _packing):
-        if not found:
-            found.extend(check(manager, stock_model))
-    return tuple(found)
+        if not breaks:
+            breaks.extend(check(manager, stock_model))
+    return tuple(breaks)
 
 
 def _signatures(_manager: Any, stock_model: Any) -> Iterator[str]:
@@ -40,9 +44,9 @@ def _signatures(_manager: Any, stock_model: Any) -> Iterator[str]:
         (parse_fine_tuned_lora_name, ("name", "weights_mapper")),
     )  # fmt: skip
     for function, names in expected:
-        found = tuple(inspect.signature(function).parameters)
-        if found[: len(names)] != names:
-            yield f"{function.__qualname__} has the parameters {', '.join(found)}"
+        parameters = tuple(inspect.signature(function).parameters)
+        if parameters[: len(names)] != names:
+            yield f"{function.__qualname__} has the parameters {', '.join(parameters)}"
 
 
 def _attributes(manager: Any, _stock_model: Any) -> Iterator[str]:
@@ -56,12 +60,12 @@ def _attributes(manager: Any, _stock_model: Any) -> Iterator[str]:
         if not hasattr(wrapper.base_layer, "moe_config"):
             yield f"{module}'s layer has no moe_config"
         elif wrapper.base_layer.moe_config.moe_parallel_config.use_ep and wrapper.tp_size != 1:
-            yield f"{module} is sharded over tensor parallelism and over experts at once"
+            yield f"{module} is sharded by tensor parallelism and by experts at once"
         return  # one layer stands for all
 
 
 def _packing(manager: Any, stock_model: Any) -> Iterator[str]:
-    """Pre-packed experts must pass through `_create_merged_loras_inplace` as they are."""
+    """Packed experts must pass through `_create_merged_loras_inplace` unchanged."""
     import torch
     from vllm.lora.lora_weights import PackedLoRALayerWeights
 
@@ -81,11 +85,11 @@ def _packing(manager: Any, stock_model: Any) -> Iterator[str]:
             yield f"{type(manager).__name__} has no _create_merged_loras_inplace"
             return
         merge(model)
-        kept = model.loras.get(name)
-        same = kept is not None and all(
-            len(found) == parts and all(map(torch.equal, found, values + shift))
-            for found, shift in ((kept.lora_a, 1), (kept.lora_b, 90))
+        merged = model.loras.get(name)
+        unchanged = merged is not None and all(
+            len(tensors) == parts and all(map(torch.equal, tensors, values + shift))
+            for tensors, shift in ((merged.lora_a, 1), (merged.lora_b, 90))
         )
-        if not same:
+        if not unchanged:
             yield f"{type(manager).__name__} changes expert weights that are packed already"
         return

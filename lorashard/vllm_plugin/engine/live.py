@@ -1,6 +1,6 @@
-"""What the running engine says about its MoE layers: vLLM's objects -> LiveExperts.
+"""The MoE layers of the running engine: vLLM's objects -> LiveExperts.
 
-The placement is read from each layer's own `_expert_map`, never worked out from the ep rank.
+The placement is read from each layer's own `_expert_map`, never computed from the ep rank.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _DENSE_STACKS = ("lora_a_stacked", "lora_b_stacked")
 class LiveExperts:
     """One MoE layer of the running engine, as its LoRA wrapper sees it.
 
-    name: the module's name in vLLM's model. wrapper: FusedMoEWithLoRA or FusedMoE3DWithLoRA.
-    local_experts: global ids in slot order, from the layer's own `_expert_map`.
-    buffer_intermediate: I as the device buffers have it, padded by some backends.
+    name: the module's name in vLLM's model. wrapper: "2d" for FusedMoEWithLoRA, "3d" for
+    FusedMoE3DWithLoRA. local_experts: global ids in slot order, from the layer's own `_expert_map`.
+    buffer_intermediate: I of the device buffers, which some backends pad.
     interleaved: gate and up rows alternate in the 3-D class (gpt-oss).
     shared_outer: the engine keeps one gate/up A and one down B for all experts
     (`enable_moe_shared_loras`).
@@ -57,7 +57,7 @@ def moe_wrappers(manager: Any) -> dict[str, Any]:
 
 
 def live_experts(name: str, wrapper: Any, *, interleaved: bool) -> LiveExperts:
-    """Facts of one MoE layer. Raises PlacementError where they contradict each other."""
+    """Facts about one MoE layer. Raises PlacementError if they contradict each other."""
     config = wrapper.base_layer.moe_config
     parallel = config.moe_parallel_config
     num_experts = int(config.num_experts)
@@ -66,13 +66,13 @@ def live_experts(name: str, wrapper: Any, *, interleaved: bool) -> LiveExperts:
     local = local_experts(wrapper, name)
     if len(local) != lora_b.shape[1]:
         raise PlacementError(
-            f"{name}: the expert map names {len(local)} local experts, the LoRA buffers have "
+            f"{name}: the expert map names {len(local)} local experts, but the LoRA buffers have "
             f"{lora_b.shape[1]}."
         )
     unpadded_hidden = getattr(config, "hidden_dim_unpadded", None)
     unpadded_inner = getattr(config, "intermediate_size_per_partition_unpadded", None)
     inner = unpadded_inner or config.intermediate_size_per_partition
-    # With tp_size > 1 set_lora itself puts the second half where the buffer has it.
+    # With tp_size > 1 set_lora itself moves the second half to its place in the buffer.
     padded = config.intermediate_size_per_partition if wrapper.tp_size == 1 else inner
     return LiveExperts(
         name=name,
@@ -94,8 +94,9 @@ def live_experts(name: str, wrapper: Any, *, interleaved: bool) -> LiveExperts:
 def local_experts(wrapper: Any, name: str) -> tuple[int, ...]:
     """Global expert ids in slot order; all of them without expert parallelism.
 
-    The buffer stands on the layer up to 0.23 and on its `routed_experts` from 0.24 on. The public
-    `expert_map` is another thing on ROCm (0.33.0 routed_experts.py:257).
+    The map is an attribute of the layer up to 0.23, and of its `routed_experts` since 0.24. The
+    public `expert_map` is something else on ROCm (0.33.0 routed_experts.py:257). Raises
+    PlacementError for a map whose slots have gaps, or for none under expert parallelism.
     """
     layer = wrapper.base_layer
     config = layer.moe_config
@@ -105,7 +106,7 @@ def local_experts(wrapper: Any, name: str) -> tuple[int, ...]:
         if config.moe_parallel_config.use_ep and config.moe_parallel_config.ep_size > 1:
             raise PlacementError(f"{name}: expert parallelism without an expert map.")
         return tuple(range(int(config.num_experts)))
-    # Shared experts that a backend fuses in stand behind the routed ones.
+    # Shared experts that a backend fuses in follow the routed ones.
     rows = expert_map.tolist()[: int(config.num_experts)]
     slots = sorted((slot, expert) for expert, slot in enumerate(rows) if slot >= 0)
     if [slot for slot, _ in slots] != list(range(len(slots))):
@@ -116,8 +117,8 @@ def local_experts(wrapper: Any, name: str) -> tuple[int, ...]:
 def interleaves(manager: Any) -> bool:
     """Whether gate and up rows alternate in the model's fused experts (gpt-oss).
 
-    vLLM goes by the architecture's name (0.33.0 lora/layers/fused_moe.py:553), and so does this;
-    the model's type is asked too, for what wraps such a model under another architecture.
+    Like vLLM, by the architecture's name (0.33.0 lora/layers/fused_moe.py:553); and by the type of
+    the text model, for models that contain one under another architecture.
     """
     config = getattr(manager.model, "config", None)
     text = getattr(config, "text_config", None) or config
@@ -132,7 +133,7 @@ def slot_bytes(manager: Any) -> int:
     total = 0
     for module in manager.modules.values():
         is_moe = type(module).__name__ in (WRAPPER_2D, WRAPPER_3D)
-        # A file has the whole factors of a layer that is sharded over tensor parallelism.
+        # For a layer that tensor parallelism shards, the file has the whole factors.
         ranks = 1 if is_moe else int(getattr(module, "tp_size", 1) or 1)
         for name in _MOE_STACKS if is_moe else _DENSE_STACKS:
             for tensor in getattr(module, name, ()):

@@ -1,4 +1,8 @@
-"""Names in an adapter -> names in vLLM's model, by vLLM's own rules."""
+"""Names in an adapter -> names in vLLM's model, by vLLM's own rules.
+
+In: a LoRA manager's model and how vLLM renames weights for a load. Out: which live MoE layer takes
+an experts container, and a LayoutError for a tensor that nothing takes.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,9 @@ _LAYER = re.compile(r"(?:.*\.)?layers\.[0-9]+\.")
 class ModelNames:
     """Names of one engine's modules.
 
-    dense: every name under which vLLM finds the LoRA of a module that is not experts.
-    absent: prefixes of what lives on other pipeline stages.
-    aliases: names that a text-only adapter uses -> names in a multimodal model.
+    dense: every name under which vLLM looks up the LoRA of a module other than experts.
+    absent: prefixes of modules on other pipeline stages.
+    aliases: names in a text-only adapter -> names in a multimodal model.
     """
 
     dense: frozenset[str]
@@ -30,7 +34,7 @@ class ModelNames:
 
 def read_model_names(manager: Any) -> ModelNames:
     """The names of a LoRAModelManager's model."""
-    # From 0.31 on; before, vLLM takes the model's own names only.
+    # Since 0.31; before that vLLM accepts the model's own names only.
     text_names = getattr(manager, "_get_text_lora_names", lambda _: ())
     dense = set(manager.modules)
     for packed, parts in manager.packed_modules.items():
@@ -51,16 +55,16 @@ def read_model_names(manager: Any) -> ModelNames:
 
 
 class ModuleNames:
-    """The naming of one load: the model's names, and how vLLM renames this adapter's.
+    """The names of one load: the model's, and how vLLM renames the adapter's.
 
-    asked: the keyword arguments of `from_local_checkpoint` (weights_mapper, skip_prefixes).
+    options: the keyword arguments of `from_local_checkpoint` (weights_mapper, skip_prefixes).
     """
 
-    def __init__(self, manager: Any, model: ModelNames, asked: Mapping[str, Any]) -> None:
+    def __init__(self, manager: Any, model: ModelNames, options: Mapping[str, Any]) -> None:
         self._targets = getattr(manager.lora_config, "target_modules", None)
         self._model = model
-        self._mapper = asked.get("weights_mapper")
-        self._skip = tuple(asked.get("skip_prefixes") or ())
+        self._mapper = options.get("weights_mapper")
+        self._skip = tuple(options.get("skip_prefixes") or ())
 
     def renamed(self, module: str) -> str:
         """A module's name as vLLM looks it up."""
@@ -70,7 +74,7 @@ class ModuleNames:
         return str(name)
 
     def is_elsewhere(self, module: str) -> bool:
-        """Whether a module is another pipeline stage's, or one that the model leaves out."""
+        """Whether a module is on another pipeline stage, or the model leaves it out."""
         return any(
             name.startswith(self._model.absent)
             or any(name.startswith(skip) or f".{skip}" in name for skip in self._skip)
@@ -78,7 +82,7 @@ class ModuleNames:
         )
 
     def moe_module(self, module: str, live: Collection[str]) -> str | None:
-        """The live MoE layer that an experts container of the adapter is, or None."""
+        """The live MoE layer that takes an experts container of the adapter, or None."""
         return find_moe_module(module, self.renamed(module), live, self._model.aliases)
 
     def check_dense(self, entries: Iterable[TensorEntry]) -> None:
@@ -93,24 +97,24 @@ class ModuleNames:
             if not self.is_elsewhere(key.module):
                 raise LayoutError(
                     f"{entry.name}: no module of the model takes this tensor of the adapter.",
-                    hint="vLLM would drop it without a word. Is the adapter for this model, and "
+                    hint="vLLM would ignore it silently. Is the adapter for this model, and "
                     f"does vLLM support LoRA on {renamed.rpartition('.')[2]}?",
                 )
 
     def _is_filtered(self, module: str) -> bool:
-        """Whether the deployment leaves the module out on purpose (--lora-target-modules)."""
+        """Whether the user has excluded the module (--lora-target-modules)."""
         return self._targets is not None and module.rpartition(".")[2] not in self._targets
 
 
 def find_moe_module(
     module: str, renamed: str, live: Collection[str], aliases: Mapping[str, str]
 ) -> str | None:
-    """The live MoE layer that an adapter's experts container is, or None.
+    """The live MoE layer that takes an adapter's experts container, or None.
 
-    Tried: the name itself, the name as vLLM renames weights, the name of a text-only adapter of a
-    multimodal model (`aliases`), and the one MoE layer of the same decoder layer, because models
-    call the block differently (Mixtral: `block_sparse_moe` in vLLM and transformers 4, `mlp` in
-    transformers 5).
+    Tried in this order: the name itself, the name as vLLM renames weights, what the name of a
+    text-only adapter is in a multimodal model (`aliases`), and the only MoE layer of the same
+    decoder layer, because names of the block differ (Mixtral: `block_sparse_moe` in vLLM and
+    transformers 4, `mlp` in transformers 5).
     """
     for candidate in (module, renamed, aliases.get(module), aliases.get(renamed)):
         if candidate in live:
@@ -125,10 +129,10 @@ def find_moe_module(
 
 
 def _with_alias_prefix(name: str, aliases: Mapping[str, str]) -> Sequence[str]:
-    """`name` under the prefixes that turn text-only names into the model's."""
+    """`name` with each prefix replaced that differs between text-only names and the model's."""
     prefixes = set()
     for short, long in aliases.items():
-        head, found, tail = short.partition("layers.")
-        if found and long.endswith(found + tail):
-            prefixes.add((head, long.removesuffix(found + tail)))
+        head, separator, tail = short.partition("layers.")
+        if separator and long.endswith(separator + tail):
+            prefixes.add((head, long.removesuffix(separator + tail)))
     return [long + name[len(short) :] for short, long in sorted(prefixes) if name.startswith(short)]

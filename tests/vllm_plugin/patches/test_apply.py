@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from lorashard.vllm_plugin.doctor.releases import FIRST_KNOWN, LAST_KNOWN
 from lorashard.vllm_plugin.patches import apply as patch_module
 from lorashard.vllm_plugin.patches.apply import Patch, apply_patch, broken_patches
 from lorashard.vllm_plugin.patches.table import PATCHES
@@ -389,17 +388,3 @@ import_all()
 answer = [state()[1] == before[1], len(outcomes)]
 """
     assert run(tmp_path, script, VLLM, LORASHARD_DISABLE="1") == [True, 0]
-
-
-@pytest.mark.parametrize("entry", PATCHES, ids=lambda entry: entry.target)
-def test_every_patch_of_the_table_says_why_how_where_and_for_which_releases(entry: Patch) -> None:
-    assert entry.why.endswith(".")
-    assert entry.how.endswith(".")
-    assert entry.upstream.startswith("https://github.com/vllm-project/vllm/")
-    first = tuple(map(int, entry.since.split(".")))
-    assert FIRST_KNOWN <= first <= LAST_KNOWN
-    assert entry.parameters[0] == "self"
-
-
-def test_no_method_is_patched_twice() -> None:
-    assert len({entry.target for entry in PATCHES}) == len(PATCHES)
