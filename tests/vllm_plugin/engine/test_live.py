@@ -107,7 +107,7 @@ def test_slots_that_are_not_numbered_from_0_are_refused(expert_map: list[int]) -
 
 def test_a_map_that_contradicts_the_buffers_is_refused() -> None:
     wrapper = moe(expert_map=[0, 1, -1, -1], num_slots=3)
-    with pytest.raises(PlacementError, match="names 2 local experts, the LoRA buffers have 3"):
+    with pytest.raises(PlacementError, match="names 2 local experts, but the LoRA buffers have 3"):
         live_experts(NAME, wrapper, interleaved=False)
 
 
