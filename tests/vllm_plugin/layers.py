@@ -99,7 +99,7 @@ def _kernel_problems(layer: Any, own_kernel: bool, ep_size: int) -> Iterator[str
     inside = getattr(kernel, "impl", kernel)
     if type(inside.prepare_finalize) is not moe_stand_in.PrepareAndFinalize:
         yield type(inside.prepare_finalize).__name__
-    if facts._experts_of(layer) is not inside.fused_experts:
+    if facts._experts_object(layer) is not inside.fused_experts:
         yield "the experts are not found"
     if (layer.tp_size, layer.tp_rank) != (1, 0):
         yield f"tp {layer.tp_rank} of {layer.tp_size}"
@@ -239,7 +239,7 @@ def lora_reads_what_the_layer_was_given() -> list[str]:
             continue  # what releases that we leave alone do with such a model
         if found.dtype != x.dtype or not torch.equal(found, wanted):
             wrong.append(f"{dtype} {weighted=}: {found.dtype}")
-        context = getattr(facts._experts_of(layer), "_lora_context", None)
+        context = getattr(facts._experts_object(layer), "_lora_context", None)
         kept = getattr(context, "original_hidden_states", None)
         if kept is not None:
             wrong.append(f"{dtype} {weighted=}: the input is kept after the call")
