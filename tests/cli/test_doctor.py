@@ -249,7 +249,7 @@ def test_a_model_of_other_sizes_is_a_problem_in_the_loaders_words(
 ) -> None:
     model = save_model(tmp_path / "model", hidden_size=2 * H, moe_intermediate_size=I)
     (text,) = problems(examine(shards, "-tp", 2, EP, "--model", model), "adapter")
-    assert f"gate_proj lora_A has {H} features, {MODULE} has {2 * H}." in text
+    assert f"gate_proj lora_A has {H} features, but {MODULE} has {2 * H}." in text
 
 
 def test_the_adapters_own_model_is_none(shards: Path, tmp_path: Path) -> None:

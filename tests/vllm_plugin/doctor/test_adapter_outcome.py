@@ -95,9 +95,9 @@ def test_with_strict_the_advice_is_a_refusal(shards: Path) -> None:
     ("config", "reason"),
     [
         ({"num_experts": 8}, f"{MODULE}: the adapter has {E} experts, {MODULE} has 8."),
-        ({"hidden_size": 9}, f"{MODULE}: gate_proj lora_A has {H} features, {MODULE} has 9."),
-        ({"moe_intermediate_size": 9}, f"gate_proj lora_B has {I} features, {MODULE} has 9."),
-        ({"model_type": "nemotron_h"}, f"{MODULE}: trains a gate, the experts of {MODULE}"),
+        ({"hidden_size": 9}, f"{MODULE}: gate_proj lora_A has {H} features, but {MODULE} has 9."),
+        ({"moe_intermediate_size": 9}, f"gate_proj lora_B has {I} features, but {MODULE} has 9."),
+        ({"model_type": "nemotron_h"}, f"{MODULE}: trains a gate, but the experts of {MODULE}"),
     ],
 )
 def test_another_model_is_refused_in_the_loaders_words(

@@ -91,7 +91,7 @@ def test_variables_are_sorted_into_set_switched_on_unknown_and_faulty(tmp_path: 
         guards.VARIABLES[0],
     }  # fmt: skip
     assert installation["unknown"] == ["LORASHARD_STRIKT"]
-    assert installation["faults"] == ["LORASHARD_THREADS='many' is not an integer >= 1."]
+    assert installation["faults"] == ["LORASHARD_THREADS='many': must be an integer >= 1."]
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_where_the_adapter_only_assumes_how_rows_lie_the_model_decides(
     )
     gate_b = layer.assembly.factors[layer.assembly.lora_b[0]]
     (piece,) = gate_b.pieces
-    assert piece.src_step == (2 if interleaved and not known else 1)
+    assert piece.source_rows.step == (2 if interleaved and not known else 1)
 
 
 def test_a_container_that_no_layer_takes() -> None:
@@ -153,7 +153,9 @@ def test_two_containers_of_one_layer() -> None:
 
 
 def test_other_sizes() -> None:
-    assert f"{NAME}: gate_proj lora_A has 7 features, {NAME} has 6." in refusal(module(hidden=7))
+    assert f"{NAME}: gate_proj lora_A has 7 features, but {NAME} has 6." in refusal(
+        module(hidden=7)
+    )
 
 
 def test_an_r_beyond_the_engine() -> None:
