@@ -307,7 +307,7 @@ def test_an_adapter_that_needs_a_model_to_be_read_is_no_problem_until_one_is_nam
     named = examine(plain, "-tp", 2, EP, "--model", save_model(tmp_path / "model"))
     assert named["outcome"].startswith("sliced in memory by each rank")
     other = save_model(tmp_path / "other", num_experts=2)
-    assert "expert 2, the model has 2" in problems(
+    assert "expert 2, but the model has 2" in problems(
         examine(plain, "-tp", 2, EP, "--model", other), "adapter"
     )[0]  # fmt: skip
 
