@@ -14,17 +14,21 @@ from lorashard.storage.parallel import Outcome, run_concurrently
 
 
 def test_outcomes_are_in_the_order_of_the_jobs_whatever_ends_first() -> None:
-    ended: list[float] = []
+    ended: list[str] = []
+    second_has_ended = threading.Event()
 
-    def work(seconds: float, _: Progress) -> str:
-        time.sleep(seconds)
-        return f"slept {seconds}"
+    def work(name: str, _: Progress) -> str:
+        if name == "first":
+            assert second_has_ended.wait(10)
+        return name.upper()
 
-    outcomes = run_concurrently(
-        (0.2, 0.0, 0.1), work, workers=3, finished=lambda o: ended.append(o.job)
-    )
-    assert [o.result for o in outcomes] == ["slept 0.2", "slept 0.0", "slept 0.1"]
-    assert ended == [0.0, 0.1, 0.2]
+    def finished(outcome: Outcome[str, str]) -> None:
+        ended.append(outcome.job)
+        second_has_ended.set()
+
+    outcomes = run_concurrently(("first", "second"), work, workers=2, finished=finished)
+    assert [outcome.result for outcome in outcomes] == ["FIRST", "SECOND"]
+    assert ended == ["second", "first"]
 
 
 def test_a_failure_is_recorded_and_the_others_continue() -> None:
@@ -54,14 +58,16 @@ def test_an_unexpected_error_names_its_job_and_keeps_where_it_happened() -> None
     assert '{}["missing"]' in "".join(traceback.format_exception(outcome.error))
 
 
-def test_no_more_jobs_run_at_once_than_there_are_workers() -> None:
+def test_as_many_jobs_run_at_once_as_there_are_workers() -> None:
     running, most, lock = set(), [0], threading.Lock()
+    all_three = threading.Barrier(3, timeout=10)
 
     def work(number: int, _: Progress) -> None:
         with lock:
             running.add(number)
             most[0] = max(most[0], len(running))
-        time.sleep(0.01)
+        if number < 3:
+            all_three.wait()
         with lock:
             running.discard(number)
 
