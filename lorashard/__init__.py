@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from lorashard.errors import LorashardError
     from lorashard.merge import merge_shards
     from lorashard.reshard.reshard import reshard_shards
-    from lorashard.shards.directory import ShardDirectory, TensorFile, open_shards
     from lorashard.shards.placement import Placement
-    from lorashard.split.pipeline import SplitRequest, split_adapter
+    from lorashard.shards.tensors import ShardDirectory, TensorFile, open_shards
+    from lorashard.split.batch import split_adapters
+    from lorashard.split.pipeline import SplitRequest
+    from lorashard.split.run import split_adapter
     from lorashard.transfer.pull import pull_shards
     from lorashard.transfer.push import push_shards
     from lorashard.verify.verify import verify_shards
@@ -31,16 +33,17 @@ _HOMES = {
     "LayoutOptions": "adapter.options",
     "LorashardError": "errors",
     "Placement": "shards.placement",
-    "ShardDirectory": "shards.directory",
+    "ShardDirectory": "shards.tensors",
     "SplitRequest": "split.pipeline",
-    "TensorFile": "shards.directory",
+    "TensorFile": "shards.tensors",
     "convert_shards": "convert.convert",
     "merge_shards": "merge",
-    "open_shards": "shards.directory",
+    "open_shards": "shards.tensors",
     "pull_shards": "transfer.pull",
     "push_shards": "transfer.push",
     "reshard_shards": "reshard.reshard",
-    "split_adapter": "split.pipeline",
+    "split_adapter": "split.run",
+    "split_adapters": "split.batch",
     "verify_shards": "verify.verify",
 }
 
@@ -59,6 +62,7 @@ __all__ = [
     "push_shards",
     "reshard_shards",
     "split_adapter",
+    "split_adapters",
     "verify_shards",
 ]
 

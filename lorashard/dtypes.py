@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 
 class _Dtype(NamedTuple):
@@ -46,5 +46,9 @@ EXPONENT_BITS: Mapping[str, int] = {
     name: dtype.exponent for name, dtype in _DTYPES.items() if dtype.exponent is not None
 }
 FLOAT_DTYPES = frozenset(TORCH_DTYPES)
-# What `--dtype` takes, by torch's name.
-CAST_DTYPES: Mapping[str, str] = {TORCH_DTYPES[name]: name for name in ("F32", "F16", "BF16")}
+# What `--dtype` takes, by torch's name, and what safetensors calls it.
+CastDtype = Literal["float32", "float16", "bfloat16"]
+CAST_DTYPES: Mapping[str, str] = {
+    torch: next(name for name in TORCH_DTYPES if TORCH_DTYPES[name] == torch)
+    for torch in get_args(CastDtype)
+}

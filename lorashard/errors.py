@@ -6,16 +6,17 @@ and where; `hint` says what to do next.
     LorashardError                 1  unexpected
       AdapterError                 3  the adapter cannot be used
         HeaderError                   a safetensors file is damaged
-        UnsupportedAdapterError       a feature that cannot be served per expert rank
+        UnsupportedAdapterError       a feature that a shard directory cannot represent
         LayoutError                   the expert tensors do not fit together
           UnclearLayoutError          the adapter alone does not say how to read them
         NoExpertsError                nothing to split
       PlacementError               4  experts and ranks do not fit together
-      ShardError                   5  the shard directory cannot be written or believed
-        OutputExistsError             the target is in the way
+      ShardError                   5  the shard directory cannot be written or trusted
+        OutputExistsError             something is in the way of the target
         ManifestError                 lorashard.json is missing or damaged
         VerificationError             the shards are not what the manifest or the source says
-      BatchError                   that of the first that failed, of several adapters
+      NotReadyError                5  doctor: something is broken, or would be refused
+      BatchError                      some of several adapters failed: the exit code of the first
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class HeaderError(AdapterError):
 
 
 class UnsupportedAdapterError(AdapterError):
-    """The adapter uses a feature that has no meaning in a shard directory."""
+    """The adapter uses a feature that a shard directory cannot represent."""
 
     def __init__(self, feature: str, where: str, *, hint: str) -> None:
         super().__init__(f"{where}: {feature} is not supported.", hint=hint)
@@ -79,7 +80,7 @@ class NoExpertsError(AdapterError):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(
             f"{os.fspath(path)}: no expert weights, so there is nothing to split.",
-            hint="vLLM loads this adapter as it is; expert parallelism does not touch it.",
+            hint="vLLM loads this adapter as it is, with expert parallelism too.",
         )
 
 
@@ -90,13 +91,13 @@ class PlacementError(LorashardError):
 
 
 class ShardError(LorashardError):
-    """A shard directory cannot be written, read or believed."""
+    """A shard directory cannot be written, read or trusted."""
 
     exit_code = 5
 
 
 class OutputExistsError(ShardError):
-    """The output path holds something already."""
+    """Something is already there where the output should go."""
 
     def __init__(self, path: str | os.PathLike[str], *, reason: str, hint: str) -> None:
         super().__init__(f"{os.fspath(path)}: {reason}.", hint=hint)
@@ -129,19 +130,19 @@ class VerificationError(ShardError):
         self.findings = findings
 
 
+class NotReadyError(LorashardError):
+    """`doctor` found that something is broken, or would be refused."""
+
+    exit_code = 5
+
+
 class BatchError(LorashardError):
-    """Some of several adapters failed: `errors`, in their order; the exit code is the first one's."""
+    """Some of several adapters failed: `errors`, in order; the exit code is that of the first one."""
 
     def __init__(self, errors: Sequence[LorashardError], count: int) -> None:
         super().__init__(
             f"{len(errors)} of {count} adapters failed.",
-            hint="The others are done; --resume goes on with those that are not.",
+            hint="The others are done; run it again with --resume to retry only these.",
         )
         self.errors = tuple(errors)
         self.exit_code = errors[0].exit_code
-
-
-class NotReadyError(LorashardError):
-    """Something would be refused, or is broken."""
-
-    exit_code = 5

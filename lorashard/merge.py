@@ -1,43 +1,40 @@
-"""Shards -> the source adapter, bit for bit: the split plan run backwards.
+"""`lorashard merge`: a shard directory -> the source adapter, bit for bit.
 
-The manifest keeps the source's header, so the same pure stages give the same plan; its reads say
-where each source byte is now. The digest of the result must be the one that `split` recorded.
+This is the split plan run backwards: the manifest keeps the source's header, so the same pure stages
+give the same plan, whose reads say where each source byte is now. The digest of the result must be
+the one that `split` recorded.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from blake3 import blake3
 
-from lorashard.adapter.config import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-)
+from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.adapter.read import is_plain_adapter
-from lorashard.errors import (
-    HeaderError,
-    ShardError,
-    VerificationError,
-)
+from lorashard.errors import ShardError, VerificationError
 from lorashard.progress import Progress
-from lorashard.shards.directory import read_manifest, reading_shards
+from lorashard.shards.directory import (
+    LocatedShards,
+    Shards,
+    local_shards,
+    locate_shards,
+    opened_files,
+)
 from lorashard.shards.manifest import Manifest
-from lorashard.shards.plan import ShardPlan
-from lorashard.shards.replan import replan
-from lorashard.storage.local import LocalFile, write_synced
-from lorashard.storage.small_files import read_small_file
+from lorashard.shards.replan import CheckedShards, check_shards
+from lorashard.storage.local import ByteSource, write_synced
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.writing.blocks import BLOCK_BYTES, Block, CopyBlock, split_into_blocks
 from lorashard.writing.rearrange import restore_block, scratch_bytes, slot_views
 
 
 def merge_shards(
-    shards: str | os.PathLike[str],
+    shards: Shards,
     out: str | os.PathLike[str],
     *,
     force: bool = False,
@@ -45,49 +42,52 @@ def merge_shards(
 ) -> Manifest:
     """Write the adapter that `shards` was split from into the directory `out`.
 
+    shards: a directory, or hf://owner/name[@revision] or another URL, which is fetched first.
     progress: called with source bytes done since the last call.
-    Raises ShardError if the shards were cast, or are no longer what `split` wrote.
+    Raises ShardError if the shards were cast, or are no longer what `split` wrote, AdapterError if
+    a remote place does not answer.
     """
-    shards, out = Path(shards), Path(out)
-    manifest = read_manifest(shards)
-    if manifest.dtype is not None:
+    located, out = locate_shards(shards), Path(out)
+    if located.manifest.dtype is not None:
         raise ShardError(
-            f"{shards}: the values were cast to {manifest.dtype}, so the source cannot be given "
-            "back bit for bit.",
+            f"{located.place}: the values were cast to {located.manifest.dtype}, so the source "
+            "cannot be restored bit for bit.",
             hint="Split without --dtype to be able to merge.",
         )
     check_target(out, force=force, replaceable=is_plain_adapter)
-    config_bytes = read_small_file(shards, CONFIG_NAME)
-    _, plan = replan(manifest, config_bytes, shards)
+    with local_shards(located) as directory:
+        checked = check_shards(LocatedShards(directory, located.manifest))
+        _write_adapter(checked, out, force=force, progress=progress)
+    return located.manifest
+
+
+def _write_adapter(shards: CheckedShards, out: Path, *, force: bool, progress: Progress) -> None:
     with staged_directory(
         out, last=CONFIG_NAME, force=force, replaceable=is_plain_adapter
     ) as staging:
-        with reading_shards():
-            digest = _write_weights(manifest, plan, shards, staging / WEIGHTS_NAME, progress)
-        expected = manifest.source.files[WEIGHTS_NAME].blake3
+        digest = _write_weights(shards, staging / WEIGHTS_NAME, progress)
+        expected = shards.manifest.source.files[WEIGHTS_NAME].blake3
         if digest != expected:
             raise VerificationError(
-                shards, (f"merged {WEIGHTS_NAME} has BLAKE3 {digest}, the source had {expected}",)
+                str(shards.place),
+                (f"merged {WEIGHTS_NAME} has BLAKE3 {digest}, the source had {expected}",),
             )
-        write_synced(staging / CONFIG_NAME, config_bytes)
-    return manifest
+        write_synced(staging / CONFIG_NAME, shards.config_bytes)
 
 
-def _write_weights(
-    manifest: Manifest, plan: ShardPlan, shards: Path, path: Path, progress: Progress
-) -> str:
-    digest = blake3(manifest.source.header)
-    with ExitStack() as stack:
-        files = [stack.enter_context(_opened(shards / file.name)) for file in plan.files]
-        out = stack.enter_context(path.open("xb"))
-        out.write(manifest.source.header)
+def _write_weights(shards: CheckedShards, path: Path, progress: Progress) -> str:
+    """Write the source's weights file; returns its BLAKE3 in hex."""
+    header = shards.manifest.source.header
+    digest = blake3(header)
+    with opened_files(shards.files) as files, path.open("xb") as out:
+        out.write(header)
         buffer = mmap.mmap(-1, BLOCK_BYTES)
-        for block in split_into_blocks(plan.reads):
+        for block in split_into_blocks(shards.plan.reads):
             size = block.end - block.begin
             if len(buffer) < size:
                 buffer = mmap.mmap(-1, size)
             data = memoryview(buffer)[:size]
-            _gather_block(block, data, files)
+            _read_block(block, data, files)
             out.write(data)
             digest.update(data)
             progress(size)
@@ -96,10 +96,11 @@ def _write_weights(
     return digest.hexdigest()
 
 
-def _gather_block(block: Block, data: memoryview, files: Sequence[LocalFile]) -> None:
+def _read_block(block: Block, data: memoryview, files: Sequence[ByteSource]) -> None:
+    """Fill `data` with a block of the source, from the slots in the shard files."""
     if isinstance(block, CopyBlock):
         for copy in block.copies:
-            target = copy.targets[0]  # copies of a redundant expert are equal
+            target = copy.targets[0]  # all copies of a redundant expert are equal
             piece = data[copy.begin - block.begin : copy.end - block.begin]
             files[target.file].read_into(piece, target.offset)
         return
@@ -107,17 +108,3 @@ def _gather_block(block: Block, data: memoryview, files: Sequence[LocalFile]) ->
     for targets, view in slot_views(block, scratch):
         files[targets[0].file].read_into(view, targets[0].offset)
     restore_block(block, scratch, data)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[LocalFile]:
-    try:
-        file = LocalFile(path)
-    except HeaderError as err:
-        raise ShardError(
-            f"{path}: {err.reason}.", hint="merge needs the files of all ranks."
-        ) from err
-    try:
-        yield file
-    finally:
-        file.close()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+# --expert-placement-strategy
+Strategy = Literal["linear", "round_robin"]
+
 # FusedMoEWithLoRA / FusedMoE3DWithLoRA. Which one vLLM takes is a matter of the model
 # (`is_3d_moe_weight`) and of `--enable-mixed-moe-lora-format`, not of the adapter's layout.
 Wrapper = Literal["2d", "3d"]

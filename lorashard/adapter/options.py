@@ -7,6 +7,8 @@ from typing import Literal
 
 LoraBLayout = Literal["rank_major", "grouped_by_expert"]
 Orientation = Literal["standard", "transposed"]
+# One pair of lora_A and lora_B for each expert, or one for all experts of a module.
+ExpertLayout = Literal["per_expert", "fused"]
 GateUp = Literal["split", "concatenated", "interleaved", "none"]
 
 

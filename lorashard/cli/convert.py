@@ -1,56 +1,76 @@
-"""`convert`: one core call, with progress."""
+"""`lorashard convert`: a shard directory -> a plain PEFT adapter."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Optional
 
-from lorashard.adapter.config import CONFIG_NAME
-from lorashard.adapter.options import Orientation
-from lorashard.adapter.read import is_plain_adapter
+import typer
+
+from lorashard.adapter.options import ExpertLayout, Orientation
+from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.convert.convert import prepare_conversion, write_conversion
-from lorashard.convert.peft_tensors import PeftLayout
-from lorashard.shards.directory import read_manifest
-from lorashard.shards.names import MANIFEST_NAME
-from lorashard.storage.remote import local_copy, locate
-from lorashard.storage.staging import check_target
 
 
-def run_convert(
-    shards: str,
-    out: Path,
-    layout: PeftLayout,
-    model: str | None,
-    orientation: Orientation | None,
-    *,
-    force: bool,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Write a plain adapter; returns what `--json` prints."""
+def convert(
+    shards: opt.Shards,
+    out: opt.AdapterOutput,
+    layout: Annotated[
+        ExpertLayout,
+        typer.Option(
+            "--layout",
+            help="per_expert: a pair for each expert, for vLLM and PEFT with transformers 4. "
+            "fused: one pair for all, for PEFT >= 0.19 with transformers 5.",
+            show_default=False,
+        ),
+    ],
+    model: opt.Model = None,
+    orientation: Annotated[
+        Optional[Orientation],
+        typer.Option(
+            "--orientation",
+            help="How PEFT stores the fused parameters, if no model is named.",
+            show_default=False,
+        ),
+    ] = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write a plain PEFT adapter in the layout of your choice, with the same weight changes."""
+    from lorashard.adapter.read import is_plain_adapter  # noqa: PLC0415
+    from lorashard.convert.convert import prepare_conversion, write_conversion  # noqa: PLC0415
+    from lorashard.shards.directory import (  # noqa: PLC0415
+        LocatedShards,
+        local_shards,
+        locate_shards,
+    )
+    from lorashard.storage.staging import check_target  # noqa: PLC0415
+
     check_target(out, force=force, replaceable=is_plain_adapter)
-    place = locate(shards)
-    names = (MANIFEST_NAME, CONFIG_NAME, *read_manifest(place).files)
-    with local_copy(place, names) as directory:
-        prepared = prepare_conversion(directory, layout, model=model, orientation=orientation)
+    located = locate_shards(shards)
+    with local_shards(located) as directory:
+        local = LocatedShards(directory, located.manifest)
+        prepared = prepare_conversion(local, layout, model=model, orientation=orientation)
         conversion = prepared.conversion
         for note in conversion.notes:
             render.say(f"note: {note}", quiet=quiet)
-        total = prepared.progress_bytes
-        with render.progress_bar(f"convert {place.name}", total, quiet=quiet) as progress:
-            write_conversion(prepared, out, force=force, progress=progress)
-    num_experts = prepared.manifest.placement.num_experts
+        label = f"convert {located.place.name}"
+        with render.progress_bar(label, prepared.progress_bytes, quiet=quiet) as bar:
+            write_conversion(prepared, out, force=force, progress=bar.advance)
+    num_experts = located.manifest.placement.num_experts
+    num_modules = len(located.manifest.modules)
     render.say(
-        f"{shards}: {num_experts} experts in {len(prepared.manifest.modules)} modules, {layout}, "
+        f"{shards}: {num_experts} experts in {num_modules} modules, {layout}, "
         f"{render.size(conversion.size_bytes)}",
         quiet=quiet,
     )
-    return {
+    result = {
         "shards": shards,
         "out": str(out),
         "layout": layout,
         "num_experts": num_experts,
-        "num_modules": len(prepared.manifest.modules),
+        "num_modules": num_modules,
         "size": conversion.size_bytes,
         "notes": list(conversion.notes),
     }
+    render.print_result(result, out, as_json=as_json, quiet=quiet)

@@ -8,24 +8,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
 
-from lorashard.adapter.base_model import merge_facts
-from lorashard.adapter.options import LayoutOptions
-from lorashard.adapter.read import read_model_facts
+import typer
+
+from lorashard.cli import options as opt
 from lorashard.cli import render
 from lorashard.errors import NotReadyError
-from lorashard.storage.remote import locate
-from lorashard.vllm_plugin.doctor.adapter_survey import survey_adapter
-from lorashard.vllm_plugin.doctor.diagnosis import Report, diagnose
-from lorashard.vllm_plugin.doctor.findings import PatchState
-from lorashard.vllm_plugin.doctor.flags import EngineFlags
-from lorashard.vllm_plugin.doctor.survey import has_vllm, survey
 
-__all__ = ["EngineFlags", "run_doctor"]
+if TYPE_CHECKING:
+    from lorashard.vllm_plugin.doctor.diagnosis import Report
+    from lorashard.vllm_plugin.doctor.findings import PatchState
+    from lorashard.vllm_plugin.doctor.flags import EngineFlags
 
 
 def run_doctor(path: Path | None, flags: EngineFlags, model: str | None, *, as_json: bool) -> None:
     """Look, decide, print. Raises NotReadyError if anything is broken or would be refused."""
+    from lorashard.adapter.base_model import merge_facts  # noqa: PLC0415
+    from lorashard.adapter.options import LayoutOptions  # noqa: PLC0415
+    from lorashard.adapter.read import read_model_facts  # noqa: PLC0415
+    from lorashard.storage.remote import locate  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.adapter_survey import survey_adapter  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.diagnosis import diagnose  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.survey import has_vllm, survey  # noqa: PLC0415
+
     facts = read_model_facts(locate(model)) if model else None
     if has_vllm():
         render.say("importing vLLM ...")
@@ -107,3 +113,40 @@ def _show_adapter(report: Report) -> None:
     render.print_line(f"\nAdapter: {adapter.path}, {', '.join([adapter.kind, *facts])}")
     if report.outcome is not None:
         render.print_line(f"  {report.outcome}")
+
+
+def doctor(
+    path: Annotated[
+        Optional[Path],
+        typer.Argument(
+            metavar="ADAPTER_OR_SHARDS",
+            help="An adapter or a shard directory that is to be served; optional.",
+            show_default=False,
+        ),
+    ] = None,
+    tensor_parallel_size: opt.TensorParallelSize = 1,
+    data_parallel_size: opt.DataParallelSize = 1,
+    enable_expert_parallel: opt.EnableExpertParallel = False,
+    enable_eplb: opt.EnableEplb = False,
+    fully_sharded_loras: opt.FullyShardedLoras = False,
+    expert_placement_strategy: opt.ExpertPlacementStrategy = "linear",
+    max_lora_rank: Annotated[int, typer.Option(min=1, help="vLLM's --max-lora-rank.")] = 16,
+    model: opt.Model = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Show what the vLLM plugin finds here, and would do with this adapter and these flags.
+
+    Run it in vLLM's own environment. Exit code 5 if anything is broken or would be refused.
+    """
+    from lorashard.vllm_plugin.doctor.flags import EngineFlags  # noqa: PLC0415
+
+    flags = EngineFlags(
+        tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
+        enable_expert_parallel=enable_expert_parallel,
+        enable_eplb=enable_eplb,
+        fully_sharded_loras=fully_sharded_loras,
+        expert_placement_strategy=expert_placement_strategy,
+        max_lora_rank=max_lora_rank,
+    )
+    run_doctor(path, flags, model, as_json=as_json)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lorashard.adapter import options as layout_facts
+from lorashard.dtypes import CastDtype
 from lorashard.errors import AdapterError, PlacementError
+from lorashard.vllm_options import Strategy
 
 if TYPE_CHECKING:
     from lorashard.split.pipeline import SplitRequest
-
-PlacementName = Literal["linear", "round_robin"]
-DtypeName = Literal["float32", "float16", "bfloat16"]
-LoraBLayoutName = Literal["rank_major", "grouped_by_expert"]
-LayoutName = Literal["per_expert", "fused"]
-OrientationName = Literal["standard", "transposed"]
 
 Adapter = Annotated[
     str,
@@ -28,7 +25,9 @@ Adapter = Annotated[
 ]
 Shards = Annotated[
     str,
-    typer.Argument(metavar="SHARDS", help="A shard directory, here or remote.", show_default=False),
+    typer.Argument(
+        metavar="SHARDS", help="A shard directory, local or remote.", show_default=False
+    ),
 ]
 EpSize = Annotated[
     int,
@@ -36,23 +35,26 @@ EpSize = Annotated[
 ]
 EpRank = Annotated[
     Optional[list[int]],
-    typer.Option("--ep-rank", min=0, help="A rank by its number; repeatable.", show_default=False),
+    typer.Option("--ep-rank", min=0, help="The number of a rank; repeatable.", show_default=False),
 ]
 NodeRanks = Annotated[
     Optional[str],
     typer.Option(
-        "--node-ranks", metavar="A-B", help="A node's ranks, 0-7 for example.", show_default=False
+        "--node-ranks",
+        metavar="A-B",
+        help="The ranks of a node, for example 0-7.",
+        show_default=False,
     ),
 ]
 Placement = Annotated[
-    PlacementName, typer.Option("--placement", help="vLLM's --expert-placement-strategy.")
+    Strategy, typer.Option("--placement", help="vLLM's --expert-placement-strategy.")
 ]
 ExpertMap = Annotated[
     Optional[Path],
     typer.Option(
         "--expert-map",
         metavar="FILE",
-        help="JSON: per rank the global expert ids in slot order, or vLLM's expert_map. "
+        help="JSON: for each rank its global expert ids in slot order, or vLLM's expert_map. "
         "See docs/format.md.",
         show_default=False,
     ),
@@ -71,30 +73,30 @@ NumExperts = Annotated[
     typer.Option(
         "--num-experts",
         min=1,
-        help="Expert count, for an adapter that trains only some and without --model.",
+        help="Number of experts, for an adapter that trains only some of them; or use --model.",
         show_default=False,
     ),
 ]
 LoraBLayout = Annotated[
-    Optional[LoraBLayoutName],
+    Optional[layout_facts.LoraBLayout],
     typer.Option(
         "--lora-b-layout",
-        help="Column order of a fused lora_B whose adapter does not say.",
+        help="Column order of a fused lora_B, if the adapter does not say.",
         show_default=False,
     ),
 ]
 Orientation = Annotated[
-    Optional[OrientationName],
+    Optional[layout_facts.Orientation],
     typer.Option(
         "--orientation",
-        help="Which way round a fused adapter lies, where shapes leave it open.",
+        help="Whether a fused adapter is transposed, if its shapes do not tell.",
         show_default=False,
     ),
 ]
 Dtype = Annotated[
-    Optional[DtypeName],
+    Optional[CastDtype],
     typer.Option(
-        "--dtype", help="Cast all float tensors; merge is then refused.", show_default=False
+        "--dtype", help="Cast all float tensors; merge is then impossible.", show_default=False
     ),
 ]
 AllowPickle = Annotated[
@@ -118,8 +120,12 @@ FullyShardedLoras = Annotated[
     bool, typer.Option("--fully-sharded-loras", help="vLLM's --fully-sharded-loras.")
 ]
 ExpertPlacementStrategy = Annotated[
-    PlacementName,
+    Strategy,
     typer.Option("--expert-placement-strategy", help="vLLM's --expert-placement-strategy."),
+]
+AdapterOutput = Annotated[
+    Path,
+    typer.Option("-o", "--output", metavar="ADAPTER", help="Target directory.", show_default=False),
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace a finished target directory, atomically.")
@@ -128,40 +134,58 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 
 
-def refuse_two_placements(placement: PlacementName, expert_map: Path | None) -> None:
+def refuse_two_placements(placement: Strategy, expert_map: Path | None) -> None:
     """Raise PlacementError if both options say where experts go."""
     if expert_map is not None and placement != "linear":
         raise PlacementError(
-            "--expert-map and --placement both say where experts go.", hint="Leave one of them out."
+            "--expert-map and --placement both say where experts go.", hint="Use one of them."
         )
 
 
+def layout_options(
+    *,
+    model: str | None,
+    num_experts: int | None,
+    lora_b_layout: layout_facts.LoraBLayout | None,
+    orientation: layout_facts.Orientation | None,
+) -> layout_facts.LayoutOptions:
+    """What the options say about an adapter's layout. Raises AdapterError if they clash."""
+    if num_experts is not None and model is not None:
+        raise AdapterError(
+            "--model and --num-experts both give the number of experts.", hint="Use one of them."
+        )
+    return layout_facts.LayoutOptions(
+        num_experts=num_experts, lora_b_layout=lora_b_layout, orientation=orientation
+    )
+
+
 def split_request(
+    *,
     ep_size: int,
-    placement: PlacementName,
+    placement: Strategy,
     expert_map: Path | None,
     model: str | None,
     num_experts: int | None,
-    lora_b_layout: LoraBLayoutName | None,
-    orientation: OrientationName | None,
-    dtype: DtypeName | None,
+    lora_b_layout: layout_facts.LoraBLayout | None,
+    orientation: layout_facts.Orientation | None,
+    dtype: CastDtype | None,
     allow_pickle: bool,
 ) -> SplitRequest:
-    """The request that the options make. Raises for combinations that contradict each other."""
-    from lorashard.adapter.options import LayoutOptions  # noqa: PLC0415 - keeps `--help` fast
+    """The request that the options make. Raises AdapterError or PlacementError if they clash."""
     from lorashard.split.pipeline import SplitRequest  # noqa: PLC0415
 
     refuse_two_placements(placement, expert_map)
-    if num_experts is not None and model is not None:
-        raise AdapterError("--model and --num-experts both count experts.", hint="Leave one out.")
     return SplitRequest(
         ep_size=ep_size,
         strategy=placement,
         expert_map=expert_map,
         model=model,
         dtype=dtype,
-        options=LayoutOptions(
-            num_experts=num_experts, lora_b_layout=lora_b_layout, orientation=orientation
+        options=layout_options(
+            model=model,
+            num_experts=num_experts,
+            lora_b_layout=lora_b_layout,
+            orientation=orientation,
         ),
         allow_pickle=allow_pickle,
     )

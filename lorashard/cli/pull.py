@@ -1,35 +1,64 @@
-"""`pull`: one core call, with progress."""
+"""`lorashard pull`: what some ranks need of a shard directory elsewhere -> a local one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Optional
 
+import typer
+
+from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.shards.directory import needed_files
-from lorashard.shards.names import MANIFEST_NAME
-from lorashard.transfer.pull import find_shards, pull_shards
+from lorashard.errors import PlacementError
 
 
-def run_pull(
-    shards: str, ep_ranks: Sequence[int], out: Path | None, *, force: bool, quiet: bool
-) -> dict[str, Any]:
-    """Fetch some ranks' files; returns what `--json` prints."""
+def pull(
+    shards: Annotated[
+        str,
+        typer.Argument(
+            metavar="SHARDS",
+            help="A shard directory: hf://owner/name[@revision], another URL, or a directory.",
+            show_default=False,
+        ),
+    ],
+    ep_rank: opt.EpRank = None,
+    node_ranks: opt.NodeRanks = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            help="Target directory. [default: the name of SHARDS]",
+            show_default=False,
+        ),
+    ] = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Fetch what some ranks need of a shard directory, and no other rank's bytes."""
+    from lorashard.shards.directory import needed_files  # noqa: PLC0415
+    from lorashard.shards.names import MANIFEST_NAME  # noqa: PLC0415
+    from lorashard.transfer.pull import find_shards, pull_shards  # noqa: PLC0415
+
+    ep_ranks = opt.chosen_ranks(ep_rank, node_ranks)
+    if not ep_ranks:
+        raise PlacementError("No rank is named.", hint="Use --ep-rank 3 or --node-ranks 0-7.")
     found = find_shards(shards)
     source = found.source
     target = Path(source.name) if out is None else out
-    files = needed_files(found.manifest, ep_ranks, str(source))
+    files = needed_files(found.manifest, ep_ranks, source)
     total = sum(digest.size_bytes for digest in files.values())
-    with render.progress_bar(f"pull {source.name}", total, quiet=quiet) as progress:
-        manifest = pull_shards(found, target, ep_ranks, force=force, progress=progress)
+    with render.progress_bar(f"pull {source.name}", total, quiet=quiet) as bar:
+        manifest = pull_shards(found, target, ep_ranks, force=force, progress=bar.advance)
     experts = sorted({e for k in ep_ranks for e in manifest.placement.ranks[k]})
     render.say(
         f"{source}: experts {render.ids(experts)} of {manifest.placement.num_experts}, "
         f"{render.size(total)}",
         quiet=quiet,
     )
-    return {
+    result = {
         "shards": shards,
         "revision": source.revision,
         "out": str(target),
@@ -38,3 +67,4 @@ def run_pull(
         "files": {name: digest.size_bytes for name, digest in files.items()}
         | {MANIFEST_NAME: (target / MANIFEST_NAME).stat().st_size},
     }
+    render.print_result(result, target, as_json=as_json, quiet=quiet)

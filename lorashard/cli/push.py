@@ -1,37 +1,62 @@
-"""`push`: one core call, with progress."""
+"""`lorashard push`: a shard directory -> the Hub, or a folder behind another URL."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import typer
+
+from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.shards.directory import read_manifest
-from lorashard.transfer.card import CARD_NAME
-from lorashard.transfer.push import push_shards
 
 
-def run_push(
-    shards: Path, target: str, *, private: bool, force: bool, quiet: bool
-) -> dict[str, Any]:
-    """Upload a shard directory; returns what `--json` prints."""
+def push(
+    shards: Annotated[
+        Path, typer.Argument(metavar="SHARDS", help="A shard directory.", show_default=False)
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="hf://owner/name[@branch][/folder], or another URL.",
+            show_default=False,
+        ),
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository is new, make it private.")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Replace shards at a URL; on the Hub, a new commit always does."
+        ),
+    ] = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Check a shard directory and upload it, with a model card."""
+    from lorashard.shards.directory import read_manifest  # noqa: PLC0415
+    from lorashard.transfer.card import CARD_NAME  # noqa: PLC0415
+    from lorashard.transfer.push import push_shards  # noqa: PLC0415
+
     if quiet or not sys.stderr.isatty():
-        from huggingface_hub.utils.tqdm import disable_progress_bars  # of the upload itself
+        from huggingface_hub.utils.tqdm import disable_progress_bars  # those of the upload itself
 
         disable_progress_bars()
     manifest = read_manifest(shards)
     total = sum(file.digest.size_bytes for file in manifest.files.values())
-    with render.progress_bar(f"check {shards.name}", total, quiet=quiet) as progress:
-        pushed = push_shards(shards, target, private=private, force=force, progress=progress)
+    with render.progress_bar(f"check {shards.name}", total, quiet=quiet) as bar:
+        pushed = push_shards(shards, target, private=private, force=force, progress=bar.advance)
     if pushed.kept_card:
-        render.say(f"note: {CARD_NAME} there was edited, and stays as it is.", quiet=quiet)
+        render.say(f"note: {CARD_NAME} there was edited; it is left as it is.", quiet=quiet)
     render.say(
         f"{shards}: {manifest.placement.ep_size} ranks, {render.size(total)} to {pushed.place}"
         + (f" at {pushed.revision}" if pushed.revision else ""),
         quiet=quiet,
     )
-    return {
+    result = {
         "shards": str(shards),
         "place": pushed.place,
         "revision": pushed.revision,
@@ -39,3 +64,4 @@ def run_push(
         "removed": list(pushed.removed),
         "kept_card": pushed.kept_card,
     }
+    render.print_result(result, pushed.place, as_json=as_json, quiet=quiet)

@@ -1,6 +1,7 @@
 """What commands print: data on stdout, talk on stderr, colours only on a terminal.
 
-rich is imported inside, so that `lorashard --help` does not pay for it twice.
+In: values. Out: lines, tables, JSON, progress bars. rich is imported only where it is used, so that
+`lorashard --help` starts at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def print_json(document: Any) -> None:
 
 
 def print_result(result: Mapping[str, Any], place: object, *, as_json: bool, quiet: bool) -> None:
-    """What a command that wrote something prints: where it is, or all of it as JSON."""
+    """Print the result of a command that wrote something: its place, or everything as JSON."""
     if as_json:
         print_json(result)
     elif not quiet:
@@ -41,7 +42,7 @@ def settle_streams() -> None:
 
 
 def print_line(text: str) -> None:
-    """Print a line of data. Control characters, as in a hostile tensor name, are shown, not sent."""
+    """Print a line of data. Control characters (of a hostile tensor name) are shown escaped."""
     sys.stdout.write(_printable(text) + "\n")
 
 
@@ -50,15 +51,15 @@ def _printable(text: str) -> str:
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """Say something to the person at the terminal."""
+    """Print a line for the person at the terminal, on stderr."""
     if not quiet:
         sys.stderr.write(_printable(text) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, all but the first column to the right; plain text unless on a terminal."""
+    """Print a table, right-aligned but for its first column; plain text unless on a terminal."""
     print_line(title)
-    if not sys.stdout.isatty():  # without rich, which takes as long as the rest of `inspect`
+    if not sys.stdout.isatty():  # no rich: importing it takes as long as the rest of `inspect`
         widths = [max(map(len, column)) for column in zip(columns, *rows)]
         for row in (columns, *rows):
             cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
@@ -83,11 +84,21 @@ def print_facts(facts: Mapping[str, str]) -> None:
         print_line(f"{name:<{width}}  {value}")
 
 
+class ByteBar:
+    """Counts the bytes done; this one does not show them."""
+
+    def advance(self, size_bytes: int) -> None:
+        """Count some more bytes."""
+
+    def restart(self, total_bytes: int) -> None:
+        """Begin to count from zero, up to `total_bytes`."""
+
+
 @contextmanager
-def progress_bar(label: str, total_bytes: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function to be told of bytes done; shows a bar on stderr once it takes a second."""
+def progress_bar(label: str, total_bytes: int = 0, *, quiet: bool) -> Iterator[ByteBar]:
+    """Yield a bar to report bytes to; it appears on stderr once the work has taken a second."""
     if quiet or not sys.stderr.isatty():
-        yield lambda _: None
+        yield ByteBar()
         return
     from rich.console import Console
     from rich.progress import (
@@ -99,28 +110,33 @@ def progress_bar(label: str, total_bytes: int, *, quiet: bool) -> Iterator[Calla
         TransferSpeedColumn,
     )
 
-    bar = Progress(
+    shown = Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
         TransferSpeedColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True,
     )  # fmt: skip
-    task = bar.add_task(label, total=total_bytes)
+    task = shown.add_task(label, total=total_bytes)
     started = time.monotonic()
 
-    def advance(size_bytes: int) -> None:
-        if not bar.live.is_started and time.monotonic() - started > SHOW_PROGRESS_AFTER_S:
-            bar.start()
-        bar.advance(task, size_bytes)
+    class ShownBar(ByteBar):
+        def advance(self, size_bytes: int) -> None:
+            late = time.monotonic() - started > SHOW_PROGRESS_AFTER_S
+            if late and not shown.live.is_started:
+                shown.start()
+            shown.advance(task, size_bytes)
+
+        def restart(self, total_bytes: int) -> None:
+            shown.reset(task, total=total_bytes)
 
     try:
-        yield advance
+        yield ShownBar()
     finally:
-        bar.stop()
+        shown.stop()
 
 
 @contextmanager
 def count_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """The same for things that are counted; it is there from the start."""
+    """Yield a function that counts things done; shows a bar on stderr from the start."""
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -146,7 +162,7 @@ def size(num_bytes: int) -> str:
 
 
 def ids(numbers: Sequence[int]) -> str:
-    """Expert ids in short: 0-63, or 0, 2, 4, … (64)."""
+    """Numbers of experts or ranks, abbreviated: 0-63, or 0, 2, 4, 6, … (64)."""
     if not numbers:
         return "none"
     if list(numbers) == list(range(numbers[0], numbers[-1] + 1)):

@@ -1,65 +1,86 @@
-"""`reshard`: one core call, with progress."""
+"""`lorashard reshard`: a shard directory -> one with another placement."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Optional
 
+import typer
+
+from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.reshard.reshard import reshard_shards
-from lorashard.shards.directory import read_manifest
-from lorashard.shards.names import REPLICATED_NAME, adapter_name, directory_name
-from lorashard.shards.placement import Strategy
-from lorashard.storage.remote import Location, RemoteFolder
+
+if TYPE_CHECKING:
+    from lorashard.storage.remote import Location
 
 
-def target(shards: Location, out: Path | None, ep_size: int) -> Path:
-    """OUT, or beside SHARDS, or here for remote ones, its name ending in -epN."""
-    if out is not None:
-        return out
-    beside = Path(shards.name if isinstance(shards, RemoteFolder) else os.path.abspath(shards))
-    return beside.parent / directory_name(adapter_name(beside.name), ep_size)
+def reshard(
+    shards: opt.Shards,
+    ep_size: opt.EpSize,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            help="Target directory. [default: SHARDS, its name ending in -epN]",
+            show_default=False,
+        ),
+    ] = None,
+    placement: opt.Placement = "linear",
+    expert_map: opt.ExpertMap = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Redistribute the experts of a shard directory, bit for bit, without the source adapter."""
+    from lorashard.reshard.reshard import reshard_shards  # noqa: PLC0415
+    from lorashard.shards.directory import locate_shards  # noqa: PLC0415
+    from lorashard.shards.names import REPLICATED_NAME  # noqa: PLC0415
+    from lorashard.storage.remote import RemoteFolder  # noqa: PLC0415
 
-
-def run_reshard(
-    shards: Location,
-    out: Path,
-    ep_size: int,
-    strategy: Strategy,
-    expert_map: Path | None,
-    *,
-    force: bool,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Location the experts of a shard directory anew; returns what `--json` prints."""
-    total = sum(file.digest.size_bytes for file in read_manifest(shards).files.values())
-    with render.progress_bar(f"reshard {shards.name}", total, quiet=quiet) as progress:
+    opt.refuse_two_placements(placement, expert_map)
+    located = locate_shards(shards)
+    place = located.place
+    target = _default_target(place, ep_size) if out is None else out
+    total = sum(file.digest.size_bytes for file in located.manifest.files.values())
+    with render.progress_bar(f"reshard {place.name}", total, quiet=quiet) as bar:
         manifest = reshard_shards(
-            shards,
-            out,
+            located,
+            target,
             ep_size,
-            strategy=strategy,
+            strategy=placement,
             expert_map=expert_map,
             force=force,
-            progress=progress,
+            progress=bar.advance,
         )
-    placement = manifest.placement
+    placed = manifest.placement
     sizes = {name: file.digest.size_bytes for name, file in manifest.files.items()}
     largest = max(size for name, size in sizes.items() if name != REPLICATED_NAME)
     render.say(
-        f"{shards}: {placement.num_experts} experts in {len(manifest.modules)} modules on "
-        f"{placement.ep_size} ranks, {render.size(sizes[REPLICATED_NAME])} replicated + "
+        f"{place}: {placed.num_experts} experts in {len(manifest.modules)} modules on "
+        f"{placed.ep_size} ranks, {render.size(sizes[REPLICATED_NAME])} replicated + "
         f"{render.size(largest)} per rank",
         quiet=quiet,
     )
-    return {
-        "shards": str(shards),
-        "revision": shards.revision if isinstance(shards, RemoteFolder) else None,
-        "out": str(out),
-        "num_experts": placement.num_experts,
-        "placement": placement.strategy,
-        "ep_size": placement.ep_size,
-        "ranks": [list(experts) for experts in placement.ranks],
+    result = {
+        "shards": str(place),
+        "revision": place.revision if isinstance(place, RemoteFolder) else None,
+        "out": str(target),
+        "num_experts": placed.num_experts,
+        "placement": placed.strategy,
+        "ep_size": placed.ep_size,
+        "ranks": [list(experts) for experts in placed.ranks],
         "files": sizes,
     }
+    render.print_result(result, target, as_json=as_json, quiet=quiet)
+
+
+def _default_target(shards: Location, ep_size: int) -> Path:
+    """Beside local shards, in the current directory for remote ones; the name ends in -epN."""
+    from lorashard.shards.names import adapter_name, directory_name  # noqa: PLC0415
+    from lorashard.storage.remote import RemoteFolder  # noqa: PLC0415
+
+    beside = Path(shards.name if isinstance(shards, RemoteFolder) else os.path.abspath(shards))
+    return beside.parent / directory_name(adapter_name(beside.name), ep_size)

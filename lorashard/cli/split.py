@@ -1,102 +1,146 @@
-"""`split` and `merge`: one core call each, with progress."""
+"""`lorashard split`: adapters -> shard directories."""
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
-from lorashard.adapter.read import is_plain_adapter
+import typer
+
+from lorashard.cli import options as opt
 from lorashard.cli import render
 from lorashard.errors import AdapterError, BatchError
-from lorashard.merge import merge_shards
-from lorashard.progress import Progress
-from lorashard.shards.directory import has_manifest, is_shard_directory, read_manifest
-from lorashard.shards.names import MANIFEST_NAME
-from lorashard.shards.replan import source_was_pickled
-from lorashard.split.jobs import Job, find_adapters, names_several, plan_jobs, read_list
-from lorashard.split.pipeline import SplitRequest, prepared_split, write_shards
-from lorashard.split.resume import is_already_split
-from lorashard.storage.parallel import Outcome, run_concurrently
-from lorashard.storage.remote import local_copy, locate
-from lorashard.storage.staging import check_target
+
+if TYPE_CHECKING:
+    from lorashard.split.batch import AdapterOutcome
+    from lorashard.split.pipeline import SplitRequest
+    from lorashard.split.run import SplitResult
+    from lorashard.split.selection import SplitJob
 
 
-def chosen_jobs(
-    named: Sequence[str], listed: Iterable[str] | None, out: Path | None, ep_size: int
-) -> tuple[tuple[Job, ...], bool]:
-    """The adapters that were named with their targets, and whether they are a batch."""
-    if listed is not None:
-        named = [*named, *read_list(listed)]
-    if not named:
+def split(
+    ep_size: opt.EpSize,
+    adapters: Annotated[
+        Optional[list[str]],
+        typer.Argument(
+            metavar="ADAPTER",
+            help="PEFT adapters: directories, hf://owner/name[@revision], other URLs, patterns such "
+            "as 'runs/*', or a Hub collection, hf://collections/owner/name.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            help="Target directory; with several adapters, the directory for all of them. "
+            "[default: ADAPTER-epN]",
+            show_default=False,
+        ),
+    ] = None,
+    placement: opt.Placement = "linear",
+    expert_map: opt.ExpertMap = None,
+    model: opt.Model = None,
+    num_experts: opt.NumExperts = None,
+    dtype: opt.Dtype = None,
+    lora_b_layout: opt.LoraBLayout = None,
+    orientation: opt.Orientation = None,
+    allow_pickle: opt.AllowPickle = False,
+    force: opt.Force = False,
+    listed: Annotated[
+        Optional[typer.FileText],
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="A file with one adapter per line; - is stdin.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="How many adapters to split at once.")
+    ] = 2,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep a directory that is finished and of the same adapter."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and decide everything, but write nothing.")
+    ] = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Split adapters into one file per expert-parallel rank."""
+    from lorashard.split.selection import (  # noqa: PLC0415
+        find_adapters,
+        is_batch,
+        plan_jobs,
+        read_list,
+    )
+
+    request = opt.split_request(
+        ep_size=ep_size,
+        placement=placement,
+        expert_map=expert_map,
+        model=model,
+        num_experts=num_experts,
+        lora_b_layout=lora_b_layout,
+        orientation=orientation,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+    )
+    names = [*(adapters or ()), *(read_list(listed) if listed is not None else ())]
+    if not names:
         raise AdapterError("No adapter is named.", hint="lorashard split ADAPTER --ep-size N")
-    several = listed is not None or names_several(named)
-    return plan_jobs(find_adapters(named), out, ep_size, several=several), several
+    batch = listed is not None or is_batch(names)
+    jobs = plan_jobs(find_adapters(names), out, ep_size, batch=batch)
+    if batch:
+        gc.enable()  # free what one adapter leaves behind before the next
+        _split_batch(
+            jobs, request, workers=workers, force=force, resume=resume, dry_run=dry_run,
+            as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+    else:
+        _split_one(
+            jobs[0], request, force=force, resume=resume, dry_run=dry_run,
+            as_json=as_json, quiet=quiet,
+        )  # fmt: skip
 
 
-def run_split(
-    job: Job,
+def _split_one(
+    job: SplitJob,
     request: SplitRequest,
     *,
     force: bool,
     resume: bool,
     dry_run: bool,
+    as_json: bool,
     quiet: bool,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Split one adapter, or say what would happen; returns what `--json` prints.
+) -> None:
+    from lorashard.split.run import run_split  # noqa: PLC0415
 
-    progress: of a batch, which has a bar of its own. There, shards among the adapters are ignored:
-    they are what `runs/*` finds the second time.
-    """
-    out, adapter = job.target, locate(job.adapter)
-    if progress is not None and has_manifest(adapter):
-        return {"adapter": job.adapter, "status": "ignored", "out": None}
-    if not resume:
-        check_target(out, force=force, replaceable=is_shard_directory)
-    with prepared_split(adapter, request) as prepared:
-        for note in prepared.notes:
-            render.say(f"note: {note}", quiet=quiet)
-        placement, plan = prepared.placement, prepared.plan
-        total = prepared.source.index.file_size
-        silent = quiet or progress is not None
-        with render.progress_bar(f"split {adapter.name}", total, quiet=silent) as bar:
-            skip = resume and is_already_split(out, prepared, request, progress or bar)
-        check_target(out, force=force or skip, replaceable=is_shard_directory)
-        if not (dry_run or skip):
-            with render.progress_bar(f"split {adapter.name}", total, quiet=silent) as bar:
-                write_shards(prepared, out, request, force=force, progress=progress or bar)
-        sizes = [file.size_bytes for file in plan.files]
-        told = request.model is not None or request.options.num_experts is not None
-        counted = prepared.layout.numbers_experts_only and not told
-        remark = " (dry run, nothing written)" if dry_run else ""
-        render.say(
-            f"{adapter}: {prepared.layout.num_experts} experts"
-            f"{' (counted; --model checks it)' if counted else ''} in "
-            f"{len(prepared.layout.modules)} modules on {placement.ep_size} ranks, "
-            f"{render.size(sizes[0])} replicated + {render.size(max(sizes[1:]))} per rank"
-            + (" (already there)" if skip else remark),
-            quiet=quiet,
+    with render.progress_bar(f"split {Path(job.adapter).name}", quiet=quiet) as bar:
+        result = run_split(
+            job.adapter,
+            job.target,
+            request,
+            force=force,
+            resume=resume,
+            dry_run=dry_run,
+            note=lambda text: render.say(f"note: {text}", quiet=quiet),
+            started=bar.restart,
+            progress=bar.advance,
         )
-        return {
-            "adapter": str(adapter),
-            "status": "skipped" if skip else "done",
-            "out": str(out),
-            "dry_run": dry_run,
-            "num_experts": prepared.layout.num_experts,
-            "num_modules": len(prepared.layout.modules),
-            "placement": placement.strategy,
-            "ep_size": placement.ep_size,
-            "ranks": [list(experts) for experts in placement.ranks],
-            "files": {file.name: file.size_bytes for file in plan.files},
-            "notes": list(prepared.notes),
-        }
+    _say_result(result, quiet=quiet)
+    render.print_result(_result_json(result), result.out, as_json=as_json, quiet=quiet)
 
 
-def run_batch(
-    jobs: Sequence[Job],
+def _split_batch(
+    jobs: Sequence[SplitJob],
     request: SplitRequest,
     *,
     workers: int,
@@ -106,70 +150,89 @@ def run_batch(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Split all; what cannot be split is told in the end. Raises BatchError."""
+    """Split all of them; report failures at the end. Raises BatchError if there are any."""
+    from lorashard.split.batch import split_jobs  # noqa: PLC0415
+
     with render.count_bar("split", len(jobs), quiet=quiet) as advance:
 
-        def work(job: Job, progress: Progress) -> dict[str, Any]:
-            return run_split(
-                job, request, force=force, resume=resume, dry_run=dry_run, quiet=quiet,
-                progress=progress,
-            )  # fmt: skip
-
-        def finished(outcome: Outcome[Job, dict[str, Any]]) -> None:
+        def finished(outcome: AdapterOutcome) -> None:
             advance(1)
             if outcome.error is not None:
                 render.say(f"error: {outcome.error}")
-            elif outcome.result and outcome.result["out"] and not (as_json or quiet):
-                render.print_line(outcome.result["out"])
+            elif outcome.result is not None:
+                _say_result(outcome.result, quiet=quiet)
+                if not (as_json or quiet):
+                    render.print_line(str(outcome.result.out))
 
-        outcomes = run_concurrently(jobs, work, workers=workers, finished=finished)
+        outcomes = split_jobs(
+            jobs,
+            request,
+            workers=workers,
+            force=force,
+            resume=resume,
+            dry_run=dry_run,
+            note=lambda text: render.say(f"note: {text}", quiet=quiet),
+            finished=finished,
+        )
     if as_json:
-        render.print_json([_describe(outcome) for outcome in outcomes])
-    statuses = Counter(outcome.result["status"] for outcome in outcomes if outcome.result)
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    ignored = f", {statuses['ignored']} ignored as shards" if statuses["ignored"] else ""
+        render.print_json([_outcome_json(outcome) for outcome in outcomes])
+    counts = Counter(outcome.status for outcome in outcomes)
+    ignored = f", {counts['ignored']} ignored as shards" if counts["ignored"] else ""
     render.say(
-        f"{statuses['done']} split, {statuses['skipped']} already there, {len(failed)} failed{ignored}",
+        f"{counts['done']} split, {counts['skipped']} already there, "
+        f"{counts['failed']} failed{ignored}",
         quiet=quiet,
     )
-    for outcome in failed:
-        render.say(f"  failed: {outcome.job.adapter}", quiet=quiet)
-    if failed:
-        raise BatchError([o.error for o in failed if o.error is not None], len(outcomes))
+    errors = []
+    for outcome in outcomes:
+        if outcome.error is not None:
+            render.say(f"  failed: {outcome.adapter}", quiet=quiet)
+            errors.append(outcome.error)
+    if errors:
+        raise BatchError(errors, len(outcomes))
 
 
-def _describe(outcome: Outcome[Job, dict[str, Any]]) -> dict[str, Any]:
-    if outcome.error is None:
-        return outcome.result or {}
+def _say_result(result: SplitResult, *, quiet: bool) -> None:
+    sizes = list(result.file_sizes.values())
+    inferred = " (counted; --model checks it)" if result.num_experts_inferred else ""
+    if result.status == "skipped":
+        remark = " (already there)"
+    else:
+        remark = " (dry run, nothing written)" if result.dry_run else ""
+    render.say(
+        f"{result.adapter}: {result.num_experts} experts{inferred} in {result.num_modules} modules "
+        f"on {result.placement.ep_size} ranks, {render.size(sizes[0])} replicated + "
+        f"{render.size(max(sizes[1:]))} per rank{remark}",
+        quiet=quiet,
+    )
+
+
+def _result_json(result: SplitResult) -> dict[str, Any]:
     return {
-        "adapter": outcome.job.adapter,
-        "status": "failed",
-        "out": str(outcome.job.target),
-        "error": outcome.error.message,
-        "hint": outcome.error.hint,
-        "exit_code": outcome.error.exit_code,
+        "adapter": result.adapter,
+        "status": result.status,
+        "out": str(result.out),
+        "dry_run": result.dry_run,
+        "num_experts": result.num_experts,
+        "num_modules": result.num_modules,
+        "placement": result.placement.strategy,
+        "ep_size": result.placement.ep_size,
+        "ranks": [list(experts) for experts in result.placement.ranks],
+        "files": dict(result.file_sizes),
+        "notes": list(result.notes),
     }
 
 
-def run_merge(shards: str, out: Path, *, force: bool, quiet: bool) -> dict[str, Any]:
-    """Merge shards back; returns what `--json` prints."""
-    place = locate(shards)
-    manifest = read_manifest(place)
-    weights = manifest.source.files[WEIGHTS_NAME]
-    check_target(out, force=force, replaceable=is_plain_adapter)
-    with (
-        local_copy(place, (MANIFEST_NAME, CONFIG_NAME, *manifest.files)) as directory,
-        render.progress_bar(f"merge {place.name}", weights.size_bytes, quiet=quiet) as progress,
-    ):
-        merge_shards(directory, out, force=force, progress=progress)
-    if source_was_pickled(manifest):
-        render.say(
-            f"note: the source was a pickle; its tensors are given back as {WEIGHTS_NAME}.",
-            quiet=quiet,
-        )
+def _outcome_json(outcome: AdapterOutcome) -> dict[str, Any]:
+    if outcome.result is not None:
+        return _result_json(outcome.result)
+    if outcome.error is None:
+        return {"adapter": outcome.adapter, "status": outcome.status, "out": None}
     return {
-        "shards": shards,
-        "out": str(out),
-        "size": weights.size_bytes,
-        "blake3": weights.blake3,
+        "adapter": outcome.adapter,
+        "status": outcome.status,
+        "out": str(outcome.target),
+        "error": outcome.error.message,
+        "hint": outcome.error.hint,
+        "exit_code": outcome.error.exit_code,
     }

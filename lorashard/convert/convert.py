@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,13 +30,19 @@ from lorashard.convert.tensor_blocks import read_tensor_blocks
 from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.errors import AdapterError, VerificationError
 from lorashard.progress import Progress
-from lorashard.shards.directory import check_file, read_manifest, reading_shards
+from lorashard.shards.directory import (
+    LocatedShards,
+    Shards,
+    local_shards,
+    locate_shards,
+    opened_files,
+)
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.plan import ShardPlan, Target
-from lorashard.shards.replan import check_manifest, digest_finding, read_own_config, replan
+from lorashard.shards.replan import check_shards, describe_wrong_digest
 from lorashard.storage.digests import digest_of, read_in_steps
-from lorashard.storage.local import LocalFile, write_all, write_synced
-from lorashard.storage.remote import locate
+from lorashard.storage.local import ByteSource, write_all, write_synced
+from lorashard.storage.remote import Location, RemoteFile, locate
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.writing.blocks import BLOCK_BYTES
 
@@ -46,7 +51,8 @@ from lorashard.writing.blocks import BLOCK_BYTES
 class PreparedConversion:
     """Everything decided about one shard directory, nothing written."""
 
-    shards: Path
+    shards: Location
+    files: tuple[Path | RemoteFile, ...]
     manifest: Manifest
     plan: ShardPlan
     slots: SlotTable
@@ -59,7 +65,7 @@ class PreparedConversion:
 
 
 def convert_shards(
-    shards: str | os.PathLike[str],
+    shards: Shards,
     out: str | os.PathLike[str],
     layout: PeftLayout,
     *,
@@ -70,6 +76,7 @@ def convert_shards(
 ) -> PreparedConversion:
     """Write the PEFT adapter `out` with the experts of `shards`. It appears whole or not at all.
 
+    shards: a directory, or hf://owner/name[@revision] or another URL, which is fetched first.
     layout: "per_expert", a pair for each expert, as PEFT writes with transformers 4; or "fused",
     as PEFT >= 0.19 writes with transformers 5 and target_parameters.
     model: the base model's directory, config.json or id on the Hub, for what the shards do not say
@@ -80,13 +87,16 @@ def convert_shards(
     """
     target = Path(out)
     check_target(target, force=force, replaceable=is_plain_adapter)
-    prepared = prepare_conversion(Path(shards), layout, model=model, orientation=orientation)
-    write_conversion(prepared, target, force=force, progress=progress)
+    located = locate_shards(shards)
+    with local_shards(located) as directory:
+        local = LocatedShards(directory, located.manifest)
+        prepared = prepare_conversion(local, layout, model=model, orientation=orientation)
+        write_conversion(prepared, target, force=force, progress=progress)
     return prepared
 
 
 def prepare_conversion(
-    shards: Path,
+    shards: LocatedShards,
     layout: PeftLayout,
     *,
     model: str | os.PathLike[str] | None = None,
@@ -95,19 +105,16 @@ def prepare_conversion(
     """Decide everything. Reads headers, and the lora_A of gate and up until they differ."""
     if layout not in PEFT_LAYOUTS:
         raise AdapterError(f"layout {layout!r} is not one of {', '.join(PEFT_LAYOUTS)}.")
-    manifest = read_manifest(shards)
-    config_bytes = read_own_config(manifest, shards)
-    source, plan = replan(manifest, config_bytes, shards)
-    check_manifest(manifest, source, shards)
-    for name, recorded in manifest.files.items():
-        check_file(shards / name, recorded)
-    config = parse_config(config_bytes, str(shards / CONFIG_NAME))
+    checked = check_shards(shards)
+    manifest, source, plan = checked.manifest, checked.layout, checked.plan
+    config_bytes = checked.config_bytes
+    config = parse_config(config_bytes, f"{checked.place}/{CONFIG_NAME}")
     facts = read_model_facts(locate(model)) if model else None
     merge_facts(manifest.options, facts)  # refuses a model with another number of experts
     slots = find_slots(source, manifest.placement, plan)
     equal_inputs: frozenset[str] = frozenset()
     if layout == "fused":
-        with reading_shards(), _opened(shards, plan) as files:
+        with opened_files(checked.files) as files:
             equal_inputs = frozenset(_modules_with_equal_inputs(source, plan, slots, files))
     target = describe_target(
         source,
@@ -119,7 +126,7 @@ def prepare_conversion(
         stack_dtypes=stack_dtypes_in(plan),
     )
     conversion = plan_conversion(source, plan, config, config_bytes, target)
-    return PreparedConversion(shards, manifest, plan, slots, conversion)
+    return PreparedConversion(checked.place, checked.files, manifest, plan, slots, conversion)
 
 
 def write_conversion(
@@ -129,32 +136,26 @@ def write_conversion(
     with staged_directory(
         out, last=CONFIG_NAME, force=force, replaceable=is_plain_adapter
     ) as staging:
-        with reading_shards(), _opened(prepared.shards, prepared.plan) as files:
+        with opened_files(prepared.files) as files:
             _check_digests(prepared, files, progress)
             _write_weights(prepared, files, staging / WEIGHTS_NAME, progress)
         write_synced(staging / CONFIG_NAME, prepared.conversion.config)
 
 
-@contextmanager
-def _opened(shards: Path, plan: ShardPlan) -> Iterator[list[LocalFile]]:
-    with ExitStack() as stack:
-        yield [stack.enter_context(closing(LocalFile(shards / file.name))) for file in plan.files]
-
-
 def _check_digests(
-    prepared: PreparedConversion, files: Sequence[LocalFile], progress: Progress
+    prepared: PreparedConversion, files: Sequence[ByteSource], progress: Progress
 ) -> None:
     findings = []
     for planned, file in zip(prepared.plan.files, files):
         digest = digest_of(file, 0, planned.size_bytes, progress)
         if digest != prepared.manifest.files[planned.name].digest.blake3:
-            findings.append(digest_finding(prepared.shards, planned.name))
+            findings.append(describe_wrong_digest(prepared.shards, planned.name))
     if findings:
-        raise VerificationError(prepared.shards, tuple(findings))
+        raise VerificationError(str(prepared.shards), tuple(findings))
 
 
 def _write_weights(
-    prepared: PreparedConversion, files: Sequence[LocalFile], path: Path, progress: Progress
+    prepared: PreparedConversion, files: Sequence[ByteSource], path: Path, progress: Progress
 ) -> None:
     conversion = prepared.conversion
     buffer = memoryview(bytearray(BLOCK_BYTES))
@@ -180,7 +181,7 @@ def _write_weights(
 
 
 def _modules_with_equal_inputs(
-    source: AdapterLayout, plan: ShardPlan, slots: SlotTable, files: Sequence[LocalFile]
+    source: AdapterLayout, plan: ShardPlan, slots: SlotTable, files: Sequence[ByteSource]
 ) -> Iterator[str]:
     """The modules whose gate and up have one lora_A; a module is read up to the first difference."""
     dtypes = stack_dtypes_in(plan)
@@ -202,7 +203,7 @@ def _file_order(pair: tuple[Target, Target]) -> tuple[int, int, int]:
 def _is_equal(
     pair: tuple[Target, Target],
     size_bytes: int,
-    files: Sequence[LocalFile],
+    files: Sequence[ByteSource],
     buffers: tuple[memoryview, memoryview],
 ) -> bool:
     for begin in range(0, size_bytes, BLOCK_BYTES):

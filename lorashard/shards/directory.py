@@ -1,110 +1,195 @@
-"""Open a finished shard directory and read tensors from it. No torch unless a tensor is asked for.
+"""A shard directory, here or remote: its manifest, the files that belong in it, how they are opened.
 
-shards = open_shards("adapter-ep2")
-shards.placement.ranks[0]                 # global expert ids of ep rank 0, in slot order
-rank = shards.rank(0)
-rank.tensor("model.layers.3.mlp.experts.gate_proj.lora_A")     # torch [E_local, r, H]
+In: what a user named as a path, a Hub id or a URL. Out: the manifest, and files that are proven to
+have the size (of local ones also the header) that it records.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorashard.adapter.config import CONFIG_NAME
 from lorashard.errors import HeaderError, LorashardError, ManifestError, ShardError
-from lorashard.header import TensorEntry
 from lorashard.shards.manifest import (
     FileDigest,
     Manifest,
-    ModuleInfo,
     ShardFile,
     format_manifest,
     parse_manifest,
 )
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
-from lorashard.shards.placement import Placement
-from lorashard.storage.local import LocalFile, write_synced
-from lorashard.storage.remote import Location, RemoteFile, RemoteFolder
+from lorashard.storage.ahead import WINDOW_BYTES
+from lorashard.storage.local import ByteSource, LocalFile, write_synced
+from lorashard.storage.remote import Location, RemoteFile, RemoteFolder, local_copy, locate
 from lorashard.storage.safetensors_file import read_header
 
-if TYPE_CHECKING:
-    import torch
+# All remote files of a directory are open at once, each with one window being read and one being
+# fetched. Together the windows take about this much memory.
+_FETCHED_BYTES = 32 * 2**20
+_LEAST_WINDOW_BYTES = 256 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFile:
-    """One safetensors file of a shard directory, its header checked against the manifest."""
+class LocatedShards:
+    """A shard directory whose manifest has been read, and nothing else yet."""
 
-    path: Path
-    entries: Mapping[str, TensorEntry]
-
-    def read_bytes(self, name: str) -> bytes:
-        """A tensor's bytes, row-major, little-endian. Raises KeyError for an unknown name."""
-        entry = self.entries[name]
-        buffer = bytearray(entry.size_bytes)
-        file = LocalFile(self.path)
-        try:
-            file.read_into(memoryview(buffer), entry.begin)
-        finally:
-            file.close()
-        return bytes(buffer)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, with torch. Raises KeyError for an unknown name."""
-        from safetensors import safe_open  # noqa: PLC0415
-
-        if name not in self.entries:
-            raise KeyError(name)
-        with safe_open(self.path, "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
-
-
-@dataclass(frozen=True, slots=True)
-class ShardDirectory:
-    """A finished shard directory. Opening it reads the manifest only."""
-
-    path: Path
+    place: Location
     manifest: Manifest
 
-    @property
-    def placement(self) -> Placement:
-        """Which global experts stand on which ep rank, in which slot."""
-        return self.manifest.placement
 
-    @property
-    def modules(self) -> Mapping[str, ModuleInfo]:
-        """The experts containers by name: layout, gate_up, scaling, untrained experts."""
-        return self.manifest.modules
+# What the functions of the Python API take: a path, hf://owner/name[@revision], another URL.
+Shards = str | os.PathLike[str] | RemoteFolder | LocatedShards
 
-    def rank(self, ep_rank: int) -> TensorFile:
-        """The experts of one ep rank: tensors [E_local, ...]. Raises ShardError."""
-        if not 0 <= ep_rank < self.placement.ep_size:
-            raise ShardError(
-                f"{self.path}: no ep rank {ep_rank}; there are {self.placement.ep_size}."
+
+def locate_shards(shards: Shards) -> LocatedShards:
+    """Read the manifest of a shard directory, unless that has been done.
+
+    Raises AdapterError if a remote place does not answer, ManifestError if it is not a finished
+    shard directory.
+    """
+    if isinstance(shards, LocatedShards):
+        return shards
+    place = locate(shards)
+    return LocatedShards(place, read_manifest(place))
+
+
+@contextmanager
+def local_shards(shards: LocatedShards, ep_ranks: Sequence[int] | None = None) -> Iterator[Path]:
+    """The directory on this machine: a remote one is fetched, whole or what some ranks need.
+
+    Hub files stay in the Hub's cache; those of other places are deleted when the block ends.
+    Raises AdapterError, or ShardError for a rank that the directory does not have.
+    """
+    manifest = shards.manifest
+    files = manifest.files if ep_ranks is None else needed_files(manifest, ep_ranks, shards.place)
+    with local_copy(shards.place, (MANIFEST_NAME, CONFIG_NAME, *files)) as directory:
+        yield directory
+
+
+# What belongs in a shard directory.
+
+
+def claims_to_be_shards(place: Location) -> bool:
+    """Whether a place has a manifest, so that it is to be read as shards and not as an adapter.
+
+    The manifest may still turn out to be damaged.
+    """
+    if isinstance(place, RemoteFolder):
+        return place.has(MANIFEST_NAME)
+    return (place / MANIFEST_NAME).is_file()
+
+
+def shard_directory_names(manifest: Manifest) -> frozenset[str]:
+    """The names of all files that make up a shard directory."""
+    return frozenset({MANIFEST_NAME, CONFIG_NAME, *manifest.files})
+
+
+def holds_only_shards(path: Path, names: frozenset[str]) -> bool:
+    """Whether a directory with `names` in it is a finished shard directory and nothing else.
+
+    This is what `--force` may replace. A README.md or a dot file, which `verify` tolerates, is
+    somebody's work and would be lost, so a directory that has one is not replaced.
+    """
+    try:
+        return names <= shard_directory_names(read_manifest(path))
+    except LorashardError:
+        return False
+
+
+def is_repository_file(name: str) -> bool:
+    """Whether a repository or a download adds a file of this name to the shards that it holds.
+
+    For example README.md (the model card), .gitattributes, .cache.
+    """
+    return name == "README.md" or name.startswith(".")
+
+
+# The manifest.
+
+
+def read_manifest(directory: Location) -> Manifest:
+    """The manifest of a shard directory. Raises ManifestError if it has none, or a damaged one."""
+    return parse_manifest(manifest_bytes(directory), f"{directory}/{MANIFEST_NAME}")
+
+
+def manifest_bytes(directory: Location) -> bytes:
+    """The manifest as it is stored. Raises ManifestError if there is none."""
+    if isinstance(directory, RemoteFolder):
+        file = directory.file(MANIFEST_NAME)
+        if file is None:
+            raise ManifestError(
+                f"{directory}/{MANIFEST_NAME}",
+                "no such file",
+                hint="Is the name right, and is this a shard directory written by `lorashard split`?",
             )
-        return self._open(rank_file_name(ep_rank, self.placement.ep_size))
+        return file.read(0, file.size_bytes)
+    path = directory / MANIFEST_NAME
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        reason = "not a finished shard directory" if directory.is_dir() else "no such directory"
+        raise ManifestError(path, reason) from err
 
-    def replicated(self) -> TensorFile:
-        """What every rank needs beside its experts. Raises ShardError."""
-        return self._open(REPLICATED_NAME)
 
-    def _open(self, name: str) -> TensorFile:
-        check_file(self.path / name, self.manifest.files[name])
-        return TensorFile(
-            self.path / name, {entry.name: entry for entry in self.manifest.files[name].tensors}
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write lorashard.json and sync it, after checking that it can be read back unchanged."""
+    content, path = format_manifest(manifest), directory / MANIFEST_NAME
+    if parse_manifest(content, str(path)) != manifest:
+        raise ManifestError(
+            path,
+            "cannot be read back as it was written",
+            hint="This is a bug in lorashard; please report it. Nothing was written.",
         )
+    write_synced(path, content)
 
 
-def open_shards(path: str | os.PathLike[str]) -> ShardDirectory:
-    """Open a shard directory. Raises ManifestError if it is not a finished one."""
-    directory = Path(path)
-    return ShardDirectory(directory, read_manifest(directory))
+# The other files.
+
+
+def needed_files(
+    manifest: Manifest, ep_ranks: Sequence[int], where: object
+) -> dict[str, FileDigest]:
+    """The files beside the manifest that these ranks need. Raises ShardError for a wrong rank."""
+    ep_size = manifest.placement.ep_size
+    for ep_rank in ep_ranks:
+        if not 0 <= ep_rank < ep_size:
+            raise ShardError(
+                f"{where}: no ep rank {ep_rank}; it is split for {ep_size} ranks, "
+                f"0 to {ep_size - 1}."
+            )
+    names = [REPLICATED_NAME, *(rank_file_name(k, ep_size) for k in sorted(set(ep_ranks)))]
+    config = manifest.source.files[CONFIG_NAME]
+    return {CONFIG_NAME: config} | {name: manifest.files[name].digest for name in names}
+
+
+def find_files(shards: LocatedShards) -> tuple[Path | RemoteFile, ...]:
+    """All shard files, in the manifest's order, checked without reading their data.
+
+    Raises ShardError if one is missing or is not as the manifest records it.
+    """
+    place, recorded = shards.place, shards.manifest.files
+    if isinstance(place, RemoteFolder):
+        return tuple(find_file(place, name, file.digest) for name, file in recorded.items())
+    for name, file in recorded.items():
+        check_file(place / name, file)
+    return tuple(place / name for name in recorded)
+
+
+def find_file(source: RemoteFolder, name: str, digest: FileDigest) -> RemoteFile:
+    """A file of a remote directory. Raises ShardError if it is missing or has another size."""
+    file = source.file(name)
+    if file is None:
+        raise ShardError(f"{source}: no {name}.", hint="Upload the whole directory again.")
+    if file.size_bytes != digest.size_bytes:
+        raise ShardError(
+            f"{file.name}: {file.size_bytes} bytes, the manifest says {digest.size_bytes}.",
+            hint="Upload the whole directory again; its files belong together.",
+        )
+    return file
 
 
 def check_file(path: Path, recorded: ShardFile) -> None:
@@ -119,7 +204,7 @@ def check_file(path: Path, recorded: ShardFile) -> None:
     if header.file_size != recorded.digest.size_bytes:
         raise ShardError(
             f"{path}: {header.file_size} bytes, the manifest says {recorded.digest.size_bytes}.",
-            hint="Copy the file again; it is another one or cut short.",
+            hint="Copy the file again; it is incomplete or belongs to another directory.",
         )
     if "ep_rank" in header.metadata:
         ep_rank, ep_size = header.metadata["ep_rank"], header.metadata.get("ep_size", "")
@@ -127,7 +212,7 @@ def check_file(path: Path, recorded: ShardFile) -> None:
         if path.name != written_as:
             raise ShardError(
                 f"{path}: was written as {written_as}.",
-                hint="Files of ranks are swapped; copy the directory again.",
+                hint="The files of two ranks are swapped; copy the directory again.",
             )
     if header.tensors != recorded.tensors:
         raise ShardError(
@@ -137,85 +222,26 @@ def check_file(path: Path, recorded: ShardFile) -> None:
 
 
 @contextmanager
+def opened_files(files: Sequence[Path | RemoteFile]) -> Iterator[list[ByteSource]]:
+    """Open shard files, all at once. A remote one is to be read front to back.
+
+    What goes wrong while they are read is raised as a ShardError (local) or AdapterError (remote).
+    """
+    window = max(_LEAST_WINDOW_BYTES, min(WINDOW_BYTES, _FETCHED_BYTES // max(1, len(files))))
+    with reading_shards(), ExitStack() as stack:
+        opened: list[ByteSource] = []
+        for file in files:
+            if isinstance(file, RemoteFile):
+                opened.append(stack.enter_context(file.opened(window_bytes=window, ahead=1)))
+            else:
+                opened.append(stack.enter_context(closing(LocalFile(file))))
+        yield opened
+
+
+@contextmanager
 def reading_shards() -> Iterator[None]:
-    """What goes wrong while a shard file is read is a fault of the shards."""
+    """Whatever goes wrong while a shard file is read becomes a ShardError."""
     try:
         yield
     except HeaderError as err:
         raise ShardError(f"{err.path}: {err.reason}.", hint="Copy the file again.") from err
-
-
-_REPORT = "A fault of lorashard; please report it. Nothing was written."
-
-
-def read_manifest(directory: Location) -> Manifest:
-    """The manifest of a shard directory. Raises ManifestError if it has none, or a damaged one."""
-    return parse_manifest(manifest_bytes(directory), f"{directory}/{MANIFEST_NAME}")
-
-
-def manifest_bytes(directory: Location) -> bytes:
-    """The manifest as it stands there. Raises ManifestError if there is none."""
-    if isinstance(directory, RemoteFolder):
-        file = directory.file(MANIFEST_NAME)
-        if file is None:
-            raise ManifestError(
-                f"{directory}/{MANIFEST_NAME}",
-                "no such file",
-                hint="Is the name right, and is it a shard directory, as `lorashard split` writes it?",
-            )
-        return file.read(0, file.size_bytes)
-    path = directory / MANIFEST_NAME
-    try:
-        return path.read_bytes()
-    except OSError as err:
-        reason = "not a finished shard directory" if directory.is_dir() else "no such directory"
-        raise ManifestError(path, reason) from err
-
-
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write lorashard.json and sync it, once it is known to be read as what it was made of."""
-    content, path = format_manifest(manifest), directory / MANIFEST_NAME
-    if parse_manifest(content, str(path)) != manifest:
-        raise ManifestError(path, "would be read otherwise than it was written", hint=_REPORT)
-    write_synced(path, content)
-
-
-def has_manifest(place: Location) -> bool:
-    """Whether a place is a shard directory rather than an adapter."""
-    if isinstance(place, RemoteFolder):
-        return place.has(MANIFEST_NAME)
-    return (place / MANIFEST_NAME).exists()
-
-
-def is_shard_directory(path: Path, names: frozenset[str]) -> bool:
-    """Whether `path`, with `names` in it, is a finished shard directory and nothing else."""
-    try:
-        return names <= {MANIFEST_NAME, CONFIG_NAME, *read_manifest(path).files}
-    except LorashardError:
-        return False
-
-
-def needed_files(manifest: Manifest, ep_ranks: Sequence[int], where: str) -> dict[str, FileDigest]:
-    """The files beside the manifest that these ranks need. Raises ShardError for a wrong rank."""
-    ep_size = manifest.placement.ep_size
-    for ep_rank in ep_ranks:
-        if not 0 <= ep_rank < ep_size:
-            raise ShardError(
-                f"{where}: no ep rank {ep_rank}; it is cut for {ep_size}, 0 to {ep_size - 1}."
-            )
-    names = [REPLICATED_NAME, *(rank_file_name(k, ep_size) for k in sorted(set(ep_ranks)))]
-    config = manifest.source.files[CONFIG_NAME]
-    return {CONFIG_NAME: config} | {name: manifest.files[name].digest for name in names}
-
-
-def find_file(source: RemoteFolder, name: str, digest: FileDigest) -> RemoteFile:
-    """A file of a shard directory. Raises ShardError if it is not there, or of another size."""
-    file = source.file(name)
-    if file is None:
-        raise ShardError(f"{source}: no {name}.", hint="Upload the whole directory again.")
-    if file.size_bytes != digest.size_bytes:
-        raise ShardError(
-            f"{file.name}: {file.size_bytes} bytes, the manifest says {digest.size_bytes}.",
-            hint="Upload the whole directory again; its files belong together.",
-        )
-    return file

@@ -12,23 +12,27 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.adapter.keys import Projection
-from lorashard.adapter.modules import PROJECTIONS, ExpertModule
-from lorashard.adapter.options import LayoutOptions
+from lorashard.adapter.modules import PROJECTIONS
+from lorashard.adapter.options import (
+    ExpertLayout,
+    GateUp,
+    LayoutOptions,
+    LoraBLayout,
+    Orientation,
+)
 from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.errors import ManifestError
 from lorashard.header import MAX_HEADER_BYTES, TensorEntry
 from lorashard.shards.names import shard_file_names
-from lorashard.shards.placement import Placement, Ranks
-from lorashard.shards.plan import ShardPlan
+from lorashard.shards.placement import Placement, PlacementKind, Ranks
 
 FORMAT = "lorashard"
 FORMAT_VERSION = 1
 _INLINE_WIDTH = 160
-_GATE_UP = ("split", "concatenated", "interleaved", "none")
 _MAX_SCALING = 1e12
 _HEX_DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -179,11 +183,9 @@ def _parse_options(info: Mapping[str, Any], path: str) -> LayoutOptions:
     }
     return LayoutOptions(
         **counts,
-        gate_up=_one_of(info.get("gate_up"), (None, *_GATE_UP), path),
-        lora_b_layout=_one_of(
-            info.get("lora_b_layout"), (None, "rank_major", "grouped_by_expert"), path
-        ),
-        orientation=_one_of(info.get("orientation"), (None, "standard", "transposed"), path),
+        gate_up=_one_of(info.get("gate_up"), (None, *get_args(GateUp)), path),
+        lora_b_layout=_one_of(info.get("lora_b_layout"), (None, *get_args(LoraBLayout)), path),
+        orientation=_one_of(info.get("orientation"), (None, *get_args(Orientation)), path),
     )
 
 
@@ -209,7 +211,7 @@ def _parse_placement(info: Mapping[str, Any], path: str) -> Placement:
 
     num_experts = _natural(info["num_experts"], path)
 
-    if info["strategy"] not in ("linear", "round_robin", "explicit"):
+    if info["strategy"] not in get_args(PlacementKind):
         _fail(path, f"placement strategy {info['strategy']!r} is not known")
     layers = {name: ranks(rows) for name, rows in info.get("layers", {}).items()}
     return Placement(info["strategy"], num_experts, ranks(info["ranks"]), layers)
@@ -217,9 +219,9 @@ def _parse_placement(info: Mapping[str, Any], path: str) -> Placement:
 
 def _parse_module(info: Mapping[str, Any], path: str) -> ModuleInfo:
     return ModuleInfo(
-        layout=_one_of(info["layout"], ("per_expert", "fused"), path),
+        layout=_one_of(info["layout"], get_args(ExpertLayout), path),
         source_layout=str(info["source_layout"]),
-        gate_up=_one_of(info["gate_up"], _GATE_UP, path),
+        gate_up=_one_of(info["gate_up"], get_args(GateUp), path),
         lora_rank=_natural(info["lora_rank"], path),
         scaling={
             _one_of(projection, PROJECTIONS, path): tuple(_number(s, path) for s in scale)
@@ -335,33 +337,3 @@ def _pretty(value: Any, indent: str) -> str:
         items = [_pretty(v, inner) for v in value]
     opening, closing = "{}" if isinstance(value, dict) else "[]"
     return f"{opening}\n{inner}" + f",\n{inner}".join(items) + f"\n{indent}{closing}"
-
-
-def describe_files(plan: ShardPlan, digests: Sequence[str]) -> dict[str, ShardFile]:
-    """What the manifest says about the files of `plan`; digests: BLAKE3 in hex, in plan order."""
-    return {
-        file.name: ShardFile(FileDigest(file.size_bytes, digest), file.tensors)
-        for file, digest in zip(plan.files, digests)
-    }
-
-
-def has_files_of(manifest: Manifest, plan: ShardPlan) -> bool:
-    """Whether the files in the manifest are those of `plan`: names, sizes and tensor tables."""
-    planned = {file.name: (file.size_bytes, file.tensors) for file in plan.files}
-    recorded = {
-        name: (file.digest.size_bytes, file.tensors) for name, file in manifest.files.items()
-    }
-    return planned == recorded
-
-
-def describe_module(module: ExpertModule) -> ModuleInfo:
-    """What the manifest says about one experts container."""
-    return ModuleInfo(
-        layout=module.layout,
-        source_layout=str(module.source_layout),
-        gate_up=module.gate_up,
-        lora_rank=module.lora_rank,
-        scaling=dict(module.scaling),
-        absent_experts=module.absent_experts,
-        expert_lora_ranks={p: dict(odd) for p, odd in module.expert_lora_ranks.items()},
-    )

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from lorashard.adapter.base_model import ModelFacts
 from lorashard.adapter.layout import AdapterLayout
 from lorashard.errors import PlacementError
+from lorashard.vllm_options import Strategy
 
-# What vLLM places by rule, and what a placement can be.
-Strategy = Literal["linear", "round_robin"]
+# What vLLM places by rule, or a list of its own for each rank.
 PlacementKind = Literal[Strategy, "explicit"]
 Ranks = tuple[tuple[int, ...], ...]
 
@@ -108,7 +108,7 @@ def place_experts(
 ) -> Placement:
     """The placement that is asked for; an expert map, parsed JSON, wins. Raises PlacementError."""
     num_experts = layout.num_experts
-    if strategy not in ("linear", "round_robin"):
+    if strategy not in get_args(Strategy):
         raise PlacementError(f"Placement strategy {strategy!r} is not known.")
     if expert_map is not None:
         placement = explicit_placement(expert_map, num_experts, ep_size)

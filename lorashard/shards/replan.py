@@ -1,9 +1,15 @@
-"""What made a shard directory, made again from its manifest, and compared with what is there.
+"""What made a shard directory, made again from its manifest and compared with what is there.
 
-The manifest keeps the source's header, so the same pure stages lead to the same layout and plan.
+In: a manifest, which keeps the source's header, and the config beside it. Out: the layout and the
+plan that `split` carried out, since the same pure stages lead to the same result; and every
+contradiction between them and the manifest. `check_shards` is what verbs that read shards call.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from blake3 import blake3
 
@@ -24,39 +30,95 @@ from lorashard.errors import (
     VerificationError,
 )
 from lorashard.header import LENGTH_BYTES, header_length, parse_header
-from lorashard.shards.manifest import Manifest, describe_module, has_files_of
-from lorashard.shards.names import MANIFEST_NAME
-from lorashard.shards.placement import place_experts
+from lorashard.shards.describe import describe_modules, differing_files
+from lorashard.shards.directory import LocatedShards, find_files
+from lorashard.shards.manifest import Manifest
+from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME
+from lorashard.shards.placement import linear_placement, round_robin_placement
 from lorashard.shards.plan import ShardPlan, build_plan
-from lorashard.storage.remote import Location
+from lorashard.storage.remote import Location, RemoteFile
 from lorashard.storage.small_files import read_small_file
 
 
-def replan(
-    manifest: Manifest, config_bytes: bytes, shards: Location
-) -> tuple[AdapterLayout, ShardPlan]:
-    """The layout and the plan that `split` carried out, made again from the manifest.
+@dataclass(frozen=True, slots=True)
+class RebuiltPlan:
+    """What `split` decided, made again from a manifest."""
 
-    Raises ManifestError if the files that it leads to are not the ones in the manifest.
+    layout: AdapterLayout
+    plan: ShardPlan
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedShards:
+    """A shard directory whose manifest follows from its own source header, config and placement.
+
+    files: in plan order; each has the size, and if local the header, that the manifest records.
+    Their data is not read yet.
     """
-    path = f"{shards}/{MANIFEST_NAME}"
+
+    place: Location
+    manifest: Manifest
+    config_bytes: bytes
+    layout: AdapterLayout
+    plan: ShardPlan
+    files: tuple[Path | RemoteFile, ...]
+
+
+def check_shards(shards: LocatedShards) -> CheckedShards:
+    """Check everything about a shard directory that can be checked without reading tensor data.
+
+    Raises ManifestError if the manifest contradicts itself or its source, VerificationError if the
+    config was changed, ShardError if a file is missing or is not as the manifest records it.
+    """
+    place, manifest = shards.place, shards.manifest
+    config_bytes = _read_config(shards)
+    rebuilt = rebuild_plan(manifest, config_bytes, place)
+    contradiction = next(find_contradictions(manifest, rebuilt), None)
+    if contradiction is not None:
+        raise ManifestError(f"{place}/{MANIFEST_NAME}", contradiction)
+    files = find_files(shards)
+    return CheckedShards(place, manifest, config_bytes, rebuilt.layout, rebuilt.plan, files)
+
+
+def rebuild_plan(manifest: Manifest, config_bytes: bytes, place: Location) -> RebuiltPlan:
+    """The layout and the plan that lead to the manifest's files. `place` is for messages.
+
+    Raises ManifestError if the source header, the config and the options do not fit together.
+    """
+    path = f"{place}/{MANIFEST_NAME}"
     header_bytes = manifest.source.header
     try:
-        config = parse_config(config_bytes, f"{shards}/{CONFIG_NAME}")
+        config = parse_config(config_bytes, f"{place}/{CONFIG_NAME}")
         size = manifest.source.files[WEIGHTS_NAME].size_bytes
         length = header_length(header_bytes, size, path)
         text = header_bytes[LENGTH_BYTES:]
         if len(text) != length:
-            raise HeaderError(path, "the header has another length than it says")
+            raise HeaderError(path, "the length of the source header is not the one it states")
         header = parse_header(text, size, path)
         index = AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
-        layout = detect_layout(index, manifest.options, str(shards))
-        plan = build_plan(layout, manifest.placement, manifest.dtype)
+        layout = detect_layout(index, manifest.options, str(place))
+        return RebuiltPlan(layout, build_plan(layout, manifest.placement, manifest.dtype))
     except LorashardError as err:
         raise ManifestError(path, f"does not describe its source ({err.message})") from err
-    if not has_files_of(manifest, plan):
-        raise ManifestError(path, "its tensor tables do not follow from its source and placement")
-    return layout, plan
+
+
+def find_contradictions(manifest: Manifest, rebuilt: RebuiltPlan | None) -> Iterator[str]:
+    """Where the manifest contradicts itself or its source, one sentence each, without full stop.
+
+    rebuilt: from `rebuild_plan`; None if there is none, so that only the manifest itself counts.
+    """
+    yield from _placement_contradictions(manifest)
+    if rebuilt is not None:
+        described = describe_modules(rebuilt.layout)
+        for name in sorted(set(described) | set(manifest.modules)):
+            if described.get(name) != manifest.modules.get(name):
+                yield f"module {name} is not described as its source has it"
+    differing = () if rebuilt is None else differing_files(manifest, rebuilt.plan)
+    for name in dict.fromkeys((*manifest.files, *differing)):
+        slots = tuple(_slot_contradictions(manifest, name))
+        yield from slots
+        if name in differing and not slots:
+            yield f"{name}: its tensors do not follow from the source and the placement"
 
 
 def source_was_pickled(manifest: Manifest) -> bool:
@@ -64,28 +126,59 @@ def source_was_pickled(manifest: Manifest) -> bool:
     return PICKLE_NAME in manifest.source.files
 
 
-def read_own_config(manifest: Manifest, shards: Location) -> bytes:
-    """The config that `split` copied. Raises ShardError if it is not that one."""
+def describe_wrong_digest(place: Location, name: str) -> str:
+    """The sentence about a file whose bytes are not the ones that were written."""
+    return f"{place}/{name}: BLAKE3 differs from the manifest's"
+
+
+def _read_config(shards: LocatedShards) -> bytes:
     try:
-        content = read_small_file(shards, CONFIG_NAME)
+        content = read_small_file(shards.place, CONFIG_NAME)
     except AdapterError as err:
         raise ShardError(err.message, hint="Copy the directory again.") from err
-    if blake3(content).hexdigest() != manifest.source.files[CONFIG_NAME].blake3:
-        raise VerificationError(str(shards), (digest_finding(shards, CONFIG_NAME),))
+    if blake3(content).hexdigest() != shards.manifest.source.files[CONFIG_NAME].blake3:
+        raise VerificationError(
+            str(shards.place), (describe_wrong_digest(shards.place, CONFIG_NAME),)
+        )
     return content
 
 
-def check_manifest(manifest: Manifest, layout: AdapterLayout, shards: Location) -> None:
-    """Raise ManifestError if what is carried over, or relied on, was changed since `split`."""
-    path, placement = f"{shards}/{MANIFEST_NAME}", manifest.placement
-    if {module.name: describe_module(module) for module in layout.modules} != manifest.modules:
-        raise ManifestError(path, "does not describe its modules as its source has them")
-    if placement.strategy != "explicit" and placement != place_experts(
-        layout, placement.ep_size, placement.strategy
-    ):
-        raise ManifestError(path, f"its ranks are not those of a {placement.strategy} placement")
+def _placement_contradictions(manifest: Manifest) -> Iterator[str]:
+    placement = manifest.placement
+    rules = {"linear": linear_placement, "round_robin": round_robin_placement}
+    rule = rules.get(placement.strategy)
+    if rule is None:
+        return
+    expected = f"the {placement.strategy} placement of {placement.num_experts} experts on "
+    if rule(placement.num_experts, placement.ep_size).ranks != placement.ranks:
+        yield f"the ranks listed are not {expected}{placement.ep_size} ranks"
+    if placement.layers:
+        yield f"layers are placed differently, which is not {expected}{placement.ep_size} ranks"
 
 
-def digest_finding(shards: Location, name: str) -> str:
-    """The finding about a file that has another digest."""
-    return f"{shards}/{name}: BLAKE3 differs from the manifest's"
+def _slot_contradictions(manifest: Manifest, name: str) -> Iterator[str]:
+    """Where a rank file does not have each module's stacks, one slot for each of its experts."""
+    if name == REPLICATED_NAME or name not in manifest.files:
+        return
+    ep_rank = list(manifest.files).index(name) - 1  # the replicated file comes first
+    shapes = {entry.name: entry.shape for entry in manifest.files[name].tensors}
+    replicated = {entry.name for entry in manifest.files[REPLICATED_NAME].tensors}
+    expected = set()
+    for module, info in manifest.modules.items():
+        num_local_experts = len(manifest.placement.ranks_of(module)[ep_rank])
+        for projection in info.scaling:
+            for matrix in ("lora_A", "lora_B"):
+                tensor = f"{module}.{projection}.{matrix}"
+                if tensor in replicated:
+                    continue
+                expected.add(tensor)
+                shape = shapes.get(tensor)
+                if shape is None:
+                    yield f"{name}: {tensor} is missing"
+                elif len(shape) != 3 or shape[0] != num_local_experts:
+                    yield (
+                        f"{name}: {tensor} is {list(shape)}, the placement puts "
+                        f"{num_local_experts} experts on rank {ep_rank}"
+                    )
+    for tensor in sorted(set(shapes) - expected):
+        yield f"{name}: {tensor} belongs to no module of the manifest"

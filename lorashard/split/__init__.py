@@ -1,5 +1,6 @@
 """`lorashard split`: adapters -> shard directories.
 
-Read `pipeline` first: one split, stage by stage. `jobs` says which adapters a batch has and where
-their shards go, `resume` what is done already.
+In: adapters, here or remote, and a `SplitRequest`. Out: a shard directory for each.
+Read `pipeline` first: one split, stage by stage. `run` runs it once or finds the work done
+(`resume`); `batch` runs it for many adapters, which `selection` finds.
 """

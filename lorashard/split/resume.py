@@ -1,4 +1,7 @@
-"""Whether a shard directory is what a split would write: then there is nothing left to do."""
+"""Whether a shard directory is already what a split would write.
+
+In: a target and a `PreparedSplit`. Out: the manifest of the finished directory, or None.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,36 @@ from blake3 import blake3
 from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.errors import LorashardError
 from lorashard.progress import Progress
+from lorashard.shards.describe import differing_files
 from lorashard.shards.directory import check_file, read_manifest
-from lorashard.shards.manifest import Manifest, has_files_of
+from lorashard.shards.manifest import Manifest
 from lorashard.split.pipeline import PreparedSplit, SplitRequest
 from lorashard.storage.digests import digest_of
 
 
-def is_already_split(
+def find_finished_split(
     target: Path, prepared: PreparedSplit, request: SplitRequest, progress: Progress
-) -> bool:
-    """Whether `target` is finished, and of this adapter, placement and options.
+) -> Manifest | None:
+    """The manifest of `target` if it is finished and of this adapter, placement and options.
 
-    A commit on the Hub says which adapter it is; of any other the bytes are read and digested.
+    On the Hub, the commit identifies the adapter; any other adapter is read and digested.
+    progress: called with bytes digested since the last call.
     """
     try:
         manifest = read_manifest(target)
         for name, recorded in manifest.files.items():
             check_file(target / name, recorded)
     except LorashardError:
-        return False
-    return _is_as_asked(manifest, prepared, request) and _has_source(manifest, prepared, progress)
+        return None
+    if _has_same_plan(manifest, prepared, request) and _has_source(manifest, prepared, progress):
+        return manifest
+    return None
 
 
-def _is_as_asked(manifest: Manifest, prepared: PreparedSplit, request: SplitRequest) -> bool:
-    asked = (request.stored_dtype, prepared.options, prepared.placement)
-    found = (manifest.dtype, manifest.options, manifest.placement)
-    return found == asked and has_files_of(manifest, prepared.plan)
+def _has_same_plan(manifest: Manifest, prepared: PreparedSplit, request: SplitRequest) -> bool:
+    wanted = (request.stored_dtype, prepared.options, prepared.placement)
+    recorded = (manifest.dtype, manifest.options, manifest.placement)
+    return recorded == wanted and not differing_files(manifest, prepared.plan)
 
 
 def _has_source(manifest: Manifest, prepared: PreparedSplit, progress: Progress) -> bool:

@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from lorashard.errors import ShardError
 from lorashard.progress import Progress
-from lorashard.shards.directory import find_file, is_shard_directory, manifest_bytes, needed_files
+from lorashard.shards.directory import find_file, holds_only_shards, manifest_bytes, needed_files
 from lorashard.shards.manifest import FileDigest, Manifest, parse_manifest
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.storage.ahead import WINDOW_BYTES, WINDOWS_AHEAD, FetchAhead
@@ -76,7 +76,7 @@ def pull_shards(
     target = resolve_target(Path(out))
     needed = needed_files(manifest, ep_ranks, str(source))
     if not has_content(target / MANIFEST_NAME, raw_manifest):
-        check_target(target, force=force, replaceable=is_shard_directory)
+        check_target(target, force=force, replaceable=holds_only_shards)
     with resumable_directory(target, marker=MANIFEST_NAME, content=raw_manifest) as work:
         # Only now, because another pull may have finished before this one had the lock.
         if has_content(target / MANIFEST_NAME, raw_manifest):
@@ -88,7 +88,7 @@ def pull_shards(
         else:
             _fetch_all(source, needed, work, target, progress)
             with staged_directory(
-                target, last=MANIFEST_NAME, force=force, replaceable=is_shard_directory
+                target, last=MANIFEST_NAME, force=force, replaceable=holds_only_shards
             ) as staging:
                 for name in (*needed, MANIFEST_NAME):
                     os.rename(work / name, staging / name)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lorashard import SplitRequest, merge_shards, split_adapter, verify_shards
-from lorashard.cli.look import run_inspect
+from lorashard.cli.inspect import inspect
 from lorashard.errors import AdapterError, HeaderError, LorashardError, ManifestError
 from tests.tiny import MODULE, REPO, contents, save_adapter, save_header
 
@@ -233,7 +233,7 @@ def test_a_manifest_that_lies_is_refused_by_every_reader(tmp_path: Path, lie: st
     with pytest.raises(ManifestError):
         merge_shards(shards, tmp_path / "merged")
     with pytest.raises(ManifestError):
-        run_inspect(shards, REQUEST, as_json=False)
+        inspect(str(shards))
     assert sorted(os.listdir(tmp_path)) == ["adapter", "out"]
 
 

@@ -44,7 +44,7 @@ def one_finding(shards: Path, **options: Any) -> str:
 
 
 def not_compared(source: Path) -> str:
-    return f"{source}: not compared with, because of what is wrong already"
+    return f"{source}: not compared, because the shards are damaged already"
 
 
 def edit_manifest(shards: Path, edit: Callable[[Any], object]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lorashard.split.pipeline import SplitRequest, split_adapter
+from lorashard import SplitRequest, split_adapter
 from lorashard.vllm_plugin import register
 
 register()

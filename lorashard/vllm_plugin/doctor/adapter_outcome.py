@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from lorashard.adapter.base_model import ModelFacts
 from lorashard.errors import LorashardError
-from lorashard.shards.placement import Strategy
-from lorashard.vllm_options import smallest_max_lora_rank
+from lorashard.vllm_options import Strategy, smallest_max_lora_rank
 from lorashard.vllm_plugin.doctor.findings import AdapterSummary, SurveyedAdapter
 from lorashard.vllm_plugin.doctor.flags import EngineFlags
 from lorashard.vllm_plugin.doctor.live_layers import NamesOfAdapter, expected_layers

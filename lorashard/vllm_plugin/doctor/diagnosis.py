@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorashard.adapter.base_model import ModelFacts
-from lorashard.shards.placement import Strategy
+from lorashard.vllm_options import Strategy
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.doctor.adapter_outcome import AdapterOutcome, judge_adapter
 from lorashard.vllm_plugin.doctor.findings import (

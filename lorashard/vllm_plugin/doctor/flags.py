@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorashard.adapter.base_model import ModelFacts
-from lorashard.shards.placement import Strategy, strategy_in_vllm
+from lorashard.shards.placement import strategy_in_vllm
+from lorashard.vllm_options import Strategy
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from lorashard.adapter.base_model import ModelFacts
-from lorashard.shards.placement import Strategy, linear_placement, round_robin_placement
+from lorashard.shards.placement import linear_placement, round_robin_placement
+from lorashard.vllm_options import Strategy
 from lorashard.vllm_plugin.doctor.flags import EngineFlags
 from lorashard.vllm_plugin.engine.live import LiveExperts
 from lorashard.vllm_plugin.load.assembly import ShardStack

@@ -1,26 +1,51 @@
-"""`inspect` and `plan`: what is there, and what a split would give. Reads headers only."""
+"""`lorashard inspect`: what an adapter or a shard directory holds. Reads headers only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from lorashard.adapter.read import opened_adapter
+import typer
+
+from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.inspect.summary import summarize_adapter, summarize_plan, summarize_shards
-from lorashard.shards.directory import has_manifest, read_manifest
-from lorashard.split.pipeline import SplitRequest, prepared_split, read_layout
-from lorashard.storage.remote import locate
 
 
-def run_inspect(path: str, request: SplitRequest, *, as_json: bool) -> None:
-    """Show an adapter or a shard directory."""
+def inspect(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER_OR_SHARDS",
+            help="An adapter or a shard directory, local or remote.",
+            show_default=False,
+        ),
+    ],
+    model: opt.Model = None,
+    num_experts: opt.NumExperts = None,
+    lora_b_layout: opt.LoraBLayout = None,
+    orientation: opt.Orientation = None,
+    allow_pickle: opt.AllowPickle = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Show what an adapter or a shard directory holds; reads headers only."""
+    from lorashard.adapter.read import opened_adapter  # noqa: PLC0415
+    from lorashard.inspect.summary import summarize_adapter, summarize_shards  # noqa: PLC0415
+    from lorashard.shards.directory import claims_to_be_shards, read_manifest  # noqa: PLC0415
+    from lorashard.split.pipeline import read_layout  # noqa: PLC0415
+    from lorashard.storage.remote import locate  # noqa: PLC0415
+
+    options = opt.layout_options(
+        model=model,
+        num_experts=num_experts,
+        lora_b_layout=lora_b_layout,
+        orientation=orientation,
+    )
     place = locate(path)
-    if has_manifest(place):
+    if claims_to_be_shards(place):
         summary = summarize_shards(read_manifest(place))
     else:
-        with opened_adapter(place, allow_pickle=request.allow_pickle) as source:
-            _, _, layout = read_layout(source, place, request)
+        with opened_adapter(place, allow_pickle=allow_pickle) as source:
+            layout = read_layout(source, place, options, model).layout
             summary = summarize_adapter(source.index.config, source.index.tensors, layout)
     if as_json:
         render.print_json({"path": path, **summary})
@@ -28,54 +53,6 @@ def run_inspect(path: str, request: SplitRequest, *, as_json: bool) -> None:
         _show_shards(path, summary)
     else:
         _show_adapter(path, summary)
-
-
-def run_plan(
-    adapter: str,
-    request: SplitRequest,
-    max_loras: int,
-    max_lora_rank: int | None,
-    *,
-    as_json: bool,
-) -> None:
-    """Show what each rank would hold and cost."""
-    with prepared_split(locate(adapter), request) as prepared:
-        lora_rank = max(module.lora_rank for module in prepared.layout.modules)
-        summary = summarize_plan(
-            prepared.layout,
-            prepared.placement,
-            prepared.plan,
-            max_loras,
-            max_lora_rank or lora_rank,
-        )
-    if as_json:
-        render.print_json({"adapter": adapter, **summary})
-        return
-    for note in prepared.notes:
-        render.say(f"note: {note}")
-    render.print_table(
-        f"{adapter}: {summary['num_experts']} experts, {summary['placement']} on "
-        f"{summary['ep_size']} ranks, {render.size(summary['total_bytes'])} in all",
-        ("rank", "experts", "ids", "on disk", "to read", "GPU buffers", "host RAM", "without"),
-        [
-            (
-                str(row["ep_rank"]),
-                str(row["num_experts"]),
-                render.ids(row["experts"]),
-                render.size(row["bytes_on_disk"]),
-                render.size(row["bytes_to_read"]),
-                render.size(row["gpu_buffer_bytes"]),
-                render.size(row["host_bytes"]),
-                "at least " + render.size(row["host_bytes_without"]),
-            )
-            for row in summary["ranks"]
-        ],
-    )
-    render.print_line(
-        f"GPU buffers: expert LoRA of {summary['num_modules']} layers, --max-loras {max_loras} "
-        f"--max-lora-rank {summary['max_lora_rank']}, 16-bit. Host RAM, estimated: to load this "
-        "adapter from its shard, and without lorashard."
-    )
 
 
 def _show_adapter(path: str, summary: Mapping[str, Any]) -> None:
@@ -93,7 +70,9 @@ def _show_adapter(path: str, summary: Mapping[str, Any]) -> None:
         f"{render.size(replicated['bytes'])}" + (f" ({kinds})" if kinds else ""),
     })  # fmt: skip
     if not summary["gate_up_known"]:
-        render.say("note: the base model is not named; gate and up rows are taken as concatenated.")
+        render.say(
+            "note: the base model is not named; gate and up rows are assumed to be concatenated."
+        )
     _show_modules(summary["modules"])
 
 

@@ -1,0 +1,85 @@
+"""`lorashard plan`: what a split would give each rank. Reads headers only."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from lorashard.cli import options as opt
+from lorashard.cli import render
+
+
+def plan(
+    adapter: opt.Adapter,
+    ep_size: opt.EpSize,
+    max_loras: Annotated[int, typer.Option(min=1, help="vLLM's --max-loras.")] = 1,
+    max_lora_rank: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="vLLM's --max-lora-rank. [default: the adapter's]", show_default=False
+        ),
+    ] = None,
+    placement: opt.Placement = "linear",
+    expert_map: opt.ExpertMap = None,
+    model: opt.Model = None,
+    num_experts: opt.NumExperts = None,
+    dtype: opt.Dtype = None,
+    lora_b_layout: opt.LoraBLayout = None,
+    orientation: opt.Orientation = None,
+    allow_pickle: opt.AllowPickle = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Show what a split would give each rank: experts, bytes, GPU buffers, host memory."""
+    from lorashard.inspect.summary import summarize_plan  # noqa: PLC0415
+    from lorashard.split.pipeline import prepared_split  # noqa: PLC0415
+    from lorashard.storage.remote import locate  # noqa: PLC0415
+
+    request = opt.split_request(
+        ep_size=ep_size,
+        placement=placement,
+        expert_map=expert_map,
+        model=model,
+        num_experts=num_experts,
+        lora_b_layout=lora_b_layout,
+        orientation=orientation,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+    )
+    with prepared_split(locate(adapter), request) as prepared:
+        lora_rank = max(module.lora_rank for module in prepared.layout.modules)
+        summary = summarize_plan(
+            prepared.layout,
+            prepared.placement,
+            prepared.plan,
+            max_loras,
+            max_lora_rank or lora_rank,
+        )
+    if as_json:
+        render.print_json({"adapter": adapter, **summary})
+        return
+    for note in prepared.notes:
+        render.say(f"note: {note}")
+    render.print_table(
+        f"{adapter}: {summary['num_experts']} experts, {summary['placement']} on "
+        f"{summary['ep_size']} ranks, {render.size(summary['total_bytes'])} in all",
+        ("rank", "experts", "ids", "on disk", "to read", "GPU buffers", "host RAM", "without"),
+        [
+            (
+                str(row["ep_rank"]),
+                str(row["num_experts"]),
+                render.ids(row["experts"]),
+                render.size(row["bytes_on_disk"]),
+                render.size(row["bytes_to_read"]),
+                render.size(row["gpu_buffer_bytes"]),
+                render.size(row["host_bytes"]),
+                "at least " + render.size(row["host_bytes_without"]),
+            )
+            for row in summary["ranks"]
+        ],
+    )
+    render.print_line(
+        f"GPU buffers: expert LoRA of {summary['num_modules']} layers, --max-loras {max_loras} "
+        f"--max-lora-rank {summary['max_lora_rank']}, 16-bit. Host RAM (estimated): to load this "
+        "adapter from its shard, and without lorashard."
+    )

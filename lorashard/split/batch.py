@@ -1,0 +1,102 @@
+"""Many adapters split, several at once. A failure is recorded; the others continue.
+
+In: adapters, as `selection` finds them. Out: an `AdapterOutcome` for each, in their order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from lorashard.errors import AdapterError, LorashardError
+from lorashard.progress import Progress
+from lorashard.shards.directory import claims_to_be_shards
+from lorashard.split.pipeline import SplitRequest
+from lorashard.split.run import SplitResult, SplitStatus, run_split
+from lorashard.split.selection import SplitJob, find_adapters, plan_jobs
+from lorashard.storage.parallel import Outcome, run_concurrently
+from lorashard.storage.remote import locate
+
+# "ignored": a shard directory among the adapters, as `runs/*` finds it the second time.
+BatchStatus = Literal[SplitStatus, "ignored", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOutcome:
+    """What became of one adapter of a batch.
+
+    adapter: as it was named. target: the directory for its shards.
+    result: if it was split, or found to be split already. error: if it failed.
+    """
+
+    adapter: str
+    target: Path
+    status: BatchStatus
+    result: SplitResult | None = None
+    error: LorashardError | None = None
+
+
+def split_adapters(
+    adapters: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None,
+    request: SplitRequest,
+    *,
+    workers: int = 2,
+    force: bool = False,
+    resume: bool = False,
+    finished: Callable[[AdapterOutcome], None] = lambda _: None,
+) -> tuple[AdapterOutcome, ...]:
+    """Split many adapters, `workers` at once; the outcome of each, in the order of the adapters.
+
+    adapters: directories, hf://owner/name[@revision], other URLs, patterns such as "runs/*", or Hub
+    collections, hf://collections/owner/name. Shard directories among them are ignored.
+    out: the directory for all of them, each as OUT/NAME-epN; None: each beside its adapter.
+    force, resume: as `split_adapter` takes them. finished: called in this thread as each ends.
+    Raises AdapterError or ShardError if the adapters cannot be found or would get the same target;
+    what goes wrong with one of them is in its outcome.
+    """
+    found = find_adapters(os.fspath(adapter) for adapter in adapters)
+    if not found:
+        raise AdapterError("No adapter is named.", hint="Name one or more adapters.")
+    jobs = plan_jobs(found, None if out is None else Path(out), request.ep_size, batch=True)
+    return split_jobs(jobs, request, workers=workers, force=force, resume=resume, finished=finished)
+
+
+def split_jobs(
+    jobs: Sequence[SplitJob],
+    request: SplitRequest,
+    *,
+    workers: int,
+    force: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    note: Callable[[str], None] = lambda _: None,
+    finished: Callable[[AdapterOutcome], None] = lambda _: None,
+) -> tuple[AdapterOutcome, ...]:
+    """Split the adapters of `jobs`. note: called in any thread, with the notes of all of them."""
+
+    def work(job: SplitJob, progress: Progress) -> SplitResult | None:
+        if claims_to_be_shards(locate(job.adapter)):
+            return None
+        result = run_split(
+            job.adapter, job.target, request, force=force, resume=resume, dry_run=dry_run,
+            note=note, progress=progress,
+        )  # fmt: skip
+        return replace(result, manifest=None)
+
+    outcomes = run_concurrently(
+        jobs, work, workers=workers, finished=lambda outcome: finished(_describe(outcome))
+    )
+    return tuple(map(_describe, outcomes))
+
+
+def _describe(outcome: Outcome[SplitJob, SplitResult | None]) -> AdapterOutcome:
+    job, result, error = outcome.job, outcome.result, outcome.error
+    if error is not None:
+        return AdapterOutcome(job.adapter, job.target, "failed", error=error)
+    if result is None:
+        return AdapterOutcome(job.adapter, job.target, "ignored")
+    return AdapterOutcome(job.adapter, job.target, result.status, result)

@@ -1,0 +1,131 @@
+"""One adapter split, or found to be split already.
+
+In: an adapter, a target, a `SplitRequest`. Out: a `SplitResult`, and the shard directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorashard.progress import Progress
+from lorashard.shards.directory import holds_only_shards
+from lorashard.shards.manifest import Manifest
+from lorashard.shards.placement import Placement
+from lorashard.split.pipeline import PreparedSplit, SplitRequest, prepared_split, write_shards
+from lorashard.split.resume import find_finished_split
+from lorashard.storage.remote import locate
+from lorashard.storage.staging import check_target
+
+# "skipped": resume found the directory finished.
+SplitStatus = Literal["done", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitResult:
+    """What a split wrote, found, or would write in a dry run.
+
+    num_experts_inferred: the number of experts is the highest index in the adapter plus one, since
+    nothing names it.
+    file_sizes: bytes by file name, the replicated file first, then one for each ep rank.
+    manifest: None in a dry run, and in a batch, where the tables of many adapters would pile up.
+    """
+
+    adapter: str
+    out: Path
+    status: SplitStatus
+    dry_run: bool
+    num_experts: int
+    num_experts_inferred: bool
+    num_modules: int
+    placement: Placement
+    file_sizes: Mapping[str, int]
+    notes: tuple[str, ...]
+    manifest: Manifest | None
+
+
+def split_adapter(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    request: SplitRequest,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = lambda _: None,
+) -> Manifest:
+    """Write the shard directory `out`. It appears whole or not at all.
+
+    adapter: a directory, or hf://owner/name[@revision] or another URL, which is streamed.
+    force: replace a finished shard directory. resume: keep `out` if it is finished and of the same
+    adapter, placement and options.
+    progress: called with source bytes done since the last call.
+    Raises AdapterError, PlacementError or ShardError.
+    """
+    result = run_split(adapter, Path(out), request, force=force, resume=resume, progress=progress)
+    assert result.manifest is not None, "only a dry run has none"
+    return result.manifest
+
+
+def run_split(
+    adapter: str | os.PathLike[str],
+    out: Path,
+    request: SplitRequest,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    note: Callable[[str], None] = lambda _: None,
+    started: Callable[[int], None] = lambda _: None,
+    progress: Progress = lambda _: None,
+) -> SplitResult:
+    """Split one adapter; with `resume` only if needed, in a dry run only on paper.
+
+    note: called with each note before any tensor data is read. started: called with the source's
+    size in bytes before each pass over it. progress: called with bytes done since the last call.
+    Raises AdapterError, PlacementError or ShardError.
+    """
+    place = locate(adapter)
+    if not resume:  # fail before anything is read
+        check_target(out, force=force, replaceable=holds_only_shards)
+    with prepared_split(place, request) as prepared:
+        for text in prepared.notes:
+            note(text)
+        manifest = None
+        if resume:
+            started(prepared.source.index.file_size)
+            manifest = find_finished_split(out, prepared, request, progress)
+        skipped = manifest is not None
+        check_target(out, force=force or skipped, replaceable=holds_only_shards)
+        if manifest is None and not dry_run:
+            started(prepared.source.index.file_size)
+            manifest = write_shards(prepared, out, request, force=force, progress=progress)
+        return _describe(str(place), out, request, prepared, manifest, skipped, dry_run)
+
+
+def _describe(
+    adapter: str,
+    out: Path,
+    request: SplitRequest,
+    prepared: PreparedSplit,
+    manifest: Manifest | None,
+    skipped: bool,
+    dry_run: bool,
+) -> SplitResult:
+    layout = prepared.layout
+    count_given = request.model is not None or request.options.num_experts is not None
+    return SplitResult(
+        adapter=adapter,
+        out=out,
+        status="skipped" if skipped else "done",
+        dry_run=dry_run,
+        num_experts=layout.num_experts,
+        num_experts_inferred=layout.numbers_experts_only and not count_given,
+        num_modules=len(layout.modules),
+        placement=prepared.placement,
+        file_sizes={file.name: file.size_bytes for file in prepared.plan.files},
+        notes=prepared.notes,
+        manifest=manifest,
+    )
