@@ -72,7 +72,7 @@ def _moves(
     new: ShardPlan,
     new_placement: Placement,
 ) -> Iterator[_Move]:
-    """Tensor by tensor, from one rank after the other: so the new files grow front to back."""
+    """Tensor by tensor, rank after rank, so that the new files grow front to back."""
     old_begins, new_begins = ([file.begins for file in plan.files] for plan in (old, new))
     for entry in old.files[0].tensors:
         if entry.size_bytes:

@@ -14,13 +14,8 @@ from pathlib import Path
 
 from lorashard.adapter.config import CONFIG_NAME
 from lorashard.errors import HeaderError, LorashardError, ManifestError, ShardError
-from lorashard.shards.manifest import (
-    FileDigest,
-    Manifest,
-    ShardFile,
-    format_manifest,
-    parse_manifest,
-)
+from lorashard.shards.manifest import FileDigest, Manifest, ShardFile, format_manifest
+from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.storage.ahead import WINDOW_BYTES
 from lorashard.storage.local import ByteSource, LocalFile, write_synced

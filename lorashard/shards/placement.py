@@ -1,4 +1,4 @@
-"""Which expert stands on which expert-parallel rank, in which local slot. Pure values.
+"""Which expert is on which expert-parallel rank, in which local slot. Pure values.
 
 Global expert ids are the model's logical ones, 0..E-1. A rank's tuple is its local-slot order.
 """
@@ -62,7 +62,7 @@ def linear_placement(num_experts: int, ep_size: int) -> Placement:
 
 
 def round_robin_placement(num_experts: int, ep_size: int) -> Placement:
-    """Expert e stands on rank e % ep_size. vLLM uses it only for grouped-topk models."""
+    """Expert e is on rank e % ep_size. vLLM uses it only for grouped-topk models."""
     _check_counts(num_experts, ep_size)
     ranks = tuple(tuple(range(rank, num_experts, ep_size)) for rank in range(ep_size))
     return Placement("round_robin", num_experts, ranks)
@@ -86,9 +86,11 @@ def explicit_placement(spec: object, num_experts: int, ep_size: int) -> Placemen
         )
         if unknown:
             raise PlacementError(f"expert map: unknown key {unknown[0]!r}.", hint=_FORMS)
-        for key, told in (("num_experts", num_experts), ("ep_size", ep_size)):
-            if spec.get(key, told) != told:
-                raise PlacementError(f"expert map: {key} is {spec[key]}, here it is {told}.")
+        for key, expected in (("num_experts", num_experts), ("ep_size", ep_size)):
+            if spec.get(key, expected) != expected:
+                raise PlacementError(
+                    f"expert map: {key} is {spec[key]}, but here it is {expected}."
+                )
         if "ranks" in spec and "expert_map" in spec:
             raise PlacementError("expert map: both 'ranks' and 'expert_map'.", hint=_FORMS)
         for key, value in _mapping(spec.get("layers", {})).items():
@@ -106,7 +108,10 @@ def explicit_placement(spec: object, num_experts: int, ep_size: int) -> Placemen
 def place_experts(
     layout: AdapterLayout, ep_size: int, strategy: Strategy, expert_map: object = None
 ) -> Placement:
-    """The placement that is asked for; an expert map, parsed JSON, wins. Raises PlacementError."""
+    """The placement of an adapter's experts. expert_map: parsed JSON; it overrides `strategy`.
+
+    Raises PlacementError.
+    """
     num_experts = layout.num_experts
     if strategy not in get_args(Strategy):
         raise PlacementError(f"Placement strategy {strategy!r} is not known.")
@@ -119,27 +124,27 @@ def place_experts(
 
 
 def strategy_in_vllm(strategy: Strategy, facts: ModelFacts | None) -> tuple[Strategy, str | None]:
-    """What vLLM makes of --expert-placement-strategy (0.33.0 expert_map_manager.py:116).
+    """The strategy that vLLM really uses (0.33.0 expert_map_manager.py:116), and a note if any.
 
-    facts: the base model's, None = not named. Returns what it uses, and what to tell the user.
+    strategy: as asked for with --expert-placement-strategy. facts: the base model's; None = unknown.
     """
     if strategy == "linear":
         return "linear", None
     if facts is None:
         return "round_robin", (
-            "vLLM places experts round-robin only where the model has expert groups (n_group > 1), "
-            "else linearly; --model tells."
+            "vLLM places experts round-robin only if the model has expert groups (n_group > 1), and "
+            "linearly otherwise; --model tells which."
         )
     if (facts.num_expert_group or 1) > 1:
         return "round_robin", None
     return "linear", (
-        f"vLLM places the experts of {facts.model_type} linearly even with round_robin asked for: "
-        "the model has no expert groups."
+        f"vLLM places the experts of {facts.model_type} linearly even if round_robin is asked for, "
+        "since the model has no expert groups."
     )
 
 
 def bind_layers(placement: Placement, modules: Sequence[str]) -> Placement:
-    """Turn layer numbers among the keys of `layers` into the module names that they mean.
+    """Replace layer numbers among the keys of `layers` by the names of their modules.
 
     Raises PlacementError for a key that is neither a module of the adapter nor a layer number.
     """
@@ -218,7 +223,7 @@ def _integer_rows(value: object, where: str) -> Ranks:
 
 
 def _invert(rows: Ranks, num_experts: int) -> Ranks | None:
-    """Rows read as expert_map (global id -> slot) turned into slot order; None if they are not."""
+    """Rows of an expert_map (global id -> slot) turned into slot order; None if they are not one."""
     inverted = []
     for row in rows:
         slots = sorted((slot, expert) for expert, slot in enumerate(row) if slot >= 0)
@@ -251,12 +256,12 @@ def _check_ranks(ranks: Ranks, num_experts: int, where: str) -> None:
             )
         if len(set(experts)) != len(experts):
             twice = next(expert for expert in experts if experts.count(expert) > 1)
-            raise PlacementError(f"{where}: expert {twice} stands twice on rank {ep_rank}.")
+            raise PlacementError(f"{where}: expert {twice} is twice on rank {ep_rank}.")
     missing = sorted(set(range(num_experts)) - {expert for rank in ranks for expert in rank})
     if missing:
         raise PlacementError(
             f"{where}: no rank holds expert {_ids(missing)} of {num_experts}.",
-            hint="Every expert must stand on at least one rank.",
+            hint="Every expert must be on at least one rank.",
         )
 
 

@@ -231,7 +231,7 @@ def _plan_source(
     reads: list[ReadOp],
     zeros: list[ZeroFill],
 ) -> None:
-    """Add the ops of one source tensor: byte ranges where they do, else one Rearrange."""
+    """Add the ops of one source tensor: byte ranges where those suffice, else one Rearrange."""
     assert source.experts is not None
     entry = source.entry
     targets = tuple(slots[expert] for expert in source.experts)

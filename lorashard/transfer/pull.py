@@ -21,7 +21,8 @@ from blake3 import blake3
 from lorashard.errors import ShardError
 from lorashard.progress import Progress
 from lorashard.shards.directory import find_file, holds_only_shards, manifest_bytes, needed_files
-from lorashard.shards.manifest import FileDigest, Manifest, parse_manifest
+from lorashard.shards.manifest import FileDigest, Manifest
+from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.storage.ahead import WINDOW_BYTES, WINDOWS_AHEAD, FetchAhead
 from lorashard.storage.digests import STEP_BYTES, read_in_steps

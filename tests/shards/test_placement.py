@@ -158,7 +158,7 @@ def test_a_full_list_that_says_its_form_is_read():
     [
         ([[0, 1], [1]], "no rank holds expert 2"),
         ([[], []], "no rank holds expert 0, 1, 2"),
-        ([[0, 1, 1], [2]], "expert 1 stands twice on rank 0"),
+        ([[0, 1, 1], [2]], "expert 1 is twice on rank 0"),
         ([[0, 1, 3], [2]], "rank 0 lists expert 3"),
         ([[0, 1, -2], [2]], "rank 0 lists expert -2"),
         ([[0, 1, 2]], "1 ranks listed"),
@@ -196,8 +196,8 @@ def test_a_map_that_does_not_fit_is_refused(spec: object, reason: str):
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ({"ranks": [[0, 1], [2]], "num_experts": 64}, "num_experts is 64, here it is 3"),
-        ({"ranks": [[0, 1], [2]], "ep_size": 8}, "ep_size is 8, here it is 2"),
+        ({"ranks": [[0, 1], [2]], "num_experts": 64}, "num_experts is 64, but here it is 3"),
+        ({"ranks": [[0, 1], [2]], "ep_size": 8}, "ep_size is 8, but here it is 2"),
         (
             {"ranks": [[0, 1], [2]], "expert_map": [[-1, 0, -1], [0, -1, 1]]},
             "both 'ranks' and 'expert_map'",

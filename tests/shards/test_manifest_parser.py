@@ -23,8 +23,8 @@ from lorashard.shards.manifest import (
     ShardFile,
     SourceInfo,
     format_manifest,
-    parse_manifest,
 )
+from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import shard_file_names
 from lorashard.shards.placement import linear_placement, round_robin_placement
 
