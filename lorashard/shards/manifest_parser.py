@@ -180,8 +180,8 @@ def _parse_module(info: Mapping[str, Any]) -> ModuleInfo:
 
 def _parse_file(info: Mapping[str, Any]) -> ShardFile:
     tensors = []
-    for name, tensor in _object(info, "tensors").items():
-        tensor = _as_object(tensor)
+    for name, value in _object(info, "tensors").items():
+        tensor = _as_object(value)
         shape = tuple(map(_natural, _as_list(_field(tensor, "shape"))))
         begin = _natural(_field(tensor, "offset"))
         end = begin + _natural(_field(tensor, "size"))
