@@ -1,11 +1,9 @@
-"""`lorashard split` and `merge` as a user runs them: files, streams, exit codes."""
+"""`lorashard split` as a user runs it: files, streams, exit codes."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ import pytest
 from lorashard import verify_shards
 from tests.goldens import check_golden
 from tests.tiny import (
-    REPO,
     contents,
     per_expert_tensors,
     run_cli,
@@ -145,54 +142,3 @@ def test_exit_codes_name_the_kind_of_error(adapter: Path, tmp_path: Path) -> Non
         assert (done.returncode, done.stdout) == (code, ""), options
         assert "Traceback" not in done.stderr
     assert run_cli("split", tmp_path / "empty", "--ep-size", 2).returncode == 3
-
-
-def test_merge_gives_the_source_back(adapter: Path, tmp_path: Path) -> None:
-    run_cli("split", adapter, "--ep-size", 2)
-    done = run_cli("merge", tmp_path / "adapter-ep2", "-o", tmp_path / "merged")
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/merged\n")
-    assert contents(tmp_path / "merged") == contents(adapter)
-    again = run_cli("merge", tmp_path / "adapter-ep2", "-o", tmp_path / "merged")
-    assert again.returncode == 5
-    forced = ["merge", tmp_path / "adapter-ep2", "-o", tmp_path / "merged", "--force", "--json"]
-    check_golden("merge", run_cli(*forced).stdout, tmp_path)
-
-
-def test_merge_never_replaces_shards(adapter: Path, tmp_path: Path) -> None:
-    run_cli("split", adapter, "--ep-size", 2)
-    shards = tmp_path / "adapter-ep2"
-    before = contents(shards)
-    assert run_cli("merge", shards, "-o", shards, "--force").returncode == 5
-    assert contents(shards) == before
-
-
-def test_merge_of_a_pickle_says_what_it_gives(tmp_path: Path) -> None:
-    run_cli("split", save_pickled(tmp_path / "adapter"), "--ep-size", 2, "--allow-pickle")
-    done = run_cli("merge", tmp_path / "adapter-ep2", "-o", tmp_path / "merged")
-    assert "the source was a pickle" in done.stderr
-
-
-def test_merge_of_cast_shards_is_refused(adapter: Path, tmp_path: Path) -> None:
-    run_cli("split", adapter, "--ep-size", 2, "--dtype", "float32")
-    done = run_cli("merge", tmp_path / "adapter-ep2", "-o", tmp_path / "merged")
-    assert done.returncode == 5
-    assert "were cast to F32" in done.stderr
-
-
-def test_merge_names_the_file_that_is_cut_off(adapter: Path, tmp_path: Path) -> None:
-    run_cli("split", adapter, "--ep-size", 2)
-    rank_0 = tmp_path / "adapter-ep2" / "ep-00000-of-00002.safetensors"
-    os.truncate(rank_0, rank_0.stat().st_size - 10)
-    done = run_cli("merge", tmp_path / "adapter-ep2", "-o", tmp_path / "merged")
-    assert done.returncode == 5
-    assert rank_0.name in done.stderr
-
-
-def test_a_reader_that_stops_early_is_no_error(adapter: Path) -> None:
-    command = f"{sys.executable} -m lorashard inspect {adapter} --json | head -c 1"
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command}"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "{", "")

@@ -1,0 +1,45 @@
+"""What all commands have in common: exit codes, and no colours without a terminal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import REPO, run_cli
+
+ESCAPE = "\x1b"
+
+
+def test_exit_codes_name_what_cannot_be_looked_at(adapter: Path, shards: Path) -> None:
+    assert run_cli("inspect", adapter.parent / "nowhere").returncode == 3
+    assert run_cli("verify", adapter).returncode == 5
+    assert run_cli("verify", shards, "--against", shards).returncode == 3
+    assert run_cli("plan", adapter).returncode == 2
+    (shards / "lorashard.json").write_text("{")
+    assert run_cli("inspect", shards).returncode == 5
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "xterm-256color"}])
+def test_nothing_is_coloured_without_a_terminal(
+    adapter: Path, shards: Path, environment: dict[str, str]
+) -> None:
+    for command in (
+        ["inspect", adapter], ["inspect", shards], ["plan", adapter, "--ep-size", 2],
+        ["verify", shards], ["verify", adapter], ["split", "--help"], ["split", "--nonsense"],
+    ):  # fmt: skip
+        done = run_cli(*command, **environment)
+        assert ESCAPE not in done.stdout + done.stderr, command
+
+
+def test_a_reader_that_stops_early_is_no_error(adapter: Path) -> None:
+    command = f"{sys.executable} -m lorashard inspect {adapter} --json | head -c 1"
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{", "")

@@ -1,0 +1,34 @@
+"""`lorashard inspect`: what an adapter or a shard directory holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.goldens import check_golden
+from tests.tiny import RANK_FILES, run_cli, save_fused
+
+
+def test_inspect_of_an_adapter_is_an_interface(adapter: Path, tmp_path: Path) -> None:
+    check_golden("inspect_adapter", run_cli("inspect", adapter, "--json").stdout, tmp_path)
+
+
+def test_inspect_of_a_fused_adapter_is_an_interface(tmp_path: Path) -> None:
+    adapter = save_fused(tmp_path / "adapter")
+    check_golden("inspect_fused", run_cli("inspect", adapter, "--json").stdout, tmp_path)
+
+
+def test_inspect_of_shards_is_an_interface(shards: Path, tmp_path: Path) -> None:
+    check_golden("inspect_shards", run_cli("inspect", shards, "--json").stdout, tmp_path)
+
+
+def test_inspect_shows_the_module_and_its_experts(adapter: Path) -> None:
+    done = run_cli("inspect", adapter)
+    assert (done.returncode, done.stderr) == (0, "")
+    for shown in ("model.layers.0.mlp.experts", "4 in 1 modules", "per_expert", "r=2, alpha=4"):
+        assert shown in done.stdout
+
+
+def test_inspect_shows_the_files_of_each_rank(shards: Path) -> None:
+    done = run_cli("inspect", shards)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in (*RANK_FILES, "linear on 2 ranks", "2-3"))
