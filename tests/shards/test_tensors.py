@@ -1,7 +1,8 @@
-"""The Python API over a finished directory."""
+"""The tensors of a finished directory from Python, here and behind a URL."""
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -117,3 +118,50 @@ def test_a_damaged_header_is_refused(shards: Path) -> None:
     flip_bit(shards / RANK_FILES[0], 8)
     with pytest.raises(ShardError, match=RANK_FILES[0]):
         open_shards(shards).rank(0)
+
+
+def test_of_a_url_only_the_file_that_is_asked_for_is_fetched(shards: Path) -> None:
+    opened = open_shards(shards.as_uri())
+    (shards / RANK_FILES[1]).unlink()
+    local = open_shards(shards).rank(0)
+    remote = opened.rank(0)
+    assert torch.equal(remote.tensor(GATE_A), local.tensor(GATE_A))
+    assert remote.path.parent != shards
+    assert [path.name for path in remote.path.parent.iterdir()] == [RANK_FILES[0]]
+    with pytest.raises(ShardError, match=f"no {RANK_FILES[1]}"):
+        opened.rank(1)
+
+
+def test_a_file_of_a_url_is_fetched_once_and_kept_as_long_as_it_is_used(shards: Path) -> None:
+    opened = open_shards(shards.as_uri())
+    rank = opened.rank(0)
+    assert opened.rank(0).path == rank.path
+    copy = rank.path
+    del opened
+    gc.collect()
+    assert rank.read_bytes(GATE_A) == open_shards(shards).rank(0).read_bytes(GATE_A)
+    del rank
+    gc.collect()
+    assert not copy.parent.exists()
+
+
+def test_a_directory_keeps_what_it_fetched(shards: Path) -> None:
+    opened = open_shards(shards.as_uri())
+    copy = opened.replicated().path
+    gc.collect()
+    assert copy.exists()
+    del opened
+    gc.collect()
+    assert not copy.exists()
+
+
+def test_a_damaged_file_of_a_url_is_refused(shards: Path) -> None:
+    flip_bit(shards / RANK_FILES[0], 8)
+    with pytest.raises(ShardError, match=RANK_FILES[0]):
+        open_shards(shards.as_uri()).rank(0)
+
+
+def test_only_a_local_directory_has_a_path(shards: Path) -> None:
+    assert open_shards(shards).path == shards
+    with pytest.raises(ShardError, match="not on this machine"):
+        _ = open_shards(shards.as_uri()).path

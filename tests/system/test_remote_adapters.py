@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lorashard import verify_shards
 from tests.hub_server import HubServer
 from tests.tiny import (
     RANK_FILES,
@@ -435,3 +436,39 @@ def test_merge_and_convert_give_the_adapter_back_from_remote_shards(
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+
+
+API = """
+import sys
+import lorashard
+out = sys.argv[1]
+assert lorashard.verify_shards("hf://owner/shards", against="hf://owner/adapter") == ()
+assert lorashard.verify_shards("owner/shards", ep_ranks=[2]) == ()
+lorashard.merge_shards("hf://owner/shards", f"{out}/merged")
+lorashard.convert_shards("hf://owner/shards", f"{out}/plain", "per_expert")
+shards = lorashard.open_shards("hf://owner/shards")
+name = "model.layers.0.mlp.experts.gate_proj.lora_A"
+assert len(shards.rank(2).read_bytes(name)) == 2 * 512 * 2
+request = lorashard.SplitRequest(ep_size=3)
+lorashard.split_adapter("hf://owner/adapter", f"{out}/split", request)
+lorashard.split_adapter("hf://owner/adapter", f"{out}/split", request, resume=True)
+try:
+    lorashard.open_shards("hf://owner/adapter")
+except lorashard.LorashardError as err:
+    print(type(err).__name__, err.message)
+"""
+
+
+def test_the_python_functions_take_hub_ids_too(
+    tmp_path: Path, hub: HubServer, adapter: Path, remote_shards: Path, home: Path
+) -> None:
+    command = [sys.executable, "-c", API, str(tmp_path)]
+    environment = hub.environment(home) | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ManifestError hf://owner/adapter/lorashard.json: no such file.\n"
+    assert contents(tmp_path / "merged") == contents(adapter)
+    assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+    assert verify_shards(tmp_path / "split", against=adapter) == ()
+    rank_2 = "ep-00002-of-00003.safetensors"
+    assert hub.sent_bytes(rank_2) == (remote_shards / rank_2).stat().st_size, "kept in the cache"

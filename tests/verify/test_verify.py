@@ -245,3 +245,22 @@ def test_ranks_that_are_not_there_and_a_source_for_some_ranks_are_refused(
         verify_shards(shards, ep_ranks=[2])
     with pytest.raises(ShardError, match="all ranks"):
         verify_shards(shards, against=adapter, ep_ranks=[0])
+
+
+def test_urls_are_verified_like_directories(shards: Path, adapter: Path) -> None:
+    assert verify_shards(shards.as_uri(), against=adapter.as_uri()) == ()
+    assert verify_shards(shards, against=adapter.as_uri()) == ()
+    flip_bit(shards / RANK_FILES[1], -2)
+    (finding,) = verify_shards(shards.as_uri())
+    assert finding.endswith(f"{RANK_FILES[1]}: BLAKE3 differs from the manifest's")
+    assert verify_shards(shards.as_uri(), ep_ranks=[0]) == ()
+
+
+def test_a_damaged_config_does_not_hide_what_is_wrong_with_the_manifest(shards: Path) -> None:
+    edit_json(shards / "adapter_config.json", lora_alpha=64)
+    edit_manifest(
+        shards, lambda d: d["placement"].update(strategy="explicit", ranks=[[0], [1, 2, 3]])
+    )
+    findings = verify_shards(shards)
+    assert "adapter_config.json: BLAKE3 differs" in findings[0]
+    assert any("puts 3 experts on rank 1" in finding for finding in findings)

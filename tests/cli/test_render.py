@@ -1,0 +1,122 @@
+"""What is printed: sizes and ids in short, tables, JSON, and nothing that a name smuggles in."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from lorashard.cli import render
+from tests.tiny import REPO
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_234_567, "1.2 MB"), (2**40, "1099.51 GB")],
+)
+def test_sizes_are_decimal(num_bytes: int, shown: str) -> None:
+    assert render.size(num_bytes) == shown
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shown"),
+    [
+        ([], "none"),
+        ([5], "5"),
+        (range(64), "0-63"),
+        ([0, 2, 4, 6, 8, 10], "0, 2, 4, 6, 8, 10"),
+        (range(0, 128, 2), "0, 2, 4, 6, … (64)"),
+        ([1, 0], "1, 0"),
+    ],
+)
+def test_ids_are_shown_in_short(numbers: list[int], shown: str) -> None:
+    assert render.ids(numbers) == shown
+
+
+def test_control_characters_are_shown_and_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    render.print_line("a\x1b[31mb\tc\nd")
+    assert capsys.readouterr().out == "a\\x1b[31mb\\x09c\nd\n"
+
+
+def test_a_table_without_a_terminal_is_aligned_text(capsys: pytest.CaptureFixture[str]) -> None:
+    render.print_table("Files", ("", "size"), [("a", "10 B"), ("bcd", "9 B")])
+    assert capsys.readouterr().out == "Files\n     size\na    10 B\nbcd   9 B\n"
+
+
+def test_facts_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    render.print_facts({"a": "1", "long": "2"})
+    assert capsys.readouterr().out == "a     1\nlong  2\n"
+
+
+@pytest.mark.parametrize(
+    ("as_json", "quiet", "printed"),
+    [(True, True, '{\n  "out": "ä"\n}\n'), (False, False, "place\n"), (False, True, "")],
+)
+def test_a_result_is_json_or_its_place_or_nothing(
+    capsys: pytest.CaptureFixture[str], as_json: bool, quiet: bool, printed: str
+) -> None:
+    render.print_result({"out": "ä"}, "place", as_json=as_json, quiet=quiet)
+    assert capsys.readouterr().out == printed
+    assert not printed.startswith("{") or json.loads(printed) == {"out": "ä"}
+
+
+def test_talk_goes_to_stderr_unless_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    render.say("one")
+    render.say("two", quiet=True)
+    assert capsys.readouterr() == ("", "one\n")
+
+
+def test_without_a_terminal_bars_count_silently(capsys: pytest.CaptureFixture[str]) -> None:
+    with render.progress_bar("split", 10, quiet=False) as bar:
+        bar.restart(20)
+        bar.advance(5)
+    with render.count_bar("split", 2, quiet=False) as advance:
+        advance(1)
+    assert capsys.readouterr() == ("", "")
+
+
+BAR = """
+from lorashard.cli import render
+render.SHOW_PROGRESS_AFTER_S = {after}
+with render.progress_bar("reading", quiet=False) as bar:
+    for total in (1_000_000, 2_000_000):
+        bar.restart(total)
+        bar.advance(total // 2)
+"""
+
+
+@pytest.mark.parametrize(("after", "is_shown"), [(-1, True), (3600, False)])
+def test_on_a_terminal_a_bar_shows_each_pass_once_it_takes_long(after: int, is_shown: bool) -> None:
+    shown = run_on_terminal(BAR.format(after=after))
+    assert ("reading" in shown) == is_shown
+    assert ("1.0/2.0 MB" in shown) == is_shown, "the second pass counts from zero"
+
+
+def run_on_terminal(code: str) -> str:
+    """What a program writes to a stderr that is a terminal."""
+    ours, theirs = pty.openpty()
+    chunks: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                chunk = os.read(ours, 4096)
+            except OSError:  # EIO: the other end is closed
+                return
+            if not chunk:
+                return
+            chunks.append(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    environment = os.environ | {"PYTHONPATH": str(REPO), "TERM": "xterm", "COLUMNS": "100"}
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, env=environment, check=True)
+    os.close(theirs)
+    reader.join()
+    os.close(ours)
+    return b"".join(chunks).decode()
