@@ -1,13 +1,12 @@
 """What commands print: data on stdout, talk on stderr, colours only on a terminal.
 
-In: values. Out: lines, tables, JSON, progress bars. rich is imported only where it is used, so that
-`lorashard --help` starts at once.
+In: values. Out: lines, tables, JSON, progress bars. rich and json are imported where they are used,
+so that `lorashard --help` starts at once.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import time
@@ -21,6 +20,8 @@ SHOW_PROGRESS_AFTER_S = 1.0
 
 def print_json(document: Any) -> None:
     """Print data for a script."""
+    import json  # noqa: PLC0415 - not for `--help`
+
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
