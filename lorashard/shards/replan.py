@@ -33,7 +33,7 @@ from lorashard.header import LENGTH_BYTES, header_length, parse_header
 from lorashard.shards.describe import describe_modules, differing_files
 from lorashard.shards.directory import LocatedShards, find_files
 from lorashard.shards.manifest import Manifest
-from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME
+from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.shards.placement import linear_placement, round_robin_placement
 from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.storage.remote import Location, RemoteFile
@@ -121,6 +121,11 @@ def find_contradictions(manifest: Manifest, rebuilt: RebuiltPlan | None) -> Iter
             yield f"{name}: its tensors do not follow from the source and the placement"
 
 
+def is_own_config(manifest: Manifest, config_bytes: bytes) -> bool:
+    """Whether this is the adapter_config.json that the shards were made with."""
+    return blake3(config_bytes).hexdigest() == manifest.source.files[CONFIG_NAME].blake3
+
+
 def source_was_pickled(manifest: Manifest) -> bool:
     """Whether the source was adapter_model.bin; `merge` gives its tensors as safetensors."""
     return PICKLE_NAME in manifest.source.files
@@ -136,7 +141,7 @@ def _read_config(shards: LocatedShards) -> bytes:
         content = read_small_file(shards.place, CONFIG_NAME)
     except AdapterError as err:
         raise ShardError(err.message, hint="Copy the directory again.") from err
-    if blake3(content).hexdigest() != shards.manifest.source.files[CONFIG_NAME].blake3:
+    if not is_own_config(shards.manifest, content):
         raise VerificationError(
             str(shards.place), (describe_wrong_digest(shards.place, CONFIG_NAME),)
         )
@@ -157,12 +162,16 @@ def _placement_contradictions(manifest: Manifest) -> Iterator[str]:
 
 
 def _slot_contradictions(manifest: Manifest, name: str) -> Iterator[str]:
-    """Where a rank file does not have each module's stacks, one slot for each of its experts."""
+    """Where a rank file does not have each module's stacks, one slot for each of its experts.
+
+    The slots of a stack have one dtype and size, whichever file they are in.
+    """
     if name == REPLICATED_NAME or name not in manifest.files:
         return
     ep_rank = list(manifest.files).index(name) - 1  # the replicated file comes first
     shapes = {entry.name: entry.shape for entry in manifest.files[name].tensors}
     replicated = {entry.name for entry in manifest.files[REPLICATED_NAME].tensors}
+    slots, first_slots = _slot_kinds(manifest, ep_rank), _slot_kinds(manifest, 0)
     expected = set()
     for module, info in manifest.modules.items():
         num_local_experts = len(manifest.placement.ranks_of(module)[ep_rank])
@@ -180,5 +189,13 @@ def _slot_contradictions(manifest: Manifest, name: str) -> Iterator[str]:
                         f"{name}: {tensor} is {list(shape)}, the placement puts "
                         f"{num_local_experts} experts on rank {ep_rank}"
                     )
+                elif slots[tensor] != first_slots.get(tensor, slots[tensor]):
+                    yield f"{name}: {tensor} has other slots than on rank 0"
     for tensor in sorted(set(shapes) - expected):
         yield f"{name}: {tensor} belongs to no module of the manifest"
+
+
+def _slot_kinds(manifest: Manifest, ep_rank: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor of a rank file -> the dtype and shape of one slot."""
+    name = rank_file_name(ep_rank, manifest.placement.ep_size)
+    return {entry.name: (entry.dtype, entry.shape[1:]) for entry in manifest.files[name].tensors}

@@ -36,7 +36,12 @@ from lorashard.shards.directory import (
 )
 from lorashard.shards.manifest import Manifest, ShardFile, format_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME
-from lorashard.shards.replan import describe_wrong_digest, find_contradictions, rebuild_plan
+from lorashard.shards.replan import (
+    describe_wrong_digest,
+    find_contradictions,
+    is_own_config,
+    rebuild_plan,
+)
 from lorashard.storage.digests import read_in_steps
 from lorashard.storage.local import LocalFile
 from lorashard.storage.remote import Location, RemoteFolder, local_copy, locate
@@ -103,10 +108,10 @@ def _check_manifest(manifest: Manifest, shards: Path) -> Iterator[str]:
     rebuilt = None
     try:
         config_bytes = read_small_file(shards, CONFIG_NAME)
-        if blake3(config_bytes).hexdigest() != manifest.source.files[CONFIG_NAME].blake3:
-            yield describe_wrong_digest(shards, CONFIG_NAME)
-        else:
+        if is_own_config(manifest, config_bytes):
             rebuilt = rebuild_plan(manifest, config_bytes, shards)
+        else:
+            yield describe_wrong_digest(shards, CONFIG_NAME)
     except LorashardError as err:
         yield err.message
     for contradiction in find_contradictions(manifest, rebuilt):

@@ -94,6 +94,14 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: m["files"][RANK_FILES[1]]["tensors"][GATE_A].update(shape=[3, 2, 8]),
         f"{RANK_FILES[1]}: {GATE_A} is [3, 2, 8], the placement puts 2 experts on rank 1",
     ),
+    "slots of another dtype": (
+        lambda m: m["files"][RANK_FILES[1]]["tensors"][GATE_A].update(dtype="F16"),
+        f"{RANK_FILES[1]}: {GATE_A} has other slots than on rank 0",
+    ),
+    "slots of another size": (
+        lambda m: m["files"][RANK_FILES[1]]["tensors"][GATE_A].update(shape=[2, 4, 4]),
+        f"{RANK_FILES[1]}: {GATE_A} has other slots than on rank 0",
+    ),
     "a strange tensor": (
         lambda m: m["files"][RANK_FILES[1]]["tensors"].update(
             x=m["files"][RANK_FILES[1]]["tensors"][GATE_A]

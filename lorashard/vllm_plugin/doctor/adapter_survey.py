@@ -14,7 +14,7 @@ from lorashard.adapter.layout import detect_layout
 from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.read import opened_adapter
 from lorashard.errors import LorashardError, UnclearLayoutError
-from lorashard.shards.directory import check_file, read_manifest
+from lorashard.shards.directory import check_file, claims_to_be_shards, read_manifest
 from lorashard.shards.placement import linear_placement
 from lorashard.vllm_plugin.doctor.findings import (
     PLAIN_ADAPTER,
@@ -24,7 +24,7 @@ from lorashard.vllm_plugin.doctor.findings import (
 )
 from lorashard.vllm_plugin.load.contents import AdapterContents, NoSources
 from lorashard.vllm_plugin.load.plain_source import module_contents, open_with_experts
-from lorashard.vllm_plugin.load.shard_source import is_shard_directory, open_shard_directory
+from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 
 
 def survey_adapter(path: Path, options: LayoutOptions, *, expert_parallel: bool) -> SurveyedAdapter:
@@ -32,7 +32,7 @@ def survey_adapter(path: Path, options: LayoutOptions, *, expert_parallel: bool)
 
     Without expert parallelism vLLM's own loader takes a plain adapter, and its layout is not read.
     """
-    is_shards = is_shard_directory(path)
+    is_shards = claims_to_be_shards(path)
     try:
         if is_shards:
             return _survey_shards(path)

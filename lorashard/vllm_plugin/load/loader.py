@@ -17,6 +17,7 @@ from typing import Any
 
 from lorashard.adapter.options import GateUp, LayoutOptions
 from lorashard.dtypes import ELEMENT_SIZE
+from lorashard.shards.directory import claims_to_be_shards
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.engine.live import interleaves, live_experts, moe_wrappers
 from lorashard.vllm_plugin.engine.names import ModuleNames, read_model_names
@@ -39,7 +40,7 @@ from lorashard.vllm_plugin.load.reads import (
     plan_reads,
 )
 from lorashard.vllm_plugin.load.regions import RegionPool
-from lorashard.vllm_plugin.load.shard_source import is_shard_directory, open_shard_directory
+from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 from lorashard.vllm_plugin.load.threads import reader_threads
 
 
@@ -117,7 +118,7 @@ class AdapterLoader:
 
     def _open(self, path: Path, names: ModuleNames, stack: ExitStack) -> _OpenedAdapter | None:
         """The adapter; None for one that vLLM's own loader gets right."""
-        if is_shard_directory(path):
+        if claims_to_be_shards(path):
             return _OpenedAdapter(path, True, open_shard_directory(path, stack))
         if self.ep_size == 1:
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,16 +14,12 @@ from lorashard.errors import ManifestError, ShardError
 from lorashard.shards.directory import check_file, read_manifest
 from lorashard.shards.manifest import Manifest, ShardFile
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
+from lorashard.shards.replan import find_contradictions, is_own_config
 from lorashard.storage.local import read_at
 from lorashard.storage.small_files import read_small_file
 from lorashard.vllm_plugin.load.assembly import ShardStack
 from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents, ModuleContents
 from lorashard.vllm_plugin.settings import verifies_fully
-
-
-def is_shard_directory(path: Path) -> bool:
-    """Whether a directory claims to be one of lorashard's."""
-    return (path / MANIFEST_NAME).is_file()
 
 
 def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
@@ -34,17 +29,18 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
     """
     manifest = read_manifest(path)
     config_bytes = read_small_file(path, CONFIG_NAME)
-    recorded = manifest.source.files[CONFIG_NAME]
-    if blake3(config_bytes).hexdigest() != recorded.blake3:
+    if not is_own_config(manifest, config_bytes):
         raise ManifestError(
             path / CONFIG_NAME, "not the file that the shards were made from", hint=_COPY_AGAIN
         )
+    contradiction = next(find_contradictions(manifest, None), None)
+    if contradiction is not None:
+        raise ManifestError(path / MANIFEST_NAME, contradiction, hint=_COPY_AGAIN)
     files = ShardFiles(path, manifest)
     stack.callback(files.close)
     shared = _stacks_in(manifest.files[REPLICATED_NAME], manifest, shared=True)
     # The rank files' tensors differ in dimension 0 alone, so the first file describes them all.
     ranked = _stacks_in(manifest.files[rank_file_name(0, manifest.placement.ep_size)], manifest)
-    _check_slots(path, manifest, ranked)
     modules = tuple(
         ModuleContents(
             name, info.gate_up, info.scaling,
@@ -88,22 +84,6 @@ def _stacks_in(
                     )
                 )
     return by_module
-
-
-def _check_slots(path: Path, manifest: Manifest, ranked: Mapping[str, list[ShardStack]]) -> None:
-    """Raise ManifestError unless every rank file has one slot for each expert of its rank."""
-    ep_size = manifest.placement.ep_size
-    for ep_rank in range(ep_size):
-        file = manifest.files[rank_file_name(ep_rank, ep_size)]
-        entries = {entry.name: (entry.dtype, entry.shape) for entry in file.tensors}
-        for module, stacks in ranked.items():
-            slots = len(manifest.placement.ranks_of(module)[ep_rank])
-            for stack in stacks:
-                expected = (stack.dtype, (slots, stack.rows, stack.cols))
-                if entries.get(stack.name) != expected:
-                    raise ManifestError(
-                        path / MANIFEST_NAME, f"{stack.name} of rank {ep_rank} is not {expected}"
-                    )
 
 
 class ShardFiles:

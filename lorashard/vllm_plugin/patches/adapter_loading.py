@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.errors import LorashardError
+from lorashard.shards.directory import claims_to_be_shards
 from lorashard.vllm_plugin.engine.contracts import contract_breaks
 from lorashard.vllm_plugin.engine.guards import contract_refusal
 from lorashard.vllm_plugin.load.agreement import load_together, tensor_parallel_group
 from lorashard.vllm_plugin.load.loader import AdapterLoader
-from lorashard.vllm_plugin.load.shard_source import is_shard_directory
 from lorashard.vllm_plugin.patches.apply import broken_patches
 from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
 from lorashard.vllm_plugin.patches.refusals import enforce
@@ -105,7 +105,7 @@ def _loader_for(
     shard directory, once vLLM has been found to be what the loader relies on. None until then.
     """
     loader = attached_loader(worker_manager)
-    if loader is None and is_shard_directory(adapter_dir):
+    if loader is None and claims_to_be_shards(adapter_dir):
         manager = worker_manager._adapter_manager  # noqa: SLF001
         refusal = contract_refusal(contract_breaks(manager, lora_model_class, broken_patches()))
         enforce([refusal] if refusal is not None else [])
