@@ -66,7 +66,7 @@ class Manifest:
     """Everything that lorashard.json says.
 
     dtype: what the values were cast to, as a safetensors name; None = nothing was cast.
-    options: what layout detection was told, with the expert count resolved.
+    options: those of the layout detection, with the number of experts filled in.
     """
 
     lorashard_version: str

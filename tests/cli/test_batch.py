@@ -158,27 +158,35 @@ def test_a_pattern_that_means_nothing_is_an_error(tmp_path: Path) -> None:
     assert run_cli("split", "--ep-size", 2).returncode == 3
 
 
-def test_a_batch_that_is_interrupted_leaves_nothing_half_written(tmp_path: Path) -> None:
-    model = scale_layers(MODELS["glm-4.5-air"], 0.1)
-    write_adapter(tmp_path / "one", model, "fused")
-    for name in ("two", "three"):
-        (tmp_path / name).symlink_to(tmp_path / "one")
-    command = [sys.executable, "-m", "lorashard", "split", *("one", "two", "three")]
-    with subprocess.Popen([*command, "--ep-size", "2"], cwd=tmp_path) as process:
-        deadline = time.monotonic() + 60
-        while not any(path.stat().st_size for path in tmp_path.glob(".one-ep2*/ep-*")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.002)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
-    assert sorted(os.listdir(tmp_path)) == ["one", "three", "two"]
-
-
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     with HubServer() as server:
         yield server
+
+
+def test_a_batch_that_is_interrupted_leaves_nothing_half_written(
+    tmp_path: Path, hub: HubServer
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter", per_expert_tensors(hidden=512, layers=3))
+    weights = adapter / "adapter_model.safetensors"
+    names = ("one", "two", "three")
+    for name in names:
+        hub.add_repo(f"owner/{name}", {path.name: path for path in adapter.iterdir()})
+    hub.throttle(weights.name, bytes_per_s=weights.stat().st_size / 4)  # not done before the signal
+    (tmp_path / "here").mkdir()
+    command = [sys.executable, "-m", "lorashard", "split", *(f"hf://owner/{n}" for n in names)]
+    environment = hub.environment(tmp_path / "hf")
+    with subprocess.Popen(
+        [*command, "--ep-size", "2"], cwd=tmp_path / "here", env=environment
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "here").glob(".one-ep2*")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path / "here") == []
 
 
 def test_a_collection_and_a_pattern_on_the_hub(tmp_path: Path, hub: HubServer, runs: Path) -> None:

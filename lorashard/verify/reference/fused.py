@@ -29,7 +29,7 @@ def orient_fused(
     pairs: dict[str, dict[str, Piece]] = {}
     for piece in pieces:
         if piece.matrix in pairs.setdefault(piece.leaf, {}):
-            raise LayoutError(f"{piece.name} stands there twice.")
+            raise LayoutError(f"{piece.name} is there twice.")
         pairs[piece.leaf][piece.matrix] = piece
     for pair in pairs.values():
         if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:

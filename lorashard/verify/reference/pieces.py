@@ -38,7 +38,7 @@ _DENSE_LOOKING = re.compile(r"(?P<block>.+)\.(?P<leaf>gate_up_proj|gate_proj|up_
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What decides between readings: adapter_config.json and what the user told `split`."""
+    """What decides between readings: adapter_config.json and the options that `split` was given."""
 
     config: Mapping[str, Any]
     num_experts: int
@@ -69,7 +69,7 @@ class Piece:
     """One source tensor with expert factors.
 
     peft_name: what PEFT matches its patterns against. expert: None = the tensor is for all.
-    transposed: each expert's matrix stands transposed in the tensor.
+    transposed: each expert's matrix is transposed in the tensor.
     """
 
     name: str
