@@ -26,7 +26,8 @@ class SafetensorsFile:
     """Named tensors on disk, read one at a time.
 
     safetensors itself checks the file. Its tensors are views of a mapping of the whole file, whose
-    pages would all count as this process's memory, so the bytes are read here, from the offsets in the header.
+    pages would all count as this process's memory, so the bytes are read here, from the offsets in
+    the header.
     """
 
     def __init__(self, path: Path) -> None:
