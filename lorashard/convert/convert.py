@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from lorashard.adapter.base_model import merge_facts
 from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME, parse_config
 from lorashard.adapter.layout import AdapterLayout
-from lorashard.adapter.options import Orientation
+from lorashard.adapter.options import ExpertLayout, Orientation
 from lorashard.adapter.read import is_plain_adapter, read_model_facts
-from lorashard.convert.peft_tensors import PEFT_LAYOUTS, OutputTensor, PeftLayout
+from lorashard.convert.peft_tensors import OutputTensor
 from lorashard.convert.plan import ConversionPlan, plan_conversion
 from lorashard.convert.slots import (
     SlotTable,
@@ -67,7 +68,7 @@ class PreparedConversion:
 def convert_shards(
     shards: Shards,
     out: str | os.PathLike[str],
-    layout: PeftLayout,
+    layout: ExpertLayout,
     *,
     model: str | os.PathLike[str] | None = None,
     orientation: Orientation | None = None,
@@ -97,14 +98,14 @@ def convert_shards(
 
 def prepare_conversion(
     shards: LocatedShards,
-    layout: PeftLayout,
+    layout: ExpertLayout,
     *,
     model: str | os.PathLike[str] | None = None,
     orientation: Orientation | None = None,
 ) -> PreparedConversion:
     """Decide everything. Reads headers, and the lora_A of gate and up until they differ."""
-    if layout not in PEFT_LAYOUTS:
-        raise AdapterError(f"layout {layout!r} is not one of {', '.join(PEFT_LAYOUTS)}.")
+    if layout not in get_args(ExpertLayout):
+        raise AdapterError(f"layout {layout!r} is not one of {', '.join(get_args(ExpertLayout))}.")
     checked = check_shards(shards)
     manifest, source, plan = checked.manifest, checked.layout, checked.plan
     config_bytes = checked.config_bytes

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorashard.adapter.config import LoraConfig
+from lorashard.adapter.options import ExpertLayout
 from lorashard.convert.peft_patterns import write_patterns
 from lorashard.convert.peft_targets import PeftTargets, choose_targets, is_target_parameter
-from lorashard.convert.peft_tensors import PeftLayout
 
 # What other writers say about the layout that is given up.
 _LAYOUT_MARKERS = ("lora_B_layout", "unsloth_fused_expert_lora")
@@ -37,7 +37,7 @@ class ModuleSetting:
 def write_config(
     source: Mapping[str, Any],
     config: LoraConfig,
-    layout: PeftLayout,
+    layout: ExpertLayout,
     experts: Sequence[ModuleSetting],
     others: Sequence[str],
 ) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _most_common_setting(experts: Sequence[ModuleSetting]) -> tuple[int, float]:
 
 
 def _source_fields(
-    source: Mapping[str, Any], config: LoraConfig, layout: PeftLayout, targets: PeftTargets
+    source: Mapping[str, Any], config: LoraConfig, layout: ExpertLayout, targets: PeftTargets
 ) -> dict[str, Any]:
     """The source's own fields, changed where PEFT would refuse or misread the new tensors."""
     fields = {field: value for field, value in source.items() if field not in _LAYOUT_MARKERS}

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorashard.convert.peft_tensors import PeftLayout
+from lorashard.adapter.options import ExpertLayout
 
 _FILTERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -46,7 +46,7 @@ class PeftTargets:
 
 def choose_targets(
     source: Mapping[str, Any],
-    layout: PeftLayout,
+    layout: ExpertLayout,
     experts: Sequence[str],
     others: Sequence[str],
     former_parameters: frozenset[str],
@@ -100,7 +100,7 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _must_be_parameter(source: Mapping[str, Any], layout: PeftLayout, module: str) -> bool:
+def _must_be_parameter(source: Mapping[str, Any], layout: ExpertLayout, module: str) -> bool:
     if layout == "fused" and _leaf(module) in _REPLACED:
         return True
     # A router can be an nn.Linear, or a module of its own kind, which PEFT cannot wrap. As a

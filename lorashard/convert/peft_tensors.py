@@ -9,13 +9,9 @@ lora_B, padding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from lorashard.adapter.containers import Axes
 from lorashard.adapter.modules import FactorStack
-
-PeftLayout = Literal["per_expert", "fused"]
-PEFT_LAYOUTS: tuple[PeftLayout, ...] = ("per_expert", "fused")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ from lorashard.adapter.base_model import (
 )
 from lorashard.adapter.config import LoraConfig
 from lorashard.adapter.layout import AdapterLayout
-from lorashard.adapter.options import GateUp, LayoutOptions, Orientation
-from lorashard.convert.peft_tensors import PeftLayout
+from lorashard.adapter.options import ExpertLayout, GateUp, LayoutOptions, Orientation
 from lorashard.errors import LayoutError
 
 
@@ -30,7 +29,7 @@ class PeftTarget:
     model_names: what is known of the base model's name, class and type; may be empty.
     """
 
-    layout: PeftLayout
+    layout: ExpertLayout
     gate_up: GateUp | None
     gate_up_stated: bool
     orientation: Orientation
@@ -43,7 +42,7 @@ class PeftTarget:
 def describe_target(
     source: AdapterLayout,
     config: LoraConfig,
-    layout: PeftLayout,
+    layout: ExpertLayout,
     *,
     options: LayoutOptions,
     facts: ModelFacts | None,

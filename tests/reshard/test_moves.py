@@ -11,7 +11,7 @@ from lorashard.reshard.moves import MovePlan, plan_moves
 from lorashard.shards.placement import Placement, explicit_placement, linear_placement
 from lorashard.shards.plan import CopyRange, ShardPlan, build_plan
 from tests.adapters import Spec, build
-from tests.shards.test_plan import destinations
+from tests.plans import destinations
 from tests.strategies import layout_of, rank_lists, specs
 
 run = settings(max_examples=60, deadline=None)

@@ -4,55 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 
 from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.errors import PlacementError, ShardError
 from lorashard.shards.names import rank_file_name
-from lorashard.shards.placement import Placement, explicit_placement, linear_placement
-from lorashard.shards.plan import CopyRange, Rearrange, ShardPlan, Target, build_plan
-from lorashard.writing.blocks import CopyBlock, split_into_blocks
-from lorashard.writing.digest import find_milestones
+from lorashard.shards.placement import explicit_placement, linear_placement
+from lorashard.shards.plan import CopyRange, Rearrange, build_plan
 from tests.adapters import Spec, build
-from tests.strategies import index_of, layout_of, rank_lists, specs
-
-run = settings(max_examples=60, deadline=None)
-Region = tuple[int, int]
-
-
-@st.composite
-def plans(draw: st.DrawFn, **of_specs: Any) -> tuple[Spec, Placement, str | None]:
-    spec = draw(specs(**of_specs))
-    ep_size = draw(st.integers(1, 6))
-    ranks = draw(rank_lists(spec.num_experts, ep_size))
-    placement = explicit_placement({"ranks": ranks}, spec.num_experts, ep_size)
-    return spec, placement, draw(st.sampled_from([None, None, "F16", "F32", "BF16"]))
-
-
-def planned(spec: Spec, placement: Placement, dtype: str | None) -> ShardPlan:
-    return build_plan(layout_of(build(spec)), placement, dtype)
-
-
-def one_plan(layout: str = "L1", ep_size: int = 2, dtype: str | None = None) -> ShardPlan:
-    return planned(Spec(layout, extras=True), linear_placement(4, ep_size), dtype)
-
-
-def destinations(plan: ShardPlan) -> list[list[Region]]:
-    """Per file, the regions that the plan says are filled."""
-    filled: list[list[Region]] = [[] for _ in plan.files]
-    for op in plan.reads:
-        slots = (op.targets,) if isinstance(op, CopyRange) else op.targets
-        size = op.end - op.begin if isinstance(op, CopyRange) else op.slot_bytes
-        for target in (target for targets in slots for target in targets):
-            filled[target.file].append((target.offset, target.offset + size))
-    for zero in plan.zeros:
-        filled[zero.target.file].append((zero.target.offset, zero.target.offset + zero.size_bytes))
-    return [sorted(regions) for regions in filled]
+from tests.plans import destinations, one_plan, planned, plans, run
+from tests.strategies import index_of, layout_of
 
 
 @given(case=plans())
@@ -102,80 +66,6 @@ def test_a_cast_decides_the_dtype_of_every_float_tensor(case):
     expected = {dtype or source.get(spec.dtype, "F16")}
     found = {entry.dtype for file in plan.files for entry in file.tensors}
     assert found == expected
-
-
-@given(case=plans(), block_bytes=st.integers(1, 300), column_bytes=st.integers(1, 300))
-@run
-def test_blocks_cover_the_reads_in_source_order(case, block_bytes, column_bytes):
-    plan = planned(*case)
-    blocks = list(split_into_blocks(plan.reads, block_bytes, column_bytes))
-    assert all(a.end == b.begin for a, b in pairwise(blocks))
-    assert (blocks[0].begin, blocks[-1].end) == (plan.reads[0].begin, plan.reads[-1].end)
-
-
-@given(case=plans(), block_bytes=st.integers(1, 300), column_bytes=st.integers(1, 300))
-@run
-def test_no_block_is_larger_than_its_limit_or_one_index(case, block_bytes, column_bytes):
-    for block in split_into_blocks(planned(*case).reads, block_bytes, column_bytes):
-        size = block.end - block.begin
-        if isinstance(block, CopyBlock):
-            assert size <= block_bytes
-        else:
-            limit = column_bytes if block.op.axes[0] == "c" else block_bytes
-            assert size <= limit or block.last - block.first == 1
-
-
-@given(case=plans(), block_bytes=st.integers(1, 300))
-@run
-def test_the_copies_of_a_block_fill_it(case, block_bytes):
-    for block in split_into_blocks(planned(*case).reads, block_bytes):
-        if isinstance(block, CopyBlock):
-            edges = [(0, block.begin), *((c.begin, c.end) for c in block.copies), (block.end, 0)]
-            assert all(a[1] == b[0] for a, b in pairwise(edges))
-
-
-@given(case=plans(), block_bytes=st.integers(1, 300))
-@run
-def test_cut_copies_still_reach_the_same_places(case, block_bytes):
-    plan = planned(*case)
-    whole = {
-        (begin, Target(target.file, target.offset + begin - op.begin))
-        for op in plan.reads if isinstance(op, CopyRange)
-        for begin in range(op.begin, op.end) for target in op.targets
-    }  # fmt: skip
-    cut = {
-        (begin, Target(target.file, target.offset + begin - copy.begin))
-        for block in split_into_blocks(plan.reads, block_bytes) if isinstance(block, CopyBlock)
-        for copy in block.copies
-        for begin in range(copy.begin, copy.end) for target in copy.targets
-    }  # fmt: skip
-    assert cut == whole
-
-
-@given(case=plans())
-@run
-def test_milestones_ascend_to_the_end_of_the_file(case):
-    plan = planned(*case)
-    for file, milestones in zip(plan.files, find_milestones(plan), strict=True):
-        assert all(
-            a.source_end < b.source_end and a.dest_end < b.dest_end for a, b in pairwise(milestones)
-        )
-        assert milestones[-1].dest_end == file.size_bytes
-
-
-@given(case=plans())
-@run
-def test_a_milestone_comes_when_the_last_byte_before_it_is_there(case):
-    plan = planned(*case)
-    for number, milestones in enumerate(find_milestones(plan)):
-        for milestone in milestones:
-            needed = [0]
-            for op in plan.reads:
-                slots = (op.targets,) if isinstance(op, CopyRange) else op.targets
-                places = [t.offset for targets in slots for t in targets if t.file == number]
-                if any(offset < milestone.dest_end for offset in places):
-                    needed.append(op.end)
-            assert milestone.source_end == max(needed)
 
 
 def test_per_expert_factors_are_copied_without_a_rearrangement():

@@ -1,8 +1,12 @@
-"""Reads cut and joined into blocks. That they cover every plan is in tests/shards/test_plan.py."""
+"""Reads cut and joined into blocks."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorashard.shards.plan import CopyRange, Rearrange, Target
 from lorashard.writing.blocks import (
@@ -11,6 +15,7 @@ from lorashard.writing.blocks import (
     axis_sizes,
     split_into_blocks,
 )
+from tests.plans import planned, plans, run
 
 
 def copy(begin: int, end: int, offset: int = 0) -> CopyRange:
@@ -89,3 +94,51 @@ def test_nothing_to_read_is_no_block() -> None:
 
 def test_axes_have_the_sizes_of_the_source() -> None:
     assert axis_sizes(rearrange("erc")) == {"e": 4, "r": 2, "c": 3}
+
+
+@given(case=plans(), block_bytes=st.integers(1, 300), column_bytes=st.integers(1, 300))
+@run
+def test_blocks_cover_the_reads_in_source_order(case, block_bytes, column_bytes):
+    plan = planned(*case)
+    blocks = list(split_into_blocks(plan.reads, block_bytes, column_bytes))
+    assert all(a.end == b.begin for a, b in pairwise(blocks))
+    assert (blocks[0].begin, blocks[-1].end) == (plan.reads[0].begin, plan.reads[-1].end)
+
+
+@given(case=plans(), block_bytes=st.integers(1, 300), column_bytes=st.integers(1, 300))
+@run
+def test_no_block_is_larger_than_its_limit_or_one_index(case, block_bytes, column_bytes):
+    for block in split_into_blocks(planned(*case).reads, block_bytes, column_bytes):
+        size = block.end - block.begin
+        if isinstance(block, CopyBlock):
+            assert size <= block_bytes
+        else:
+            limit = column_bytes if block.op.axes[0] == "c" else block_bytes
+            assert size <= limit or block.last - block.first == 1
+
+
+@given(case=plans(), block_bytes=st.integers(1, 300))
+@run
+def test_the_copies_of_a_block_fill_it(case, block_bytes):
+    for block in split_into_blocks(planned(*case).reads, block_bytes):
+        if isinstance(block, CopyBlock):
+            edges = [(0, block.begin), *((c.begin, c.end) for c in block.copies), (block.end, 0)]
+            assert all(a[1] == b[0] for a, b in pairwise(edges))
+
+
+@given(case=plans(), block_bytes=st.integers(1, 300))
+@run
+def test_cut_copies_still_reach_the_same_places(case, block_bytes):
+    plan = planned(*case)
+    whole = {
+        (begin, Target(target.file, target.offset + begin - op.begin))
+        for op in plan.reads if isinstance(op, CopyRange)
+        for begin in range(op.begin, op.end) for target in op.targets
+    }  # fmt: skip
+    cut = {
+        (begin, Target(target.file, target.offset + begin - copy.begin))
+        for block in split_into_blocks(plan.reads, block_bytes) if isinstance(block, CopyBlock)
+        for copy in block.copies
+        for begin in range(copy.begin, copy.end) for target in copy.targets
+    }  # fmt: skip
+    assert cut == whole

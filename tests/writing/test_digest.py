@@ -7,13 +7,16 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from hypothesis import given
 
 from lorashard.shards.plan import CopyRange, FilePlan, ShardPlan, Target, ZeroFill
 from lorashard.writing.digest import BackgroundHasher, Milestone, find_milestones
+from tests.plans import planned, plans, run
 
 MIB = 2**20
 
@@ -90,3 +93,29 @@ def test_without_finish_the_thread_ends_with_the_block(fds: list[int]) -> None:
     with BackgroundHasher(fds[:1], one):
         pass
     assert not [t for t in threading.enumerate() if t.name == "lorashard-digest"]
+
+
+@given(case=plans())
+@run
+def test_milestones_ascend_to_the_end_of_the_file(case):
+    plan = planned(*case)
+    for file, milestones in zip(plan.files, find_milestones(plan), strict=True):
+        assert all(
+            a.source_end < b.source_end and a.dest_end < b.dest_end for a, b in pairwise(milestones)
+        )
+        assert milestones[-1].dest_end == file.size_bytes
+
+
+@given(case=plans())
+@run
+def test_a_milestone_comes_when_the_last_byte_before_it_is_there(case):
+    plan = planned(*case)
+    for number, milestones in enumerate(find_milestones(plan)):
+        for milestone in milestones:
+            needed = [0]
+            for op in plan.reads:
+                slots = (op.targets,) if isinstance(op, CopyRange) else op.targets
+                places = [t.offset for targets in slots for t in targets if t.file == number]
+                if any(offset < milestone.dest_end for offset in places):
+                    needed.append(op.end)
+            assert milestone.source_end == max(needed)
