@@ -25,7 +25,7 @@ LEGACY = Path(os.environ.get("LORASHARD_LEGACY", REPO / ".venv" / "legacy"))
 # What adapters of a family cannot be, and what the refusal must speak of.
 KNOWN_REFUSALS = {
     "longcat_flash": "holds",  # more experts in gate_up than in down
-    "jetmoe": "its layout is not known",  # experts under an ordinary module's name
+    "jetmoe": "in a layout that lorashard does not know",  # experts under an ordinary module's name
     "aria_text": "fc1",  # 4.57: experts.fc1 and fc2
 }
 REFUSALS = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lorashard.split.pipeline import SplitRequest, split_adapter
+from lorashard import SplitRequest, split_adapter
 from lorashard.vllm_plugin import register
 
 register()
