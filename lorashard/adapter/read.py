@@ -6,12 +6,13 @@ which nothing is read yet. `opened_adapter` is where to begin.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorashard.adapter.base_model import ModelFacts, parse_model_config
+from lorashard.adapter.base_model import ModelFacts, merge_facts, parse_model_config
 from lorashard.adapter.config import (
     CONFIG_NAME,
     PICKLE_NAME,
@@ -19,11 +20,13 @@ from lorashard.adapter.config import (
     AdapterIndex,
     parse_config,
 )
+from lorashard.adapter.layout import AdapterLayout, detect_layout
+from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.pickled import convert_pickle
 from lorashard.errors import AdapterError, UnsupportedAdapterError
 from lorashard.header import Header
 from lorashard.storage.local import ByteSource, LocalFile
-from lorashard.storage.remote import Location, RemoteFile, RemoteFolder
+from lorashard.storage.remote import Location, RemoteFile, RemoteFolder, locate
 from lorashard.storage.safetensors_file import read_header
 from lorashard.storage.small_files import parse_json, read_small_file, read_small_path
 
@@ -70,6 +73,15 @@ def opened_adapter(adapter: Location, *, allow_pickle: bool) -> Iterator[Adapter
         yield read_adapter(directory)
 
 
+@dataclass(frozen=True, slots=True)
+class DetectedLayout:
+    """An adapter's layout, the options that led to it, and what the base model's config says."""
+
+    facts: ModelFacts | None
+    options: LayoutOptions
+    layout: AdapterLayout
+
+
 def read_adapter(place: Location) -> AdapterSource:
     """Read config and header of the adapter in `place`; no tensor data.
 
@@ -109,6 +121,18 @@ def find_remote_adapter(folder: RemoteFolder) -> RemoteFolder:
 def is_plain_adapter(_path: Path, names: frozenset[str]) -> bool:
     """Whether a directory with these names holds an adapter and nothing else."""
     return names == {CONFIG_NAME, WEIGHTS_NAME}
+
+
+def read_layout(
+    source: AdapterSource,
+    adapter: Location,
+    options: LayoutOptions,
+    model: str | os.PathLike[str] | None,
+) -> DetectedLayout:
+    """Detect the layout of an adapter that was opened, checked against its base model if named."""
+    facts = read_model_facts(locate(model)) if model else None
+    merged = merge_facts(options, facts)
+    return DetectedLayout(facts, merged, detect_layout(source.index, merged, str(adapter)))
 
 
 def read_model_facts(model: Location) -> ModelFacts:

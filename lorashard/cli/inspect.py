@@ -28,10 +28,9 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Show what an adapter or a shard directory holds; reads headers only."""
-    from lorashard.adapter.read import opened_adapter  # noqa: PLC0415
+    from lorashard.adapter.read import opened_adapter, read_layout  # noqa: PLC0415
     from lorashard.inspect.summary import summarize_adapter, summarize_shards  # noqa: PLC0415
     from lorashard.shards.directory import claims_to_be_shards, read_manifest  # noqa: PLC0415
-    from lorashard.split.pipeline import read_layout  # noqa: PLC0415
     from lorashard.storage.remote import locate  # noqa: PLC0415
 
     options = opt.layout_options(

@@ -13,12 +13,11 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from lorashard.adapter.base_model import ModelFacts, merge_facts
 from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
-from lorashard.adapter.layout import AdapterLayout, detect_layout
+from lorashard.adapter.layout import AdapterLayout
 from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.pickled import pickle_digest
-from lorashard.adapter.read import AdapterSource, opened_adapter, read_model_facts
+from lorashard.adapter.read import AdapterSource, DetectedLayout, opened_adapter, read_layout
 from lorashard.dtypes import CAST_DTYPES
 from lorashard.errors import AdapterError
 from lorashard.progress import Progress
@@ -29,7 +28,7 @@ from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.placement import Placement, place_experts, strategy_in_vllm
 from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.storage.local import write_synced
-from lorashard.storage.remote import Location, locate
+from lorashard.storage.remote import Location
 from lorashard.storage.small_files import read_json
 from lorashard.storage.staging import staged_directory
 from lorashard.vllm_options import Strategy
@@ -57,15 +56,6 @@ class SplitRequest:
     def stored_dtype(self) -> str | None:
         """`dtype` as safetensors names it; None = nothing is cast."""
         return CAST_DTYPES[self.dtype] if self.dtype else None
-
-
-@dataclass(frozen=True, slots=True)
-class DetectedLayout:
-    """An adapter's layout, the options that led to it, and what the base model's config says."""
-
-    facts: ModelFacts | None
-    options: LayoutOptions
-    layout: AdapterLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +89,6 @@ def prepared_split(adapter: Location, request: SplitRequest) -> Iterator[Prepare
         plan = build_plan(layout, placement, request.stored_dtype)
         options = replace(detected.options, num_experts=layout.num_experts)
         yield PreparedSplit(source, options, layout, placement, plan, _notes(request, detected))
-
-
-def read_layout(
-    source: AdapterSource,
-    adapter: Location,
-    options: LayoutOptions,
-    model: str | os.PathLike[str] | None,
-) -> DetectedLayout:
-    """Detect the layout of an adapter that was opened, checked against its base model if named."""
-    facts = read_model_facts(locate(model)) if model else None
-    merged = merge_facts(options, facts)
-    return DetectedLayout(facts, merged, detect_layout(source.index, merged, str(adapter)))
 
 
 def write_shards(
