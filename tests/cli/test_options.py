@@ -8,8 +8,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from lorashard import LayoutOptions, SplitRequest
+from lorashard.adapter.options import ExpertLayout
 from lorashard.cli import options as opt
-from lorashard.convert.peft_tensors import PEFT_LAYOUTS
 from lorashard.dtypes import CAST_DTYPES
 from lorashard.errors import AdapterError, PlacementError
 from tests.tiny import run_cli
@@ -82,7 +82,7 @@ def test_the_command_line_takes_what_the_core_takes() -> None:
     from lorashard.cli.split import split
 
     assert get_args(get_args(get_type_hints(split)["dtype"])[0]) == tuple(CAST_DTYPES)
-    assert get_args(get_type_hints(convert)["layout"]) == PEFT_LAYOUTS
+    assert get_args(get_type_hints(convert)["layout"]) == get_args(ExpertLayout)
 
 
 @pytest.mark.parametrize(
