@@ -59,7 +59,7 @@ REFUSALS = {
     "missing": "ep-00000-of-00002.safetensors: No such file",
     "config": "not the file that the shards were made from",
     "flipped": "its bytes are not those that were written",
-    "forged placement": "gate_proj.lora_A of rank 0 is not",
+    "forged placement": "the placement puts 5 experts on rank 0",
     "wrong model": "the adapter has 8 experts",
     "wrong size": "has 16 features",
     "r too large": "9",
