@@ -77,20 +77,20 @@ def main() -> NoReturn:
     try:
         app()
     except LorashardError as err:
-        _fail(str(err), err.exit_code)
+        _fail(err.message, err.hint, err.exit_code)
     except Exception as err:
         if os.environ.get("LORASHARD_DEBUG"):
             raise
         _fail(
-            f"unexpected {type(err).__name__}: {err}\n  Please report this. Set LORASHARD_DEBUG=1 "
-            "to see where it happened.",
+            f"unexpected {type(err).__name__}: {err}",
+            "Please report this. Set LORASHARD_DEBUG=1 to see where it happened.",
             1,
         )
     sys.exit(0)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    render.say(f"error: {message}")
+def _fail(message: str, hint: str | None, code: int) -> NoReturn:
+    render.say_error(message, hint)
     sys.exit(code)
 
 

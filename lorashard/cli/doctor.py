@@ -59,7 +59,8 @@ def _show(report: Report) -> None:
     for note in report.notes:
         render.print_line(f"note: {note}")
     for problem in report.problems:
-        render.print_line(f"problem: {problem.text}")
+        for line in f"problem: {problem.text}".split("\n"):  # the hint has a line of its own
+            render.print_line(line)
     if report.ok:
         render.print_line("ok: nothing is broken, and nothing would be refused")
 
@@ -80,22 +81,25 @@ def _show_installation(report: Report) -> None:
 
 
 def _show_patches(patches: Sequence[PatchState]) -> None:
-    render.print_line("\nPatches to vLLM")
+    render.print_line("")
+    render.print_line("Patches to vLLM")
     for position, patch in enumerate(patches):
         reason = f": {patch.reason}" if patch.reason else ""
         render.print_line(f"  {patch.target}: {patch.state}{reason}")
         if any(following.why == patch.why for following in patches[position + 1 : position + 2]):
             continue  # neighbours with one reason share its text
         until = f" until {patch.until}" if patch.until else ""
-        render.print_line(f"    why       {patch.why}\n    how       {patch.how}")
+        render.print_line(f"    why       {patch.why}")
+        render.print_line(f"    how       {patch.how}")
         render.print_line(f"    upstream  {patch.upstream}, from {patch.since}{until}")
 
 
 def _show_engine(report: Report) -> None:
+    render.print_line("")
     render.print_line(
-        f"\nEngine: {report.ep_size} expert-parallel ranks, experts placed {report.placement}"
+        f"Engine: {report.ep_size} expert-parallel ranks, experts placed {report.placement}"
         if report.ep_size > 1
-        else "\nEngine: no expert parallelism (-tp N --enable-expert-parallel)"
+        else "Engine: no expert parallelism (-tp N --enable-expert-parallel)"
     )
     if report.known_once_loaded:
         render.print_line("  Known only once a model is loaded:")
@@ -110,7 +114,8 @@ def _show_adapter(report: Report) -> None:
     facts = [f"{adapter.num_experts} experts"] if adapter.num_experts else []
     facts += [f"r={adapter.lora_rank}"] if adapter.lora_rank else []
     facts += [f"{adapter.strategy} on {len(adapter.ranks)} ranks"] if adapter.ranks else []
-    render.print_line(f"\nAdapter: {adapter.path}, {', '.join([adapter.kind, *facts])}")
+    render.print_line("")
+    render.print_line(f"Adapter: {adapter.path}, {', '.join([adapter.kind, *facts])}")
     if report.outcome is not None:
         render.print_line(f"  {report.outcome}")
 

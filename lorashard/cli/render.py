@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SHOW_PROGRESS_AFTER_S = 1.0
+_LEAST_WIDTH = 80
 
 
 def print_json(document: Any) -> None:
@@ -43,23 +44,41 @@ def settle_streams() -> None:
 
 
 def print_line(text: str) -> None:
-    """Print a line of data. Control characters (of a hostile tensor name) are shown escaped."""
-    sys.stdout.write(_printable(text) + "\n")
+    """Print one line of data, with nothing in it that a terminal would act on."""
+    sys.stdout.write(printable(text) + "\n")
 
 
-def _printable(text: str) -> str:
-    return text.translate({code: f"\\x{code:02x}" for code in range(32) if code != ord("\n")})
+# What a terminal acts on, or shows in another order or not at all: C0 (with the newline, so that a
+# name cannot add lines), DEL, C1, line separators, and the marks and overrides of writing direction.
+_UNPRINTABLE = (
+    *range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+)  # fmt: skip
+_SHOWN = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _UNPRINTABLE}
+
+
+def printable(text: str) -> str:
+    """The text on one line, with control characters (of a hostile tensor name) shown escaped."""
+    return text.translate(_SHOWN)
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """Print a line for the person at the terminal, on stderr."""
+    """Print one line for the person at the terminal, on stderr."""
     if not quiet:
-        sys.stderr.write(_printable(text) + "\n")
+        sys.stderr.write(printable(text) + "\n")
+
+
+def say_error(message: str, hint: str | None) -> None:
+    """Say what is wrong, and on a line of its own what to do."""
+    say(f"error: {message}")
+    if hint is not None:
+        say(f"  {hint}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, right-aligned but for its first column; plain text unless on a terminal."""
     print_line(title)
+    rows = [tuple(map(printable, row)) for row in rows]
     if not sys.stdout.isatty():  # no rich: importing it takes as long as the rest of `inspect`
         widths = [max(map(len, column)) for column in zip(columns, *rows)]
         for row in (columns, *rows):
@@ -75,7 +94,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if console.width < _LEAST_WIDTH:  # COLUMNS=1: rich would drop the columns that do not fit
+        console.width = _LEAST_WIDTH
+    console.print(table)
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

@@ -158,7 +158,7 @@ def _split_batch(
         def finished(outcome: AdapterOutcome) -> None:
             advance(1)
             if outcome.error is not None:
-                render.say(f"error: {outcome.error}")
+                render.say_error(outcome.error.message, outcome.error.hint)
             elif outcome.result is not None:
                 _say_result(outcome.result, quiet=quiet)
                 if not (as_json or quiet):

@@ -40,7 +40,51 @@ def test_ids_are_shown_in_short(numbers: list[int], shown: str) -> None:
 
 def test_control_characters_are_shown_and_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
     render.print_line("a\x1b[31mb\tc\nd")
-    assert capsys.readouterr().out == "a\\x1b[31mb\\x09c\nd\n"
+    assert capsys.readouterr().out == "a\\x1b[31mb\\x09c\\x0ad\n"
+
+
+@pytest.mark.parametrize(
+    ("character", "shown"),
+    [("\x1b", "\\x1b"), ("\x7f", "\\x7f"), ("\x9b", "\\x9b"), ("\n", "\\x0a"), ("\r", "\\x0d"),
+     ("\u2028", "\\u2028"), ("\u202e", "\\u202e"), ("\u2066", "\\u2066"), ("é", "é")],
+)  # fmt: skip
+def test_whatever_prints_a_name_shows_it_on_one_line(
+    capsys: pytest.CaptureFixture[str], character: str, shown: str
+) -> None:
+    name = f"a{character}b"
+    render.print_line(name)
+    render.print_facts({"name": name})
+    render.print_table("Files", ("", "size"), [(name, "1 B")])
+    render.say(name)
+    render.say_error(name, name)
+    out, err = capsys.readouterr()
+    assert out.split("\n")[:3] == [f"a{shown}b", f"name  a{shown}b", "Files"]
+    assert out.split("\n")[4:] == [f"a{shown}b   1 B", ""]
+    assert err == f"a{shown}b\nerror: a{shown}b\n  a{shown}b\n"
+
+
+TABLE = """
+import sys
+sys.stdout = sys.stderr
+from lorashard.cli import render
+render.print_table("Files", ("", "size"), [("\\x1b]0;pwned\\x07", "1 B"), ("é\\u202e", "2 B")])
+"""
+
+
+def test_a_table_on_a_terminal_sends_no_escape_sequence_of_a_name() -> None:
+    shown = run_on_terminal(TABLE)
+    assert "\\x1b]0;pwned\\x07" in shown
+    assert "é\\u202e" in shown
+    for sent in ("\x1b]", "\x07", "\u202e"):
+        assert sent not in shown
+
+
+@pytest.mark.parametrize("columns", ["0", "1"])
+def test_a_table_on_a_terminal_without_a_width_is_whole(columns: str) -> None:
+    shown = run_on_terminal(TABLE, COLUMNS=columns)
+    assert "pwned" in shown
+    assert "1 B" in shown
+    assert "2 B" in shown
 
 
 def test_a_table_without_a_terminal_is_aligned_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +141,7 @@ def test_on_a_terminal_a_bar_shows_each_pass_once_it_takes_long(after: int, is_s
     assert ("1.0/2.0 MB" in shown) == is_shown, "the second pass counts from zero"
 
 
-def run_on_terminal(code: str) -> str:
+def run_on_terminal(code: str, **env: str) -> str:
     """What a program writes to a stderr that is a terminal."""
     ours, theirs = pty.openpty()
     chunks: list[bytes] = []
@@ -114,7 +158,7 @@ def run_on_terminal(code: str) -> str:
 
     reader = threading.Thread(target=read)
     reader.start()
-    environment = os.environ | {"PYTHONPATH": str(REPO), "TERM": "xterm", "COLUMNS": "100"}
+    environment = os.environ | {"PYTHONPATH": str(REPO), "TERM": "xterm", "COLUMNS": "100"} | env
     subprocess.run([sys.executable, "-c", code], stderr=theirs, env=environment, check=True)
     os.close(theirs)
     reader.join()
