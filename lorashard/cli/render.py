@@ -23,7 +23,9 @@ def print_json(document: Any) -> None:
     """Print data for a script."""
     import json  # noqa: PLC0415 - not for `--help`
 
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    encoding = (sys.stdout.encoding or "utf-8").lower().replace("_", "-")
+    ascii_only = encoding not in ("utf-8", "utf8")  # what it lacks would be written as \\xe9
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=ascii_only) + "\n")
 
 
 def print_result(result: Mapping[str, Any], place: object, *, as_json: bool, quiet: bool) -> None:
@@ -95,8 +97,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console(highlight=False)
-    if console.width < _LEAST_WIDTH:  # COLUMNS=1: rich would drop the columns that do not fit
-        console.width = _LEAST_WIDTH
+    console.width = max(console.width, _LEAST_WIDTH)  # rich drops columns that do not fit
     console.print(table)
 
 

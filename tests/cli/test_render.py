@@ -109,6 +109,17 @@ def test_a_result_is_json_or_its_place_or_nothing(
     assert not printed.startswith("{") or json.loads(printed) == {"out": "ä"}
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_json_in_every_encoding(encoding: str) -> None:
+    code = "from lorashard.cli import render; render.settle_streams(); "
+    code += "render.print_json({'out': '\\xe9\\U0001f600'})"
+    environment = os.environ | {"PYTHONPATH": str(REPO), "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=True
+    )
+    assert json.loads(done.stdout.decode(encoding)) == {"out": "é\U0001f600"}
+
+
 def test_talk_goes_to_stderr_unless_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     render.say("one")
     render.say("two", quiet=True)
