@@ -72,7 +72,8 @@ def main() -> NoReturn:
     # for garbage among them takes a third of the time of `inspect`.
     gc.disable()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit_on_signal)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: it is to be ignored
+            signal.signal(number, _exit_on_signal)
     render.settle_streams()
     try:
         app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,20 @@ def test_a_reader_that_stops_early_is_no_error(adapter: Path) -> None:
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "{", "")
+
+
+SIGNALS = """
+import signal, sys
+if {ignored}:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from lorashard.cli import app
+app.app = lambda: signal.raise_signal(signal.SIGHUP)
+app.main()
+"""
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(True, 0), (False, 128 + signal.SIGHUP)])
+def test_a_hangup_ends_a_run_unless_it_was_started_with_nohup(ignored: bool, code: int) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", SIGNALS.format(ignored=ignored)]
+    assert subprocess.run(command, env=environment, check=False).returncode == code
