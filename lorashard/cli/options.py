@@ -193,10 +193,18 @@ def split_request(
 
 def chosen_ranks(ep_rank: list[int] | None, node_ranks: str | None) -> tuple[int, ...]:
     """The ranks that --ep-rank and --node-ranks name, or none. Raises PlacementError."""
+    from lorashard.shards.placement import MAX_EP_SIZE  # noqa: PLC0415
+
     ranks = set(ep_rank or ())
     if node_ranks is not None:
         first, dash, last = node_ranks.partition("-")
-        if not (first.isdecimal() and dash and last.isdecimal() and int(first) <= int(last)):
+        is_pair = first.isdecimal() and dash and last.isdecimal()
+        if is_pair and max(len(first), len(last)) > len(str(MAX_EP_SIZE)):
+            raise PlacementError(
+                f"--node-ranks {node_ranks[:40]!r} is beyond rank {MAX_EP_SIZE - 1}.",
+                hint="For example 0-7.",
+            )
+        if not (is_pair and int(first) <= int(last)):
             raise PlacementError(
                 f"--node-ranks {node_ranks!r} is not a range.", hint="For example 0-7."
             )

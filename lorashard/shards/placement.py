@@ -18,6 +18,7 @@ from lorashard.vllm_options import Strategy
 # What vLLM places by rule, or a list of its own for each rank.
 PlacementKind = Literal[Strategy, "explicit"]
 Ranks = tuple[tuple[int, ...], ...]
+MAX_EP_SIZE = 65_536  # more than any cluster; a mistyped number must not fill the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,11 @@ _FORMS = (
 def _check_counts(num_experts: int, ep_size: int) -> None:
     if ep_size < 1:
         raise PlacementError(f"ep_size is {ep_size}; it must be at least 1.")
+    if ep_size > MAX_EP_SIZE:
+        raise PlacementError(
+            f"ep_size is {ep_size}; it can be {MAX_EP_SIZE} at most.",
+            hint="Give the number of expert-parallel ranks of the deployment.",
+        )
     if num_experts < 1:
         raise PlacementError(f"num_experts is {num_experts}; it must be at least 1.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -12,6 +13,7 @@ from lorashard.adapter.options import ExpertLayout
 from lorashard.cli import options as opt
 from lorashard.dtypes import CAST_DTYPES
 from lorashard.errors import AdapterError, PlacementError
+from lorashard.shards.placement import linear_placement, round_robin_placement
 from tests.tiny import run_cli
 
 DEFAULTS: dict[str, Any] = {
@@ -75,6 +77,18 @@ def test_ranks_are_named_one_by_one_or_as_a_range(
 def test_a_range_of_ranks_that_is_none_is_refused(node_ranks: str) -> None:
     with pytest.raises(PlacementError, match="is not a range"):
         opt.chosen_ranks(None, node_ranks)
+
+
+@pytest.mark.parametrize("node_ranks", ["0-9999999999", "0-" + "9" * 5000, "9" * 5000 + "-1"])
+def test_a_range_of_ranks_that_no_cluster_has_is_refused(node_ranks: str) -> None:
+    with pytest.raises(PlacementError, match="is beyond rank 65535"):
+        opt.chosen_ranks(None, node_ranks)
+
+
+@pytest.mark.parametrize("rule", [linear_placement, round_robin_placement])
+def test_an_ep_size_that_no_cluster_has_is_refused(rule: Callable[[int, int], object]) -> None:
+    with pytest.raises(PlacementError, match="it can be 65536 at most"):
+        rule(8, 65_537)
 
 
 def test_the_command_line_takes_what_the_core_takes() -> None:
