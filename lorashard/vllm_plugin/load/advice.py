@@ -1,6 +1,6 @@
 """What to run when a shard directory was split for another placement than the engine's. Pure.
 
-In: where each layer's experts come from on this rank. Out: the commands that make a directory that
+In: where each layer's experts come from on this rank. Out: the command that makes a directory that
 every rank loads from its own file, or None where this one already is.
 """
 
@@ -34,21 +34,20 @@ def resplit_advice(
 ) -> str | None:
     """None if every layer comes whole from the rank's own file; else what to run instead.
 
-    The commands restore the placement of the first layer's experts.
+    The command restores the placement of the first layer's experts.
     """
     if all(_is_own_file(origin, ep_rank, ep_size) for origin in origins):
         return None
     first = origins[0]
     files = sorted({run.ep_rank for origin in origins for run in origin.runs})
     listed = ", ".join(map(str, files[:_MAX_LISTED])) + (", …" if files[_MAX_LISTED:] else "")
-    source, merged = shlex.quote(directory), shlex.quote(f"{directory}-merged")
+    source, target = shlex.quote(directory), shlex.quote(f"{directory}-resharded")
     placement = _rule_that_gives(first.local_experts, ep_rank, ep_size, num_experts)
     return (
         f"split for {len(first.ranks)} rank{'' if len(first.ranks) == 1 else 's'}, with a "
         f"different placement from this engine's (ep_size {ep_size}); ep rank {ep_rank} reads its "
         f"experts from rank file{'' if len(files) == 1 else 's'} {listed}. For faster loads: "
-        f"lorashard merge {source} -o {merged} && lorashard split {merged} "
-        f"--ep-size {ep_size}{_placement_option(placement)}"
+        f"lorashard reshard {source} -o {target} --ep-size {ep_size}{_placement_option(placement)}"
     )
 
 

@@ -91,10 +91,11 @@ def test_the_commands_make_a_directory_that_needs_none(
     work = tmp_path / "elsewhere"
     work.mkdir()
     monkeypatch.chdir(work)
-    for command in commands(before):
-        done = run_cli(*command)
-        assert done.returncode == 0, done.stderr
-    (made,) = (path for path in [*work.iterdir(), *tmp_path.iterdir()] if "-merged-ep" in path.name)
+    (resharding,) = commands(before)
+    assert resharding[0] == "reshard"
+    done = run_cli(*resharding)
+    assert done.returncode == 0, done.stderr
+    (made,) = (path for path in [*work.iterdir(), *tmp_path.iterdir()] if "-resharded" in path.name)
     assert [advice(made, engine, ep_rank) for ep_rank in range(len(engine))] == [None, None]
 
 
@@ -105,12 +106,11 @@ def test_an_engine_with_a_map_of_its_own_is_asked_for_it(
     assert before is not None
     (tmp_path / "MAP.json").write_text(json.dumps({"ranks": EXPLICIT}))
     monkeypatch.chdir(tmp_path)
-    merging, splitting = commands(before)
-    assert splitting[-2:] == ["--expert-map", "MAP.json"]
-    for command in (merging, splitting):
-        done = run_cli(*command)
-        assert done.returncode == 0, done.stderr
-    assert advice(tmp_path / "out-merged-ep2", EXPLICIT) is None
+    (resharding,) = commands(before)
+    assert resharding[-2:] == ["--expert-map", "MAP.json"]
+    done = run_cli(*resharding)
+    assert done.returncode == 0, done.stderr
+    assert advice(tmp_path / "out-resharded", EXPLICIT) is None
 
 
 def test_the_files_that_were_needed_are_named(tmp_path: Path) -> None:

@@ -62,7 +62,10 @@ def test_shards_of_another_placement_are_read_from_several_and_one_rank_says_so(
     assert {run.ep_rank for run in first.layers[0].runs} == {0, 1}
     assert first.advice is not None
     assert second.advice is not None
-    assert f"split {directory}-merged --ep-size 2 --placement round_robin" in first.advice
+    assert (
+        f"lorashard reshard {directory} -o {directory}-resharded --ep-size 2 --placement round_robin"
+        in first.advice
+    )
     assert (first.gives_advice, second.gives_advice) == (True, False)
 
 
