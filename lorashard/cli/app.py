@@ -92,6 +92,8 @@ def main() -> NoReturn:
 
 def _fail(message: str, hint: str | None, code: int) -> NoReturn:
     render.say_error(message, hint)
+    if "--json" in sys.argv[1:] and not render.printed_json():
+        render.print_json({"error": message, "hint": hint, "exit_code": code})
     sys.exit(code)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 SHOW_PROGRESS_AFTER_S = 1.0
 _LEAST_WIDTH = 80
+_PRINTED: list[str] = []  # the kinds of documents that are on stdout: one is all that may be
 
 
 def print_json(document: Any) -> None:
@@ -26,6 +27,12 @@ def print_json(document: Any) -> None:
     encoding = (sys.stdout.encoding or "utf-8").lower().replace("_", "-")
     ascii_only = encoding not in ("utf-8", "utf8")  # what it lacks would be written as \\xe9
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=ascii_only) + "\n")
+    _PRINTED.append("json")
+
+
+def printed_json() -> bool:
+    """Whether the command has printed its document, as `verify` does before it fails."""
+    return bool(_PRINTED)
 
 
 def print_result(result: Mapping[str, Any], place: object, *, as_json: bool, quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -61,3 +62,25 @@ def test_a_hangup_ends_a_run_unless_it_was_started_with_nohup(ignored: bool, cod
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", SIGNALS.format(ignored=ignored)]
     assert subprocess.run(command, env=environment, check=False).returncode == code
+
+
+def test_an_error_with_json_is_one_document(adapter: Path, shards: Path) -> None:
+    nowhere = adapter.parent / "nowhere"
+    (shards / "lorashard.json").write_text("{")
+    for command, code in (
+        (["inspect", nowhere], 3), (["split", nowhere, "--ep-size", 2], 3),
+        (["plan", nowhere, "--ep-size", 2], 3), (["verify", shards], 5),
+        (["merge", shards, "-o", nowhere], 5), (["pull", shards, "--ep-rank", 0, "-o", nowhere], 5),
+    ):  # fmt: skip
+        done = run_cli(*command, "--json")
+        document = json.loads(done.stdout)
+        assert (done.returncode, document.pop("exit_code")) == (code, code)
+        assert set(document) == {"error", "hint"}
+        assert f"error: {document['error']}\n" in done.stderr
+
+
+def test_a_result_that_is_a_failure_is_the_only_document(shards: Path) -> None:
+    (shards / "extra").write_text("")
+    done = run_cli("verify", shards, "--json")
+    assert done.returncode == 5
+    assert json.loads(done.stdout)["ok"] is False
