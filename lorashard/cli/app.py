@@ -77,6 +77,10 @@ def main() -> NoReturn:
     render.settle_streams()
     try:
         app()
+    except SystemExit as err:
+        if err.code == 128 + signal.SIGINT:  # Typer's, for Ctrl-C
+            render.say("interrupted")
+        raise
     except LorashardError as err:
         _fail(err.message, err.hint, err.exit_code)
     except Exception as err:

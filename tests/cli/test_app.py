@@ -84,3 +84,23 @@ def test_a_result_that_is_a_failure_is_the_only_document(shards: Path) -> None:
     done = run_cli("verify", shards, "--json")
     assert done.returncode == 5
     assert json.loads(done.stdout)["ok"] is False
+
+
+INTERRUPTED = """
+import signal
+from lorashard.cli import app
+import lorashard.storage.remote as remote
+remote.locate = lambda _: signal.raise_signal(signal.SIGINT)
+import sys
+sys.argv = ["lorashard", "inspect", "x"]
+app.main()
+"""
+
+
+def test_ctrl_c_is_said() -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
