@@ -57,6 +57,8 @@ def split(
         typer.Option(
             "--from",
             metavar="FILE",
+            encoding="utf-8",
+            errors="surrogateescape",  # a name that is not UTF-8 is still a name
             help="A file with one adapter per line; - is stdin.",
             show_default=False,
         ),

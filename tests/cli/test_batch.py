@@ -224,3 +224,10 @@ def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> Non
         command = (sys.executable, "-m", "lorashard", "split", *links, "--ep-size", "2")
         peaks.append(run_command([*map(str, command), "-o", str(tmp_path / "out")]).peak_rss_bytes)
     assert peaks[1] < 1.15 * peaks[0], peaks
+
+
+def test_a_line_of_a_list_that_is_not_utf_8_is_one_adapter(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "list").write_bytes(b"/caf\xe9/none\n" + bytes(adapter) + b"\n")
+    done = run_cli("split", "--from", tmp_path / "list", "--ep-size", 2, "-o", tmp_path / "many")
+    assert done.returncode == 3
+    assert "1 split, 0 already there, 1 failed" in done.stderr
