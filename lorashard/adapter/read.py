@@ -25,7 +25,7 @@ from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.pickled import convert_pickle
 from lorashard.errors import AdapterError, UnsupportedAdapterError
 from lorashard.header import Header
-from lorashard.storage.local import ByteSource, LocalFile
+from lorashard.storage.local import ByteSource, LocalFile, WatchedFile, watch_file
 from lorashard.storage.remote import Location, RemoteFile, RemoteFolder, locate
 from lorashard.storage.safetensors_file import read_header
 from lorashard.storage.small_files import parse_json, read_small_file, read_small_path
@@ -37,22 +37,43 @@ _MODEL_CONFIG = "config.json"
 class AdapterSource:
     """An adapter, its tensor data not read yet.
 
+    weights: a local file is open, as long as the block of `opened_adapter` lasts.
     header: the raw start of the weights, up to their data. repo, revision: on the Hub, else None.
+    watched: the other local files that were read.
     """
 
     place: Location
     config_bytes: bytes
-    weights: Path | RemoteFile
+    weights: LocalFile | RemoteFile
     header: bytes
     index: AdapterIndex
     repo: str | None = None
     revision: str | None = None
+    watched: tuple[WatchedFile, ...] = ()
 
     def opened(self) -> AbstractContextManager[ByteSource]:
-        """The weights' bytes, from their data on. Raises AdapterError."""
-        if isinstance(self.weights, Path):
-            return closing(LocalFile(self.weights))
+        """The weights' bytes, from their data on.
+
+        Raises AdapterError, also if the adapter has changed by the end of the block since its header
+        was read.
+        """
+        if isinstance(self.weights, LocalFile):
+            return self._watched_weights(self.weights)
         return self.weights.opened(self.index.data_begin)
+
+    @contextmanager
+    def _watched_weights(self, weights: LocalFile) -> Iterator[ByteSource]:
+        try:
+            yield weights
+        except AdapterError:
+            self._check_unchanged(weights)  # a better reason than a file that ended too early
+            raise
+        self._check_unchanged(weights)
+
+    def _check_unchanged(self, weights: LocalFile) -> None:
+        for file in self.watched:
+            file.check_unchanged()
+        weights.check_unchanged()
 
 
 @contextmanager
@@ -62,15 +83,17 @@ def opened_adapter(adapter: Location, *, allow_pickle: bool) -> Iterator[Adapter
     Raises AdapterError (HeaderError for a damaged file).
     """
     if isinstance(adapter, RemoteFolder):
-        yield read_adapter(adapter)
+        yield _read_remote(find_remote_adapter(adapter))
         return
     directory = find_adapter(adapter)
     has_weights = (directory / WEIGHTS_NAME).exists()
     if allow_pickle and not has_weights and (directory / PICKLE_NAME).exists():
-        with convert_pickle(directory) as converted:
-            yield read_adapter(converted)
+        watched = tuple(watch_file(directory / name) for name in (CONFIG_NAME, PICKLE_NAME))
+        with convert_pickle(directory) as converted, _opened_local(converted, watched) as source:
+            yield source
     else:
-        yield read_adapter(directory)
+        with _opened_local(directory, (watch_file(directory / CONFIG_NAME),)) as source:
+            yield source
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +106,12 @@ class DetectedLayout:
 
 
 def read_adapter(place: Location) -> AdapterSource:
-    """Read config and header of the adapter in `place`; no tensor data.
+    """Read config and header of the adapter in `place`, and close it; no tensor data.
 
     Raises AdapterError (HeaderError for a damaged file).
     """
-    if isinstance(place, RemoteFolder):
-        return _read_remote(find_remote_adapter(place))
-    return _read_local(find_adapter(place))
+    with opened_adapter(place, allow_pickle=False) as source:
+        return source
 
 
 def find_adapter(path: Path) -> Path:
@@ -150,14 +172,16 @@ def read_model_facts(model: Location) -> ModelFacts:
     return parse_model_config(config, file)
 
 
-def _read_local(directory: Path) -> AdapterSource:
+@contextmanager
+def _opened_local(directory: Path, watched: tuple[WatchedFile, ...]) -> Iterator[AdapterSource]:
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     config_bytes = read_small_file(directory, CONFIG_NAME)
     if not weights_path.is_file():
         raise _no_weights(directory, has_pickle=(directory / PICKLE_NAME).is_file())
-    raw, header = read_header(weights_path)
-    index = _index(config_bytes, header, str(config_path))
-    return AdapterSource(directory, config_bytes, weights_path, raw, index)
+    with closing(LocalFile(weights_path)) as weights:
+        raw, header = read_header(weights)
+        index = _index(config_bytes, header, str(config_path))
+        yield AdapterSource(directory, config_bytes, weights, raw, index, watched=watched)
 
 
 def _read_remote(folder: RemoteFolder) -> AdapterSource:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorashard.adapter.config import CONFIG_NAME
-from lorashard.errors import HeaderError, LorashardError, ManifestError, ShardError
+from lorashard.errors import AdapterError, HeaderError, LorashardError, ManifestError, ShardError
 from lorashard.shards.manifest import FileDigest, Manifest, ShardFile, format_manifest
 from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
@@ -220,17 +220,29 @@ def check_file(path: Path, recorded: ShardFile) -> None:
 def opened_files(files: Sequence[Path | RemoteFile]) -> Iterator[list[ByteSource]]:
     """Open shard files, all at once. A remote one is to be read front to back.
 
-    What goes wrong while they are read is raised as a ShardError (local) or AdapterError (remote).
+    What goes wrong while they are read is raised as a ShardError (local) or AdapterError (remote),
+    also if a file has changed by the end of the block.
     """
     window = max(_LEAST_WINDOW_BYTES, min(WINDOW_BYTES, _FETCHED_BYTES // max(1, len(files))))
     with reading_shards(), ExitStack() as stack:
         opened: list[ByteSource] = []
+        local: list[LocalFile] = []
         for file in files:
             if isinstance(file, RemoteFile):
                 opened.append(stack.enter_context(file.opened(window_bytes=window, ahead=1)))
             else:
-                opened.append(stack.enter_context(closing(LocalFile(file))))
+                local.append(stack.enter_context(closing(LocalFile(file))))
+                opened.append(local[-1])
         yield opened
+        for local_file in local:
+            _check_unchanged(local_file)
+
+
+def _check_unchanged(file: LocalFile) -> None:
+    try:
+        file.check_unchanged()
+    except AdapterError as err:
+        raise ShardError(err.message, hint=err.hint) from err
 
 
 @contextmanager

@@ -104,8 +104,9 @@ def write_shards(
     ) as staging:
         with source.opened() as weights:
             digests = execute_plan(prepared.plan, weights, source.header, staging, progress)
+            source_info = _source_info(source, digests.source)
         manifest = make_manifest(
-            _source_info(source, digests.source),
+            source_info,
             prepared.options,
             prepared.layout,
             prepared.placement,

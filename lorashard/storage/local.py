@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lorashard.errors import HeaderError
+from lorashard.errors import AdapterError, HeaderError
 
 _AHEAD_BYTES = 16 * 2**20
 
@@ -35,6 +36,43 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> int:
     return done
 
 
+@dataclass(frozen=True, slots=True)
+class WatchedFile:
+    """A local file in the state in which it was first seen.
+
+    state: device, inode, size in bytes and time of the last change in ns, as stat(2) has them.
+    """
+
+    path: Path
+    state: tuple[int, int, int, int]
+
+    def check_unchanged(self) -> None:
+        """Raise AdapterError if the path names another file by now, or this one was written to."""
+        try:
+            unchanged = _state(self.path.stat()) == self.state
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise AdapterError(
+                f"{self.path}: it changed while being read.",
+                hint="Run the command again when nobody is writing there.",
+            )
+
+
+def watch_file(path: Path) -> WatchedFile:
+    """Take down the state of a file that will be read. Raises AdapterError if there is none."""
+    try:
+        return WatchedFile(path, _state(path.stat()))
+    except OSError as err:
+        raise AdapterError(
+            f"{path}: {os.strerror(err.errno or 0)}.", hint="Check the path."
+        ) from err
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class LocalFile:
     """A ByteSource over an open file descriptor."""
 
@@ -45,6 +83,9 @@ class LocalFile:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as err:
             raise HeaderError(path, f"cannot be read ({err.strerror})") from err
+        status = os.fstat(self._fd)
+        self.size_bytes = status.st_size
+        self._watched = WatchedFile(path, _state(status))
         self._expected = 0  # where the next read begins if the file is read front to back
         self._requested = 0  # up to where the kernel was asked to read ahead
 
@@ -52,6 +93,8 @@ class LocalFile:
         """Fill `buffer` from byte `offset`; raise HeaderError if the file ends before."""
         if offset == self._expected:
             self._read_ahead(offset + len(buffer))
+        else:
+            self._requested = 0
         try:
             done = read_at(self._fd, buffer, offset)
         except OSError as err:
@@ -59,6 +102,26 @@ class LocalFile:
         if done < len(buffer):
             raise HeaderError(self._path, f"it ended at byte {offset + done} while being read")
         self._expected = offset + done
+
+    @property
+    def name(self) -> str:
+        """Its path, for messages."""
+        return str(self._path)
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes [begin, end), without reading ahead. Raises HeaderError if the file ends before."""
+        buffer = bytearray(end - begin)
+        try:
+            done = read_at(self._fd, memoryview(buffer), begin)
+        except OSError as err:
+            raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
+        if done < len(buffer):
+            raise HeaderError(self._path, f"it ended at byte {begin + done} while being read")
+        return bytes(buffer)
+
+    def check_unchanged(self) -> None:
+        """Raise AdapterError if its path names another file by now, or it was written to."""
+        self._watched.check_unchanged()
 
     def close(self) -> None:
         """Close the file."""

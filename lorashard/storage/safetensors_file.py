@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorashard.header import LENGTH_BYTES, Header, header_length, parse_header
+from lorashard.storage.local import LocalFile
 from lorashard.storage.remote import RemoteFile
 
 
-def read_header(file: Path | RemoteFile) -> tuple[bytes, Header]:
+def read_header(file: Path | LocalFile | RemoteFile) -> tuple[bytes, Header]:
     """The raw bytes up to the data, and the validated header.
 
     Raises HeaderError for a damaged file, OSError or AdapterError for one that cannot be read.
     """
-    if isinstance(file, RemoteFile):
+    if not isinstance(file, Path):
         size, name = file.size_bytes, file.name
         prefix = file.read(0, min(LENGTH_BYTES, size))
         text = file.read(LENGTH_BYTES, LENGTH_BYTES + header_length(prefix, size, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_a_pickle_alone_is_refused_with_the_option_that_reads_it(tmp_path: Path)
 def test_safetensors_win_over_a_pickle_beside_them(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     (adapter / "adapter_model.bin").write_bytes(b"not a pickle")
-    assert Path(read_adapter(adapter).weights).name == "adapter_model.safetensors"
+    assert Path(read_adapter(adapter).weights.name).name == "adapter_model.safetensors"
 
 
 def test_a_named_adapter_is_found_in_its_sub_folder(tmp_path: Path) -> None:
@@ -100,9 +101,11 @@ def test_cut_off_weights_are_refused(tmp_path: Path, keep: int) -> None:
 def test_weights_cut_off_after_their_header_was_read_are_refused(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     with prepared_split(adapter, REQUEST) as prepared:
-        weights = prepared.source.weights
+        weights = adapter / "adapter_model.safetensors"
         os.truncate(weights, weights.stat().st_size - 10)
-        with pytest.raises(HeaderError, match="while being read"):
+        with pytest.raises(
+            AdapterError, match=r"adapter_model\.safetensors: it changed while being"
+        ):
             write_shards(prepared, tmp_path / "out", REQUEST, force=False, progress=lambda _: None)
     assert os.listdir(tmp_path) == ["adapter"]
 
@@ -110,8 +113,10 @@ def test_weights_cut_off_after_their_header_was_read_are_refused(tmp_path: Path)
 def test_weights_that_vanish_after_their_header_was_read_are_named(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     with prepared_split(adapter, REQUEST) as prepared:
-        prepared.source.weights.unlink()
-        with pytest.raises(HeaderError, match=r"adapter_model\.safetensors.*No such file"):
+        (adapter / "adapter_model.safetensors").unlink()
+        with pytest.raises(
+            AdapterError, match=r"adapter_model\.safetensors: it changed while being"
+        ):
             write_shards(prepared, tmp_path / "out", REQUEST, force=False, progress=lambda _: None)
     assert os.listdir(tmp_path) == ["adapter"]
 
@@ -146,3 +151,86 @@ def test_a_model_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(AdapterError, match="not a JSON object"):
         read_model_facts(tmp_path)
+
+
+def other_bytes(adapter: Path, name: str) -> bytes:
+    """Other content of the same length and, for the weights, with the same header."""
+    content = (adapter / name).read_bytes()
+    return content[:-4] + bytes(byte ^ 1 for byte in content[-4:])
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """As save_pretrained does: the same file, written again."""
+    path.write_bytes(content)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Another file, with the time stamp of the old one."""
+    status = path.stat()
+    path.with_suffix(".new").write_bytes(content)
+    os.utime(path.with_suffix(".new"), ns=(status.st_atime_ns, status.st_mtime_ns))
+    path.with_suffix(".new").rename(path)
+
+
+def remove(path: Path, _content: bytes) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [overwrite, replace, remove])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("when", ["before the data", "while it is read"])
+def test_an_adapter_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, change: Callable[[Path, bytes], None], name: str, when: str
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    os.utime(adapter / name, ns=(0, 10**18))
+
+    def changed() -> None:
+        if (adapter / name).exists():
+            change(adapter / name, other_bytes(adapter, name))
+
+    with prepared_split(adapter, REQUEST) as prepared:
+        if when == "before the data":
+            changed()
+        with pytest.raises(AdapterError, match=f"{name}: it changed while being read") as raised:
+            write_shards(
+                prepared, tmp_path / "out", REQUEST, force=False, progress=lambda _: changed()
+            )
+    assert raised.value.exit_code == 3
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_an_adapter_that_is_cut_short_while_it_is_read_has_changed(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    with prepared_split(adapter, REQUEST) as prepared:
+        os.truncate(adapter / "adapter_model.safetensors", len(prepared.source.header) + 8)
+        with pytest.raises(AdapterError, match="it changed while being read"):
+            write_shards(prepared, tmp_path / "out", REQUEST, force=False, progress=lambda _: None)
+
+
+def test_header_and_data_are_of_the_same_file(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    weights = adapter / "adapter_model.safetensors"
+    old = weights.read_bytes()
+    with prepared_split(adapter, REQUEST) as prepared:
+        replace(weights, other_bytes(adapter, weights.name))
+        begin = len(prepared.source.header)
+        data = bytearray(len(old) - begin)
+        with (
+            pytest.raises(AdapterError, match="it changed"),
+            prepared.source.opened() as source,
+        ):
+            source.read_into(memoryview(data), begin)
+    assert data == old[begin:]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_config.json"])
+def test_a_pickle_that_changes_while_it_is_read_is_refused(tmp_path: Path, name: str) -> None:
+    adapter = save_pickled(tmp_path / "adapter")
+    os.utime(adapter / name, ns=(0, 10**18))
+    request = SplitRequest(ep_size=2, allow_pickle=True)
+    with prepared_split(adapter, request) as prepared:
+        overwrite(adapter / name, other_bytes(adapter, name))
+        with pytest.raises(AdapterError, match=f"{name}: it changed while being read"):
+            write_shards(prepared, tmp_path / "out", request, force=False, progress=lambda _: None)
+    assert os.listdir(tmp_path) == ["adapter"]

@@ -169,3 +169,11 @@ def test_a_place_without_a_manifest_is_not_a_finished_directory(
     adapter = save_adapter(tmp_path / "adapter")
     with pytest.raises(ManifestError, match=r"lorashard\.json"):
         locate_shards(adapter.as_uri() if remote else adapter)
+
+
+def test_a_shard_file_that_changes_while_it_is_read_is_refused(shards: Path) -> None:
+    files = find_files(locate_shards(shards))
+    path = shards / RANK_FILES[0]
+    os.utime(path, ns=(0, 10**18))
+    with pytest.raises(ShardError, match="it changed while being read"), opened_files(files):
+        path.write_bytes(path.read_bytes())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lorashard import LayoutOptions, SplitRequest, reshard_shards, split_adapter
+from lorashard.errors import AdapterError
 from lorashard.split.pipeline import prepared_split
 from lorashard.split.resume import find_finished_split
 from tests.tiny import RANK_FILES, flip_bit, per_expert_tensors, save_adapter, save_config
@@ -95,3 +97,13 @@ def test_a_tensor_table_that_was_edited_makes_it_unfinished(adapter: Path, shard
     document["files"]["replicated.safetensors"]["tensors"].popitem()
     path.write_text(json.dumps(document))
     assert not is_finished(adapter, shards)
+
+
+def test_a_source_that_changes_while_it_is_digested_is_refused(adapter: Path, shards: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    os.utime(weights, ns=(0, 10**18))
+    with (
+        prepared_split(adapter, REQUEST) as prepared,
+        pytest.raises(AdapterError, match="it changed while being read"),
+    ):
+        find_finished_split(shards, prepared, REQUEST, lambda _: flip_bit(weights, -1))
