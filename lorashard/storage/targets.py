@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorashard.errors import ShardError
 
+# A Path has one slash left of the two in a URL.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
 
 def resolve_target(target: Path) -> Path:
-    """An absolute path; of a link to a directory, the directory, so that the link stays one."""
+    """An absolute path; of a link to a directory, the directory, so that the link stays one.
+
+    Raises ShardError for a URL, which would name a local folder such as `s3:`.
+    """
+    if _URL.match(str(target)):
+        raise ShardError(
+            f"{target}: output goes to a local directory, and this is a URL.",
+            hint="Name a local directory with -o. Then upload it: shards with `lorashard push`, an "
+            "adapter with the tools of that place.",
+        )
     is_link = os.path.islink(target)  # noqa: PTH114 - quiet on odd names
     return Path(os.path.realpath(target) if is_link else os.path.abspath(target))
 

@@ -80,3 +80,16 @@ def test_another_error_is_named_and_kept_as_the_cause() -> None:
         raise PermissionError(errno.EACCES, "whatever")
     assert raised.value.message == "/data/out: cannot be written (Permission denied)."
     assert isinstance(raised.value.__cause__, PermissionError)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "hf://owner/name", "file:///tmp/x", "gs://b/x"])
+def test_a_url_is_no_target(url: str) -> None:
+    with pytest.raises(ShardError, match="this is a URL") as raised:
+        resolve_target(Path(url))
+    assert "lorashard push" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["run:3", "a/s3:/b", "./s3:/b/x/../y", "x:"])
+def test_a_colon_alone_makes_no_url(name: str, tmp_path: Path) -> None:
+    assert resolve_target(tmp_path / name).is_relative_to(tmp_path)
+    assert resolve_target(Path("run:3")) == Path.cwd() / "run:3"
