@@ -24,7 +24,7 @@ def reshard(
             "-o",
             "--output",
             metavar="OUT",
-            help="Target directory. [default: SHARDS, its name ending in -epN]",
+            help="Target directory. [default: SHARDS, its name with the new N]",
             show_default=False,
         ),
     ] = None,
@@ -78,7 +78,7 @@ def reshard(
 
 
 def _default_target(shards: Location, ep_size: int) -> Path:
-    """Beside local shards, in the current directory for remote ones; the name ends in -epN."""
+    """Beside local shards, in the current directory for remote ones; named as `split` names them."""
     from lorashard.shards.names import adapter_name, directory_name  # noqa: PLC0415
     from lorashard.storage.remote import RemoteFolder  # noqa: PLC0415
 

@@ -39,7 +39,7 @@ def split(
             "--output",
             metavar="OUT",
             help="Target directory; with several adapters, the directory for all of them. "
-            "[default: ADAPTER-epN]",
+            "[default: ADAPTER-epN; for checkpoint-130, epN-of-checkpoint-130]",
             show_default=False,
         ),
     ] = None,
