@@ -55,11 +55,27 @@ def made_parents(target: Path) -> Iterator[None]:
 
 @contextmanager
 def explained_write_errors(target: Path, *, full_disk: str) -> Iterator[None]:
-    """An OSError in the block becomes a ShardError. full_disk: what to do about one."""
+    """An OSError in the block becomes a ShardError. full_disk: what to do about one.
+
+    One that is about something else stays what it is: a connection, or a file elsewhere.
+    """
     try:
         yield
     except OSError as err:
+        if _is_elsewhere(target, err):
+            raise
         raise write_error(target, err, full_disk=full_disk) from err
+
+
+def _is_elsewhere(target: Path, err: OSError) -> bool:
+    """Whether an error cannot come from writing `target`."""
+    if isinstance(err, (ConnectionError, TimeoutError)):
+        return True
+    if not isinstance(err.filename, (str, os.PathLike)) or not Path(err.filename).is_absolute():
+        return False  # most calls on open files do not say which
+    named = Path(err.filename)
+    work = target.parent
+    return not (named.is_relative_to(work) or work.is_relative_to(named))
 
 
 def write_error(target: Path, err: OSError, *, full_disk: str) -> ShardError:

@@ -93,3 +93,32 @@ def test_a_url_is_no_target(url: str) -> None:
 def test_a_colon_alone_makes_no_url(name: str, tmp_path: Path) -> None:
     assert resolve_target(tmp_path / name).is_relative_to(tmp_path)
     assert resolve_target(Path("run:3")) == Path.cwd() / "run:3"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        TimeoutError(errno.ETIMEDOUT, "timed out"),
+        FileNotFoundError(errno.ENOENT, "gone", "/source/adapter_model.safetensors"),
+        OSError(errno.EIO, "broken", "/source/adapter_model.safetensors"),
+    ],
+)
+def test_an_error_of_the_source_is_not_one_of_the_target(error: OSError) -> None:
+    with (
+        pytest.raises(OSError, match=str(error.strerror)) as raised,
+        explained_write_errors(Path("/data/out"), full_disk=""),
+    ):
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "name", ["/data/.out.lorashard-partial/x", "/data/out", "/data", "/", None]
+)
+def test_an_error_of_the_target_is_explained(name: str | None) -> None:
+    with (
+        pytest.raises(ShardError, match="/data/out: cannot be written"),
+        explained_write_errors(Path("/data/out"), full_disk=""),
+    ):
+        raise OSError(errno.EIO, "broken", name)
