@@ -150,6 +150,8 @@ def _read_config(shards: LocatedShards) -> bytes:
 
 def _placement_contradictions(manifest: Manifest) -> Iterator[str]:
     placement = manifest.placement
+    for name in sorted(set(placement.layers) - set(manifest.modules)):
+        yield f"layers places {name!r}, which is no module of the manifest"
     rules = {"linear": linear_placement, "round_robin": round_robin_placement}
     rule = rules.get(placement.strategy)
     if rule is None:

@@ -180,3 +180,20 @@ def test_a_pickled_source_is_remembered(shards: Path, tmp_path: Path) -> None:
     request = SplitRequest(ep_size=2, allow_pickle=True)
     split_adapter(save_pickled(tmp_path / "pickled"), tmp_path / "2", request)
     assert source_was_pickled(locate_shards(tmp_path / "2").manifest)
+
+
+def test_a_placement_of_an_unknown_module_is_a_contradiction(tmp_path: Path) -> None:
+    expert_map = tmp_path / "map.json"
+    permuted = [[3, 2], [1, 0]]
+    default = [[0, 1], [2, 3]]
+    expert_map.write_text(json.dumps({"ranks": default, "layers": {MODULE: permuted}}))
+    out = tmp_path / "explicit"
+    split_adapter(
+        save_adapter(tmp_path / "source"), out, SplitRequest(ep_size=2, expert_map=expert_map)
+    )
+    check_shards(locate_shards(out))
+    unknown = MODULE[:-1] + "z"
+    edit(out, lambda m: m["placement"].update(layers={unknown: permuted}))
+    with pytest.raises(ManifestError, match="which is no module of the manifest") as raised:
+        check_shards(locate_shards(out))
+    assert unknown in raised.value.message
