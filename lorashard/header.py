@@ -20,6 +20,9 @@ from lorashard.errors import HeaderError
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+MAX_NAME_LENGTH = 4096  # characters; far above any real name
+_MAX_NUMBER = 2**63 - 1  # of a shape, an offset, or a tensor's bytes: what a file can have
+_MAX_DIMENSIONS = 64  # PyTorch's own limit
 
 
 class TensorEntry(NamedTuple):
@@ -140,7 +143,10 @@ def _refuse_duplicate_keys(
             raise HeaderError(path, "the header names a tensor or a field twice")
         return dict(pairs)
 
-    json.loads(raw, object_pairs_hook=refuse_twice)
+    try:
+        json.loads(raw, object_pairs_hook=refuse_twice)
+    except RecursionError as err:  # the hook needs more of the stack than the first reading
+        raise HeaderError(path, "the header is nested too deeply") from err
 
 
 def _refuse_lone_surrogates(raw: bytes, texts: Iterable[str], path: str) -> None:
@@ -157,6 +163,8 @@ _Kinds = dict[tuple[object, ...], tuple[tuple[int, ...], int]]
 
 
 def _parse_entry(name: str, info: object, data_begin: int, kinds: _Kinds, path: str) -> TensorEntry:
+    if len(name) > MAX_NAME_LENGTH:
+        raise HeaderError(path, f"a name of {len(name)} characters ({name[:40]}...)")
     try:
         dtype, shape_list, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]  # type: ignore[index]
         if type(dtype) is not str:
@@ -170,6 +178,8 @@ def _parse_entry(name: str, info: object, data_begin: int, kinds: _Kinds, path: 
         kind = kinds[key] = _check_kind(name, dtype, shape_list, path)
     if type(begin) is not int or type(end) is not int or begin < 0:
         raise HeaderError(path, f"{name}: shape and data_offsets must be integers >= 0")
+    if begin > _MAX_NUMBER or not -1 < end <= _MAX_NUMBER:
+        raise HeaderError(path, f"{name}: data_offsets are not of this file")
     shape, size_bytes = kind
     if end - begin != size_bytes:
         raise HeaderError(path, f"{name}: {dtype} {list(shape)} is not {end - begin} bytes")
@@ -179,6 +189,8 @@ def _parse_entry(name: str, info: object, data_begin: int, kinds: _Kinds, path: 
 def _check_kind(name: str, dtype: str, shape: object, path: str) -> tuple[tuple[int, ...], int]:
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise HeaderError(path, f"{name}: shape and data_offsets must be integers >= 0")
+    if len(shape) > _MAX_DIMENSIONS or any(n > _MAX_NUMBER for n in shape):
+        raise HeaderError(path, f"{name}: no tensor has this shape")
     element_size = ELEMENT_SIZE.get(dtype)
     if element_size is None:
         raise HeaderError(path, f"{name}: dtype {dtype!r} is not known")

@@ -281,3 +281,42 @@ def test_built_headers_are_those_of_the_reference_writer(tensors):
         {"format": "pt"},
     )
     assert ours == theirs[: len(ours)]
+
+
+def entry(shape: str, offsets: str, name: str = "a") -> bytes:
+    return f'{{"{name}":{{"dtype":"F8_E4M3","shape":{shape},"data_offsets":{offsets}}}}}'.encode()
+
+
+NINES = "9" * 4300
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        entry("[1]", f"[{NINES},-{NINES}]"),
+        entry("[1]", f"[0,{NINES}]"),
+        entry(f"[{NINES}]", "[0,1]"),
+        entry(f"[{','.join([NINES] * 300)}]", "[0,1]"),
+        entry("[1]", f"[0,{2**63}]"),
+        entry("[1]", "[0,1]", name="a" * 4097),
+        entry(f"[{','.join('1' * 65)}]", "[0,1]"),
+    ],
+    ids=["digits", "end", "shape", "product", "2**63", "name", "dimensions"],
+)
+def test_numbers_and_names_that_no_file_has_are_refused(raw: bytes):
+    with pytest.raises(HeaderError) as caught:
+        parse_header(raw, 8 + len(raw) + 1, "a")
+    assert len(caught.value.message) < 5000
+
+
+def test_a_name_of_4096_characters_is_read():
+    raw = entry("[1]", "[0,1]", name="a" * 4096)
+    assert len(parse_header(raw, 8 + len(raw) + 1, "a").tensors[0].name) == 4096
+
+
+def test_no_depth_of_nesting_ends_in_a_recursion_error():
+    for depth in range(800, 1100):
+        nested = "[" * depth + "]" * depth
+        raw = f'{{"__metadata__":{{"x":"y"}},"a":{nested}}}'.encode()
+        with pytest.raises(HeaderError):
+            parse_header(raw, 8 + len(raw), "a")
