@@ -19,6 +19,8 @@ from lorashard.adapter.source_layout import SourceLayout, Storage
 from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
 
+MAX_EXPERTS = 2**16
+
 # Order of a source tensor's axes, slowest first: e expert, r row, c column of the factor.
 # erc is the shard's own order, so its experts are contiguous byte ranges.
 Axes = Literal["erc", "ecr", "rce", "rec", "cre", "cer"]
@@ -189,7 +191,7 @@ def _stacked(tensors: ContainerTensors) -> Iterable[_NamedSources]:
             raise _bad_shape(entry, "two or three dimensions")
         *expert_axis, rows, cols = entry.shape
         shared = expert_axis in ([], [1])
-        experts = None if shared else tuple(range(expert_axis[0]))
+        experts = None if shared else _first_experts(entry, expert_axis[0])
         yield name, [SourceFactor(entry, _peft_module(entry), "erc", experts, rows, cols)]
 
 
@@ -199,7 +201,7 @@ def _native(tensors: ContainerTensors) -> Iterable[_NamedSources]:
         if len(entry.shape) != 3:
             raise _bad_shape(entry, "three dimensions")
         num_experts, cols, rows = entry.shape
-        experts = tuple(range(num_experts))
+        experts = _first_experts(entry, num_experts)
         module = entry.name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
         yield name, [SourceFactor(entry, module, "ecr", experts, rows, cols)]
 
@@ -288,7 +290,7 @@ def _fused_factors(
             f"{pair.lora_a.name}: {total_rows} rows are not a multiple of r={lora_rank}.",
             hint="Does adapter_config.json belong to this file (r, rank_pattern)?",
         )
-    experts = tuple(range(total_rows // lora_rank))
+    experts = _first_experts(pair.lora_a, total_rows // lora_rank)
     grouped = lora_b_layout == "grouped_by_expert"
     if orientation == "standard":
         axes: Axes = "rec" if grouped else "rce"
@@ -302,6 +304,16 @@ def _fused_factors(
         SourceFactor(pair.lora_b, module, axes, experts, lora_rank, out_features),
         SourceFactor(pair.lora_a, module, "ecr", experts, in_features, lora_rank),
     )
+
+
+def _first_experts(entry: TensorEntry, num_experts: int) -> tuple[int, ...]:
+    if num_experts > MAX_EXPERTS:
+        raise LayoutError(
+            f"The adapter would have {num_experts} experts, more than any model has "
+            f"({entry.name} {list(entry.shape)}).",
+            hint="Does adapter_config.json belong to this file (r, rank_pattern)?",
+        )
+    return tuple(range(num_experts))
 
 
 def _bad_shape(entry: TensorEntry, wanted: str) -> LayoutError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lorashard.adapter.base_model import gate_up_by_name
 from lorashard.adapter.config import AdapterIndex, LoraConfig
 from lorashard.adapter.containers import (
+    MAX_EXPERTS,
     ContainerFactors,
     ContainerTensors,
     SourceFactor,
@@ -24,8 +25,6 @@ from lorashard.errors import (
     UnsupportedAdapterError,
 )
 from lorashard.header import TensorEntry
-
-MAX_EXPERTS = 2**16
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,3 +135,18 @@ def test_rows_are_divided_by_the_r_of_the_parameter() -> None:
     without_pattern = read_container(MODULE, tensors, parse_config(raw, ""), options, None)
     (source,) = without_pattern.factors["gate_up_proj", "lora_A"]
     assert (source.rows, len(source.experts or ())) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("up_proj.lora_A", (2**50, 1, 1)), ("lora_gate_and_up_A", (2**50, 1, 1))],
+)
+def test_experts_are_not_listed_before_they_are_counted(name: str, shape: tuple[int, ...]) -> None:
+    entry = TensorEntry(f"{MODULE}.{name}", "F8_E4M3", shape, 0, 2**50)
+    key = parse_key(entry.name, 3)
+    assert isinstance(key, ExpertKey)
+    tensors = ContainerTensors()
+    tensors.add(key, entry)
+    config = parse_config(b'{"r": 1, "lora_alpha": 4}', "")
+    with pytest.raises(LayoutError, match="more than any model has"):
+        read_container(MODULE, tensors, config, LayoutOptions(), None)
