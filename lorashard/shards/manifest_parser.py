@@ -39,6 +39,7 @@ from lorashard.shards.placement import Placement, PlacementKind, Ranks
 _MAX_SCALING = 1e12
 _DIGEST_LENGTH = 64
 _MAX_DIGITS = 9  # of an expert's number
+_MAX_NATURAL = 2**63 - 1  # bytes of a file
 
 
 class _FieldError(Exception):
@@ -49,6 +50,8 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
     """Read and check a manifest. `path` is for messages. Raises ManifestError with what is wrong."""
     try:
         document = json.loads(raw)
+        if b"\\u" in raw or b"\xed" in raw:  # a lone surrogate, which cannot be written again
+            json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as err:
         raise ManifestError(path, f"damaged: not JSON ({err})") from err
     try:
@@ -250,6 +253,8 @@ def _scaling(value: Any) -> float:
 def _natural(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise _FieldError(f"{_shown(value)} is not an integer >= 0")
+    if value > _MAX_NATURAL:
+        raise _FieldError(f"an integer of {value.bit_length()} bits is not a size or a number")
     return value
 
 

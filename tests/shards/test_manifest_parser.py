@@ -344,3 +344,20 @@ def test_a_bug_of_ours_is_not_taken_for_a_damaged_file(monkeypatch: pytest.Monke
     monkeypatch.setattr("lorashard.shards.manifest_parser.shard_file_names", None)
     with pytest.raises(TypeError):
         parse_manifest(format_manifest(example()), PATH)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"0.0.0"', b'"\\ud800"'),
+        (b'"0.0.0"', b'"\xed\xa0\x80"'),
+        (b'"me/adapter"', b'"\\ud800"'),
+        (b": 144", b": 1" + b"0" * 400),
+    ],
+    ids=["version", "raw", "repo", "size"],
+)
+def test_what_cannot_be_written_again_is_refused(old: bytes, new: bytes) -> None:
+    raw = format_manifest(example())
+    assert old in raw
+    with pytest.raises(ManifestError):
+        parse_manifest(raw.replace(old, new), PATH)
