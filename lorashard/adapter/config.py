@@ -94,11 +94,15 @@ def parse_config(raw: bytes, where: str) -> LoraConfig:
     """Read adapter_config.json. Raises AdapterError if it is damaged or uses what is not supported."""
     try:
         config = json.loads(raw)
+        if b"\\u" in raw or b"\xed" in raw:  # a lone surrogate, which cannot be written again
+            json.dumps(config, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as err:
         raise _damaged(where, f"not JSON ({err})") from err
     if not isinstance(config, dict):
         raise _damaged(where, "not a JSON object")
     _refuse_unsupported(config, where)
+    for field in ("target_modules", "exclude_modules"):
+        _check_targets(config.get(field), field, where)
     auto_mapping = config.get("auto_mapping")
     base_class = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
     base_model = config.get("base_model_name_or_path")
@@ -159,21 +163,39 @@ def _patterns(
 
 def _positive_int(value: Any, field: str, where: str) -> int:
     if type(value) is not int or not 0 < value < _MAX_NUMBER:
-        raise _damaged(where, f"{field} is {json.dumps(value)[:40]}, not an integer >= 1")
+        raise _damaged(where, f"{field} is {_shown(value)}, not an integer >= 1")
     return value
 
 
 def _positive_number(value: Any, field: str, where: str) -> float:
     if type(value) not in (int, float) or not 0 < value < _MAX_NUMBER:
-        raise _damaged(where, f"{field} is {json.dumps(value)[:40]}, not a number > 0")
+        raise _damaged(where, f"{field} is {_shown(value)}, not a number > 0")
     number: float = value
     return number
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value)[:40]
+    except (RecursionError, ValueError):  # nested as deeply as can be read, or of 4,300 digits
+        return "too deep or too long"
 
 
 def _flag(value: Any, field: str, where: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise _damaged(where, f"{field} is {value!r}, not true or false")
     return bool(value)
+
+
+def _check_targets(value: Any, field: str, where: str) -> None:
+    """A regular expression, or a list of ends of names."""
+    if not isinstance(value, str):
+        _strings(value, field, where)
+        return
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as err:
+        raise _damaged(where, f"{field} is not a regular expression ({err})") from err
 
 
 def _strings(value: Any, field: str, where: str) -> tuple[str, ...]:

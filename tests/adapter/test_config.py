@@ -215,3 +215,35 @@ def test_endless_nesting_is_refused():
 
 def test_a_message_names_the_file():
     assert WHERE in str(refusal(r=0))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "("},
+        {"target_modules": True},
+        {"target_modules": [1]},
+        {"exclude_modules": 5},
+        {"exclude_modules": "["},
+    ],
+    ids=str,
+)
+def test_targets_that_peft_cannot_read_are_refused(fields: dict[str, Any]):
+    assert next(iter(fields)) in refusal(**fields).message
+
+
+@pytest.mark.parametrize("text", [b"\\ud800", b"\xed\xa0\x80"])
+def test_a_lone_surrogate_is_refused(text: bytes):
+    with pytest.raises(AdapterError, match=WHERE):
+        parse_config(b'{"r": 1, "lora_alpha": 1, "revision": "' + text + b'"}', WHERE)
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "use_rslora", "lora_B_layout"])
+def test_no_depth_of_nesting_ends_in_a_recursion_error(field: str):
+    for depth in range(850, 1050):
+        nested = b"[" * depth + b"]" * depth
+        raw = b'{"r": 1, "lora_alpha": 1, "rank_pattern": {"a": %s}}' % nested
+        if field != "lora_B_layout":
+            raw = b'{"r": 1, "lora_alpha": 1, "%s": %s}' % (field.encode(), nested)
+        with pytest.raises(AdapterError):
+            parse_config(raw, WHERE)
