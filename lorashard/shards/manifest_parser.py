@@ -188,7 +188,8 @@ def _parse_file(info: Mapping[str, Any]) -> ShardFile:
         shape = tuple(map(_natural, _as_list(_field(tensor, "shape"))))
         begin = _natural(_field(tensor, "offset"))
         end = begin + _natural(_field(tensor, "size"))
-        tensors.append(TensorEntry(name, _text(_field(tensor, "dtype")), shape, begin, end))
+        dtype = _one_of(_field(tensor, "dtype"), tuple(ELEMENT_SIZE))
+        tensors.append(TensorEntry(name, dtype, shape, begin, end))
     return ShardFile(_parse_digest(info), tuple(tensors))
 
 

@@ -247,6 +247,15 @@ def packed(header: bytes) -> str:
     return base64.b64encode(zlib.compress(header, 9)).decode()
 
 
+@pytest.mark.parametrize("dtype", ["F3", "bfloat16", "", "bf16", 1, None, ["BF16"]])
+def test_a_dtype_that_safetensors_does_not_have_is_refused(dtype: object):
+    document = json.loads(format_manifest(example()))
+    file = next(file for file in document["files"].values() if file["tensors"])
+    next(iter(file["tensors"].values()))["dtype"] = dtype
+    with pytest.raises(ManifestError, match="is not one of BOOL, U8"):
+        parse_manifest(json.dumps(document).encode(), PATH)
+
+
 def test_a_source_header_cut_short_is_refused():
     raw = base64.b64encode(zlib.compress(b"{" * 900)[:-6]).decode()
     assert "too large or cut short" in refusal(change("source/header", raw)).message
