@@ -67,11 +67,18 @@ def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, reque
     try:
         return original(worker_manager, request)
     except LorashardError as err:
-        loader = attached_loader(worker_manager)
-        report_failure(loader.ep_rank if loader is not None else 0)
+        _count_failure(worker_manager)
         raise ValueError(f"LoRA adapter {request.lora_name!r}: {err}") from err
+    except Exception:
+        _count_failure(worker_manager)
+        raise
     finally:
         worker_manager._lora_model_cls = lora_model_class  # noqa: SLF001
+
+
+def _count_failure(worker_manager: Any) -> None:
+    loader = attached_loader(worker_manager)
+    report_failure(loader.ep_rank if loader is not None else 0)
 
 
 class LoraModelStandIn:
