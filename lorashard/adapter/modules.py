@@ -191,8 +191,14 @@ def _by_expert(
 
 
 def _check_config_ranks(trained: Mapping[int | None, _TrainedPair], config: LoraConfig) -> None:
-    for factor in trained.values():
+    for expert, factor in trained.items():
         expected = config.rank_of(factor.module)
+        if factor.lora_rank != expected and expert is None:
+            raise LayoutError(
+                f"{factor.tensor} has r={factor.lora_rank}, adapter_config.json says {expected}.",
+                hint="It may hold the factors of all experts, in a layout that lorashard does not "
+                "know, rather than one factor that they share. Save the adapter with PEFT.",
+            )
         if factor.lora_rank != expected:
             raise LayoutError(
                 f"{factor.tensor} has r={factor.lora_rank}, adapter_config.json says {expected}.",

@@ -131,3 +131,10 @@ def test_dtypes_that_differ_are_refused() -> None:
     factors["up_proj", "lora_B"] = (factor("b", 5, 2, 0, 1, 2),)
     with pytest.raises(LayoutError, match=r"other is F16 with 6 features, up_proj\.lora_A is F32"):
         module_with(factors)
+
+
+def test_a_tensor_that_may_hold_all_experts_gets_no_advice_to_change_the_config() -> None:
+    with pytest.raises(LayoutError, match=r"has r=8, adapter_config\.json says 2") as caught:
+        module_with(pair("gate_up_proj", lora_rank=8))
+    assert "may hold the factors of all experts" in str(caught.value)
+    assert "rank_pattern" not in str(caught.value)
