@@ -18,6 +18,7 @@ from lorashard.shards.manifest import FileDigest, Manifest, ShardFile, format_ma
 from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.storage.ahead import WINDOW_BYTES
+from lorashard.storage.digests import digest_of
 from lorashard.storage.local import ByteSource, LocalFile, write_synced
 from lorashard.storage.remote import Location, RemoteFile, RemoteFolder, local_copy, locate
 from lorashard.storage.safetensors_file import read_header
@@ -214,6 +215,17 @@ def check_file(path: Path, recorded: ShardFile) -> None:
             f"{path}: its tensors are not those of the manifest.",
             hint="The file belongs to another directory; copy the right one.",
         )
+
+
+def has_digest(path: Path, digest: FileDigest) -> bool:
+    """Whether a local file is there and has the size and the bytes that the manifest records."""
+    try:
+        if not path.is_file() or path.stat().st_size != digest.size_bytes:
+            return False
+        with closing(LocalFile(path)) as file:
+            return digest_of(file, 0, digest.size_bytes, lambda _: None) == digest.blake3
+    except (HeaderError, OSError):
+        return False
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.errors import LorashardError
 from lorashard.progress import Progress
 from lorashard.shards.describe import differing_files
-from lorashard.shards.directory import check_file, read_manifest
+from lorashard.shards.directory import check_file, has_digest, read_manifest
 from lorashard.shards.manifest import Manifest
 from lorashard.split.pipeline import PreparedSplit, SplitRequest
 from lorashard.storage.digests import digest_of
@@ -24,8 +24,9 @@ def find_finished_split(
 ) -> Manifest | None:
     """The manifest of `target` if it is finished and of this adapter, placement and options.
 
-    On the Hub, the commit identifies the adapter; any other adapter is read and digested.
-    progress: called with bytes digested since the last call.
+    On the Hub, the commit identifies the adapter; any other adapter is read and digested. So are the
+    shards, to see damage.
+    progress: called with source bytes digested since the last call.
     """
     try:
         manifest = read_manifest(target)
@@ -33,9 +34,19 @@ def find_finished_split(
             check_file(target / name, recorded)
     except LorashardError:
         return None
-    if _has_same_plan(manifest, prepared, request) and _has_source(manifest, prepared, progress):
+    if (
+        _has_same_plan(manifest, prepared, request)
+        and _has_source(manifest, prepared, progress)
+        and _is_undamaged(target, manifest)
+    ):
         return manifest
     return None
+
+
+def _is_undamaged(target: Path, manifest: Manifest) -> bool:
+    files = {name: file.digest for name, file in manifest.files.items()}
+    files[CONFIG_NAME] = manifest.source.files[CONFIG_NAME]
+    return all(has_digest(target / name, digest) for name, digest in files.items())
 
 
 def _has_same_plan(manifest: Manifest, prepared: PreparedSplit, request: SplitRequest) -> bool:

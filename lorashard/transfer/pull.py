@@ -20,7 +20,13 @@ from blake3 import blake3
 
 from lorashard.errors import ShardError
 from lorashard.progress import Progress
-from lorashard.shards.directory import find_file, holds_only_shards, manifest_bytes, needed_files
+from lorashard.shards.directory import (
+    find_file,
+    has_digest,
+    holds_only_shards,
+    manifest_bytes,
+    needed_files,
+)
 from lorashard.shards.manifest import FileDigest, Manifest
 from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME
@@ -68,7 +74,8 @@ def pull_shards(
 ) -> Manifest:
     """Fetch the files that `ep_ranks` need into the directory `out`, and return its manifest.
 
-    If `out` has the same manifest already, only the files that it lacks are fetched.
+    If `out` has the same manifest already, only the files that it lacks, or whose bytes
+    differ, are fetched.
     progress: called with bytes fetched since the last call.
     Raises AdapterError for a place that does not answer, ShardError.
     """
@@ -81,7 +88,7 @@ def pull_shards(
     with resumable_directory(target, marker=MANIFEST_NAME, content=raw_manifest) as work:
         # Only now, because another pull may have finished before this one had the lock.
         if has_content(target / MANIFEST_NAME, raw_manifest):
-            missing = {n: d for n, d in needed.items() if not _has_full_size(target / n, d)}
+            missing = {n: d for n, d in needed.items() if not has_digest(target / n, d)}
             _fetch_all(source, missing, work, target, progress)
             for name in missing:
                 os.rename(work / name, target / name)
@@ -94,10 +101,6 @@ def pull_shards(
                 for name in (*needed, MANIFEST_NAME):
                     os.rename(work / name, staging / name)
     return manifest
-
-
-def _has_full_size(path: Path, digest: FileDigest) -> bool:
-    return path.is_file() and path.stat().st_size == digest.size_bytes
 
 
 def _fetch_all(
@@ -135,7 +138,7 @@ def _fetch_file(
     progress: Progress,
 ) -> None:
     """Fetch one file to `path`, and prove it. ahead: as FetchAhead has it."""
-    if _has_full_size(path, digest):  # it got this name once it was proven
+    if has_digest(path, digest):  # fetched by an earlier pull
         progress(digest.size_bytes)
         return
     file = find_file(source, name, digest)

@@ -278,3 +278,14 @@ def test_a_full_disk_keeps_what_was_fetched_for_the_next_pull(tmp_path: Path) ->
         pull_shards(source, target, (0, 1))
         assert contents(target) == contents(source)
         assert os.listdir(tmp_path / "disk") == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_damaged_file_of_the_target_is_fetched_again(
+    shards: Path, target: Path, force: bool
+) -> None:
+    pull_shards(shards, target, [0])
+    flip_bit(target / RANK_FILES[0], -1)
+    pull_shards(shards, target, [0], force=force)
+    assert (target / RANK_FILES[0]).read_bytes() == (shards / RANK_FILES[0]).read_bytes()
+    assert verify_shards(target, ep_ranks=[0]) == ()
