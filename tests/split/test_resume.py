@@ -107,6 +107,8 @@ def test_a_source_that_changes_while_it_is_digested_is_refused(adapter: Path, sh
         pytest.raises(AdapterError, match="it changed while being read"),
     ):
         find_finished_split(shards, prepared, REQUEST, lambda _: flip_bit(weights, -1))
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "replicated.safetensors", *RANK_FILES])
 def test_damaged_bytes_make_it_unfinished(adapter: Path, shards: Path, name: str) -> None:
     flip_bit(shards / name, -1)
