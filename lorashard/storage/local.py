@@ -95,13 +95,8 @@ class LocalFile:
             self._read_ahead(offset + len(buffer))
         else:
             self._requested = 0
-        try:
-            done = read_at(self._fd, buffer, offset)
-        except OSError as err:
-            raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
-        if done < len(buffer):
-            raise HeaderError(self._path, f"it ended at byte {offset + done} while being read")
-        self._expected = offset + done
+        self._fill(buffer, offset)
+        self._expected = offset + len(buffer)
 
     @property
     def name(self) -> str:
@@ -111,12 +106,7 @@ class LocalFile:
     def read(self, begin: int, end: int) -> bytes:
         """Bytes [begin, end), without reading ahead. Raises HeaderError if the file ends before."""
         buffer = bytearray(end - begin)
-        try:
-            done = read_at(self._fd, memoryview(buffer), begin)
-        except OSError as err:
-            raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
-        if done < len(buffer):
-            raise HeaderError(self._path, f"it ended at byte {begin + done} while being read")
+        self._fill(memoryview(buffer), begin)
         return bytes(buffer)
 
     def check_unchanged(self) -> None:
@@ -126,6 +116,14 @@ class LocalFile:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        try:
+            done = read_at(self._fd, buffer, offset)
+        except OSError as err:
+            raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
+        if done < len(buffer):
+            raise HeaderError(self._path, f"it ended at byte {offset + done} while being read")
 
     def _read_ahead(self, position: int) -> None:
         """Let the disk read what comes next while the processor works on this."""
