@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lorashard.adapter.options import LoraBLayout
 from lorashard.errors import AdapterError, UnsupportedAdapterError
 from lorashard.header import TensorEntry
+from lorashard.storage.small_files import load_writable_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -93,9 +94,7 @@ class AdapterIndex:
 def parse_config(raw: bytes, where: str) -> LoraConfig:
     """Read adapter_config.json. Raises AdapterError if it is damaged or uses what is not supported."""
     try:
-        config = json.loads(raw)
-        if b"\\u" in raw or b"\xed" in raw:  # a lone surrogate, which cannot be written again
-            json.dumps(config, ensure_ascii=False).encode()
+        config = load_writable_json(raw)
     except (ValueError, RecursionError) as err:
         raise _damaged(where, f"not JSON ({err})") from err
     if not isinstance(config, dict):

@@ -7,7 +7,6 @@ no file name in it is ever used as a path: the names follow from ep_size alone.
 from __future__ import annotations
 
 import base64
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -35,6 +34,7 @@ from lorashard.shards.manifest import (
 )
 from lorashard.shards.names import shard_file_names
 from lorashard.shards.placement import Placement, PlacementKind, Ranks
+from lorashard.storage.small_files import load_writable_json
 
 _MAX_SCALING = 1e12
 _DIGEST_LENGTH = 64
@@ -49,9 +49,7 @@ class _FieldError(Exception):
 def parse_manifest(raw: bytes, path: str) -> Manifest:
     """Read and check a manifest. `path` is for messages. Raises ManifestError with what is wrong."""
     try:
-        document = json.loads(raw)
-        if b"\\u" in raw or b"\xed" in raw:  # a lone surrogate, which cannot be written again
-            json.dumps(document, ensure_ascii=False).encode()
+        document = load_writable_json(raw)
     except (ValueError, RecursionError) as err:
         raise ManifestError(path, f"damaged: not JSON ({err})") from err
     try:

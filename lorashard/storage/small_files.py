@@ -51,6 +51,17 @@ def parse_json(raw: bytes, path: Location) -> Any:
         raise AdapterError(f"{path}: not JSON ({err}).", hint="Check the path.") from err
 
 
+def load_writable_json(raw: bytes) -> Any:
+    """Parsed JSON whose texts can be written again: no lone surrogates.
+
+    Raises ValueError or RecursionError.
+    """
+    document = json.loads(raw)
+    if b"\\u" in raw or b"\xed" in raw:  # all that a surrogate can come from
+        json.dumps(document, ensure_ascii=False).encode()
+    return document
+
+
 def _check_size(name: str | Path, size_bytes: int) -> None:
     if size_bytes > _MAX_BYTES:
         raise AdapterError(f"{name}: larger than {_MAX_BYTES} bytes.", hint="Save again.")
