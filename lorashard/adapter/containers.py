@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from lorashard.adapter.config import LoraConfig
 from lorashard.adapter.fused_pairs import FusedPair, Reading, read_fused
-from lorashard.adapter.keys import PEFT_PREFIX, ExpertKey, Matrix, Projection
+from lorashard.adapter.keys import PEFT_PREFIX, ExpertKey, Matrix, Projection, clean_name
 from lorashard.adapter.options import LayoutOptions, LoraBLayout, Orientation
 from lorashard.adapter.source_layout import SourceLayout, Storage
 from lorashard.errors import LayoutError
@@ -166,7 +166,7 @@ def _add_sources(
 
 
 def _peft_module(entry: TensorEntry) -> str:
-    name = entry.name
+    name = clean_name(entry.name)
     begin = len(PEFT_PREFIX) if name.startswith(PEFT_PREFIX) else 0
     return name[begin : name.rindex(".lora_")]
 
@@ -202,7 +202,7 @@ def _native(tensors: ContainerTensors) -> Iterable[_NamedSources]:
             raise _bad_shape(entry, "three dimensions")
         num_experts, cols, rows = entry.shape
         experts = _first_experts(entry, num_experts)
-        module = entry.name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
+        module = clean_name(entry.name).removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
         yield name, [SourceFactor(entry, module, "ecr", experts, rows, cols)]
 
 

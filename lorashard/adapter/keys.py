@@ -74,6 +74,16 @@ _FULL_WEIGHT = re.compile(
     r"|(?:embed_tokens|lm_head)(?:\.base_layer)?\.weight)"
 )
 
+# Names that wrappers put into the path of every parameter: torch.compile, FSDP, activation
+# checkpointing and, in front of everything, DataParallel and DeepSpeed.
+_WRAPPER_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPER_PREFIX = "module."
+# PEFT's own name of an adapter, which `save_pretrained` leaves out and `state_dict` does not.
+_ADAPTER_NAME = re.compile(
+    r"(?P<matrix>\.lora_(?:embedding_)?[AB])\.(?!(?:weight|bias)$)[^. ]+(?=\.weight$)"
+    r"|(?P<parameter>\.lora_embedding_[AB])\.(?!(?:weight|bias)$)[^. ]+$"
+)
+
 _WRAPPERS: tuple[tuple[Kind, re.Pattern[str]], ...] = (("inner", _INNER), ("outer", _OUTER))
 # kind, pattern, what the container's name lacks, for tensors of how many dimensions
 _EXPERT_STACKS: tuple[tuple[Kind, re.Pattern[str], str, range], ...] = (
@@ -123,8 +133,26 @@ class UnknownKey:
 ParsedKey = ExpertKey | LoraKey | FullWeightKey | UnknownKey
 
 
+def clean_name(name: str) -> str:
+    """The name without what wrappers and the name of the adapter add; most names stay as they are.
+
+    `_orig_mod.base_model.model.model.layers.0.q_proj.lora_A.default.weight` becomes
+    `base_model.model.model.layers.0.q_proj.lora_A.weight`.
+    """
+    for wrapper in _WRAPPER_NAMES:
+        if wrapper in name:
+            parts = name.split(".")
+            name = ".".join(part for part in parts if f"{part}." not in _WRAPPER_NAMES)
+    while name.startswith(_WRAPPER_PREFIX):
+        name = name[len(_WRAPPER_PREFIX) :]
+    if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+        name = _ADAPTER_NAME.sub(lambda match: match["matrix"] or match["parameter"], name)
+    return name
+
+
 def parse_key(name: str, num_dims: int) -> ParsedKey:
     """Say what a tensor name means. Expert ids are integers, never strings to sort by."""
+    name = clean_name(name)
     # The first pattern matches nearly every key of a per-expert adapter, so it comes first.
     if match := _EXPERT.fullmatch(name) or _PROJECTION_LIST.fullmatch(name):
         return _expert_key("expert", match, "", int(match["expert"]))

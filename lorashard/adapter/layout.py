@@ -14,7 +14,7 @@ from lorashard.adapter.containers import (
     SourceFactor,
     read_container,
 )
-from lorashard.adapter.keys import ExpertKey, LoraKey, UnknownKey, parse_key
+from lorashard.adapter.keys import ExpertKey, LoraKey, UnknownKey, clean_name, parse_key
 from lorashard.adapter.modules import ExpertModule, build_module
 from lorashard.adapter.options import LayoutOptions
 from lorashard.dtypes import FLOAT_DTYPES
@@ -39,6 +39,11 @@ class AdapterLayout:
     modules: tuple[ExpertModule, ...]
     replicated: tuple[TensorEntry, ...]
     gate_up_known: bool
+
+    @property
+    def replicated_names(self) -> frozenset[str]:
+        """What the replicated tensors are called in the shards, without names of wrappers."""
+        return frozenset(clean_name(entry.name) for entry in self.replicated)
 
     @property
     def numbers_experts_only(self) -> bool:
@@ -104,9 +109,14 @@ def _collect(
 
 def _check_replicated(lora_keys: Sequence[tuple[LoraKey, TensorEntry]], config: LoraConfig) -> None:
     """Raise LayoutError for a factor alone, or one whose r is not the config's."""
-    matrices: dict[str, set[str]] = {}
+    matrices: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in lora_keys:
-        matrices.setdefault(key.module, set()).add(key.matrix)
+        first = matrices.setdefault(key.module, {}).setdefault(key.matrix, entry)
+        if first is not entry:
+            raise LayoutError(
+                f"{first.name} and {entry.name} name the same factor.",
+                hint="Keep one of them; lorashard does not guess which is meant.",
+            )
         _check_replicated_rank(key, entry, config)
     for key, entry in lora_keys:
         if len(matrices[key.module]) == 1:

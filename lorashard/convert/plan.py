@@ -49,8 +49,8 @@ def plan_conversion(
     Raises LayoutError for what the target's layout cannot express.
     """
     modules = tuple(_build_modules(source, target))
-    replicated_names = {entry.name for entry in source.replicated}
-    replicated = [e for e in shard_plan.files[0].tensors if e.name in replicated_names]
+    names = source.replicated_names
+    replicated = [entry for entry in shard_plan.files[0].tensors if entry.name in names]
     tensors = _tensors_by_name(replicated, modules)
     header, entries = build_header(
         [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors.values()],

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from lorashard.adapter.containers import Axes, SourceFactor
+from lorashard.adapter.keys import clean_name
 from lorashard.adapter.layout import AdapterLayout
 from lorashard.adapter.modules import FactorStack
 from lorashard.dtypes import ELEMENT_SIZE
@@ -116,7 +117,7 @@ def build_plan(layout: AdapterLayout, placement: Placement, dtype: str | None) -
     reads: list[ReadOp] = []
     zeros: list[ZeroFill] = []
     for entry in layout.replicated:
-        target = Target(0, begins[0][entry.name])
+        target = Target(0, begins[0][clean_name(entry.name)])
         reads.extend(_whole_tensor(entry, target, _cast(entry.dtype, dtype)))
     for module in layout.modules:
         ranks = placement.ranks_of(module.name)
@@ -137,7 +138,7 @@ def build_plan(layout: AdapterLayout, placement: Placement, dtype: str | None) -
 def _plan_files(
     layout: AdapterLayout, placement: Placement, dtype: str | None
 ) -> tuple[FilePlan, ...]:
-    replicated = [(e.name, _cast(e.dtype, dtype), e.shape) for e in layout.replicated]
+    replicated = [(clean_name(e.name), _cast(e.dtype, dtype), e.shape) for e in layout.replicated]
     per_rank: list[list[tuple[str, str, tuple[int, ...]]]] = [[] for _ in placement.ranks]
     for module in layout.modules:
         ranks = placement.ranks_of(module.name)

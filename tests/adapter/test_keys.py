@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from lorashard.adapter.keys import ExpertKey, FullWeightKey, LoraKey, UnknownKey, parse_key
+from lorashard.adapter.keys import (
+    ExpertKey,
+    FullWeightKey,
+    LoraKey,
+    UnknownKey,
+    clean_name,
+    parse_key,
+)
 
 P = "base_model.model.model.layers.3.mlp"
 MODULE = "model.layers.3.mlp.experts"
@@ -155,3 +162,41 @@ def test_a_replicated_factor_has_two_dimensions(num_dims: int):
 @pytest.mark.parametrize("tail", ["\n", " ", ".default", "x"])
 def test_a_name_is_matched_to_its_end(tail: str):
     assert isinstance(parse_key(f"{P}.experts.0.w1.lora_A.weight{tail}", 2), UnknownKey)
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("_orig_mod.base_model.model.q.lora_A.weight", "base_model.model.q.lora_A.weight"),
+        ("module._orig_mod.base_model.model.q.lora_B.weight", "base_model.model.q.lora_B.weight"),
+        ("module.module.q.lora_A.weight", "q.lora_A.weight"),
+        (
+            "base_model.model.layers.0._checkpoint_wrapped_module.q.lora_A.weight",
+            "base_model.model.layers.0.q.lora_A.weight",
+        ),
+        (
+            "_fsdp_wrapped_module.a._fsdp_wrapped_module._orig_mod.q.lora_B.weight",
+            "a.q.lora_B.weight",
+        ),
+        ("q.lora_A.default.weight", "q.lora_A.weight"),
+        ("embed_tokens.lora_embedding_B.default", "embed_tokens.lora_embedding_B"),
+    ],
+)
+def test_wrappers_and_the_adapter_s_name_are_no_part_of_a_name(name: str, clean: str):
+    assert clean_name(name) == clean
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.a.lora_A.weight", "a.lora_A", "a.lora_B.bias", "a.lora_embedding_A",
+        "model.module.q.lora_A.weight", "a.lora_magnitude_vector.default.weight",
+    ],
+)  # fmt: skip
+def test_other_names_stay_as_they_are(name: str):
+    assert clean_name(name) == name
+
+
+def test_the_experts_container_of_a_wrapped_model_is_called_what_the_model_calls_it():
+    key = expert_key(f"_orig_mod.{P}._fsdp_wrapped_module.experts.2.w1.lora_A.default.weight")
+    assert key == ("expert", MODULE, "gate_proj", "lora_A", 2)

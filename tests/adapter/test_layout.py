@@ -271,3 +271,11 @@ def test_an_endless_expert_id_is_refused():
     adapter = with_tensor(built(), f"{EXPERTS}.{'9' * 5000}.up_proj.lora_A.weight", 2, 6)
     with pytest.raises((LayoutError, UnsupportedAdapterError)):
         layout_of(adapter)
+
+
+def test_two_adapters_in_one_file_are_refused():
+    adapter = built(extras=True)
+    for matrix in "AB":
+        one = f"{ATTENTION}.lora_{matrix}.weight"
+        adapter.tensors[one.replace(".weight", ".second.weight")] = adapter.tensors[one]
+    assert "name the same factor" in refusal(adapter)

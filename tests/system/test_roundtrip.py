@@ -278,3 +278,22 @@ def test_an_adapter_that_trains_a_few_of_many_experts_is_split_proven_and_merged
     assert verify_shards(shards, against=source) == ()
     merge_shards(shards, merged)
     assert contents(merged) == contents(source)
+
+
+def _wrapped(name: str) -> str:
+    name = "_orig_mod." + name.replace(".mlp.", "._checkpoint_wrapped_module.mlp.")
+    return name.replace(".weight", ".default.weight")
+
+
+def test_wrapper_names_are_left_out_of_the_shards_and_merged_back(tmp_path: Path):
+    plain = build(Spec(extras=True))
+    tensors = {_wrapped(name): tensor for name, tensor in plain.tensors.items()}
+    wrapped = replace(plain, tensors=tensors)
+    for name, adapter in (("plain", plain), ("wrapped", wrapped)):
+        source = adapter.write(tmp_path / name)
+        split_adapter(source, tmp_path / f"{name}-shards", SplitRequest(ep_size=2))
+    for file in (tmp_path / "plain-shards").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "wrapped-shards" / file.name).read_bytes()
+    assert verify_shards(tmp_path / "wrapped-shards", against=tmp_path / "wrapped") == ()
+    merge_shards(tmp_path / "wrapped-shards", tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "wrapped")

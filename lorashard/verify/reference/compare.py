@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorashard.errors import AdapterError
 from lorashard.verify.reference.files import PickledTensors, SafetensorsFile, load_source
-from lorashard.verify.reference.pieces import Facts, unpack
+from lorashard.verify.reference.pieces import Facts, plain_key, unpack
 from lorashard.verify.reference.projections import Factor, Projection, SourceReading, read_source
 
 if TYPE_CHECKING:
@@ -187,13 +187,15 @@ class _Comparison:
         """Compare the tensors that every rank needs, and find what should not be among them."""
         for name in reading.replicated:
             expected = self._read(name)
-            if name not in shard.shapes:
-                yield f"{shard.name}: {name} is missing."
-            elif difference := _difference(expected, shard.get(name)):
-                yield f"{shard.name}: {name}: {difference}"
+            key = plain_key(name)
+            if key not in shard.shapes:
+                yield f"{shard.name}: {key} is missing."
+            elif difference := _difference(expected, shard.get(key)):
+                yield f"{shard.name}: {key}: {difference}"
         shared = {name for name, factor in _factors(reading) if factor.shared}
         empty = {name for name in reading.empty if 0 in shard.shapes.get(name, ())}
-        for name in sorted(shard.shapes.keys() - shared.union(reading.replicated, empty)):
+        known = shared.union(map(plain_key, reading.replicated), empty)
+        for name in sorted(shard.shapes.keys() - known):
             yield f"{shard.name}: {name} is not a replicated tensor of the source."
 
     def experts(

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lorashard.errors import LayoutError
-from lorashard.verify.reference.pieces import PEFT_PREFIX, PROJECTIONS, Facts, Matrix, Piece
+from lorashard.verify.reference.pieces import (
+    PEFT_PREFIX,
+    PROJECTIONS,
+    Facts,
+    Matrix,
+    Piece,
+    plain_key,
+)
 
 _ATTENTION_INPUT = re.compile(r"(?P<path>.+\.layers)\.\d+\..*[qkv]_proj\.lora_A(?:\.weight)?")
 
@@ -124,7 +131,7 @@ def _attention_input(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int 
     """Find the input size of q, k and v next to the module, if they agree."""
     sizes = set()
     for name, shape in shapes.items():
-        match = _ATTENTION_INPUT.fullmatch(name.removeprefix(PEFT_PREFIX))
+        match = _ATTENTION_INPUT.fullmatch(plain_key(name).removeprefix(PEFT_PREFIX))
         if match and module.startswith(match["path"] + ".") and len(shape) == 2 and 0 not in shape:
             sizes.add(shape[1])
     return sizes.pop() if len(sizes) == 1 else None

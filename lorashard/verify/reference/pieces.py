@@ -24,6 +24,7 @@ PROJECTIONS = {
     "gate_and_up": "gate_up_proj", "down": "down_proj",
     "input_linear": "gate_up_proj", "output_linear": "down_proj",
 }  # fmt: skip
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _MODULE = r"(?P<module>(?:.+\.)?experts)"
 _LEAF = r"(?P<leaf>gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3)"
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<matrix>[AB])(?:\.weight)?")
@@ -124,9 +125,22 @@ def unpack(tensor: Tensor, piece: Piece, num_experts: int) -> Tensor:
     return (experts.transpose(1, 2) if piece.transposed else experts).contiguous()
 
 
+def plain_key(name: str) -> str:
+    """Drop what wrappers of the model put into a name, and the adapter's own name."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[0] == "module":
+        del parts[0]
+    named = len(parts) > 2 and parts[-1] == "weight" and parts[-2] not in {"weight", "bias"}
+    if named and parts[-3] in {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}:
+        del parts[-2]
+    elif len(parts) > 1 and parts[-2].startswith("lora_embedding_") and parts[-1] != "weight":
+        del parts[-1]
+    return ".".join(parts)
+
+
 def read_name(name: str, shape: tuple[int, ...], facts: Facts) -> Piece | None:
     """Give the piece behind a name, projection "" where only shapes can tell. None: no expert."""
-    key = name.removeprefix(PEFT_PREFIX)
+    key = plain_key(name).removeprefix(PEFT_PREFIX)
     native = _NATIVE.fullmatch(key)
     factor = native or _FACTOR.fullmatch(key)
     if factor is None:

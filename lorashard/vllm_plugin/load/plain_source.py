@@ -127,7 +127,7 @@ def module_contents(layout: AdapterLayout, placement: Placement) -> tuple[Module
 
 def _dense(file: FilePlan, layout: AdapterLayout) -> tuple[TensorEntry, ...]:
     """The replicated tensors beside the experts, as they are in the image."""
-    names = {entry.name for entry in layout.replicated}
+    names = layout.replicated_names
     return tuple(entry for entry in file.tensors if entry.name in names)
 
 
