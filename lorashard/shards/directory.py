@@ -6,6 +6,7 @@ have the size (of local ones also the header) that it records.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -22,11 +23,16 @@ from lorashard.storage.digests import digest_of
 from lorashard.storage.local import ByteSource, LocalFile, write_synced
 from lorashard.storage.remote import Location, RemoteFile, RemoteFolder, local_copy, locate
 from lorashard.storage.safetensors_file import read_header
+from lorashard.storage.small_files import read_bounded
 
 # All remote files of a directory are open at once, each with one window being read and one being
 # fetched. Together the windows take about this much memory.
 _FETCHED_BYTES = 32 * 2**20
 _LEAST_WINDOW_BYTES = 256 * 2**10
+
+# 560 stacks on each of 256 ranks, at 130 bytes each, are 19 MB.
+_MAX_MANIFEST_BYTES = 128 * 2**20
+_TOO_LARGE = f"larger than {_MAX_MANIFEST_BYTES} bytes, so not a manifest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +128,17 @@ def manifest_bytes(directory: Location) -> bytes:
                 "no such file",
                 hint="Is the name right, and is this a shard directory written by `lorashard split`?",
             )
+        if file.size_bytes > _MAX_MANIFEST_BYTES:
+            raise ManifestError(f"{directory}/{MANIFEST_NAME}", _TOO_LARGE)
         return file.read(0, file.size_bytes)
     path = directory / MANIFEST_NAME
     try:
-        return path.read_bytes()
+        return read_bounded(path, _MAX_MANIFEST_BYTES)
+    except AdapterError as err:
+        raise ManifestError(path, _TOO_LARGE) from err
     except OSError as err:
+        if err.errno == errno.EINVAL:
+            raise ManifestError(path, str(err.strerror)) from err
         reason = "not a finished shard directory" if directory.is_dir() else "no such directory"
         raise ManifestError(path, reason) from err
 
@@ -194,9 +206,7 @@ def check_file(path: Path, recorded: ShardFile) -> None:
         with reading_shards():
             _, header = read_header(path)
     except OSError as err:
-        raise ShardError(
-            f"{path}: {os.strerror(err.errno or 0)}.", hint="Copy the directory again."
-        ) from err
+        raise ShardError(f"{path}: {err.strerror}.", hint="Copy the directory again.") from err
     if header.file_size != recorded.digest.size_bytes:
         raise ShardError(
             f"{path}: {header.file_size} bytes, the manifest says {recorded.digest.size_bytes}.",

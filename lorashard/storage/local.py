@@ -6,7 +6,9 @@ that are synced. `remote` has the `ByteSource` for files elsewhere.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,6 +75,18 @@ def _state(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def open_regular(path: Path) -> int:
+    """Open a file to read. Raises OSError for what is no file, and never waits for a pipe."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+
+
 class LocalFile:
     """A ByteSource over an open file descriptor."""
 
@@ -80,7 +94,7 @@ class LocalFile:
         """Open the file. Raises HeaderError if that fails."""
         self._path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_regular(path)
         except OSError as err:
             raise HeaderError(path, f"cannot be read ({err.strerror})") from err
         status = os.fstat(self._fd)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorashard.errors import OutputExistsError, ShardError
-from lorashard.storage.local import write_synced
+from lorashard.storage.local import open_regular, write_synced
 from lorashard.storage.targets import explained_write_errors, made_parents, work_path
 
 RESUMABLE_NAME = ".lorashard-pull"
@@ -104,7 +104,8 @@ def lock_descriptor(descriptor: int, target: Path, work: Path) -> None:
 def has_content(path: Path, content: bytes) -> bool:
     """Whether the file exists and holds exactly these bytes."""
     try:
-        return path.read_bytes() == content
+        with os.fdopen(open_regular(path), "rb") as file:
+            return file.read(len(content) + 1) == content
     except OSError:
         return False
 

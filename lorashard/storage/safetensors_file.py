@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lorashard.header import LENGTH_BYTES, Header, header_length, parse_header
-from lorashard.storage.local import LocalFile
+from lorashard.storage.local import LocalFile, open_regular
 from lorashard.storage.remote import RemoteFile
 
 
@@ -19,8 +20,8 @@ def read_header(file: Path | LocalFile | RemoteFile) -> tuple[bytes, Header]:
         prefix = file.read(0, min(LENGTH_BYTES, size))
         text = file.read(LENGTH_BYTES, LENGTH_BYTES + header_length(prefix, size, name))
     else:
-        size, name = file.stat().st_size, str(file)
-        with file.open("rb") as opened:
+        with os.fdopen(open_regular(file), "rb") as opened:
+            size, name = os.fstat(opened.fileno()).st_size, str(file)
             prefix = opened.read(LENGTH_BYTES)
             text = opened.read(header_length(prefix, size, name))
     return prefix + text, parse_header(text, size, name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.errors import AdapterError
+from lorashard.storage.local import open_regular
 from lorashard.storage.remote import Location, RemoteFolder
 
 _MAX_BYTES = 16 * 2**20
@@ -30,12 +31,9 @@ def read_small_file(folder: Location, name: str) -> bytes:
 def read_small_path(path: Path) -> bytes:
     """A small local file. Raises AdapterError if it is missing or absurdly large."""
     try:
-        _check_size(path, path.stat().st_size)
-        return path.read_bytes()
+        return read_bounded(path)
     except OSError as err:
-        raise AdapterError(
-            f"{path}: {os.strerror(err.errno or 0)}.", hint="Check the path."
-        ) from err
+        raise AdapterError(f"{path}: {err.strerror}.", hint="Check the path.") from err
 
 
 def read_json(path: Path) -> Any:
@@ -62,6 +60,15 @@ def load_writable_json(raw: bytes) -> Any:
     return document
 
 
-def _check_size(name: str | Path, size_bytes: int) -> None:
-    if size_bytes > _MAX_BYTES:
-        raise AdapterError(f"{name}: larger than {_MAX_BYTES} bytes.", hint="Save again.")
+def read_bounded(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
+    """A local file whole. Raises AdapterError if it is larger than that, OSError if it is no file."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
+        content = file.read(max_bytes + 1)
+    _check_size(path, len(content), max_bytes)
+    return content
+
+
+def _check_size(name: str | Path, size_bytes: int, max_bytes: int = _MAX_BYTES) -> None:
+    if size_bytes > max_bytes:
+        raise AdapterError(f"{name}: larger than {max_bytes} bytes.", hint="Save again.")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorashard import SplitRequest, split_adapter
-from lorashard.errors import ManifestError, ShardError
+from lorashard.errors import LorashardError, ManifestError, ShardError
 from lorashard.shards.directory import (
     LocatedShards,
     check_file,
@@ -23,7 +23,8 @@ from lorashard.shards.directory import (
     shard_directory_names,
     write_manifest,
 )
-from lorashard.storage.remote import RemoteFolder, locate
+from lorashard.shards.replan import check_shards
+from lorashard.storage.remote import RemoteFolder, locate, over_local_files
 from tests.tiny import RANK_FILES, contents, save_adapter
 
 FILES = ("replicated.safetensors", *RANK_FILES)
@@ -177,3 +178,22 @@ def test_a_shard_file_that_changes_while_it_is_read_is_refused(shards: Path) -> 
     os.utime(path, ns=(0, 10**18))
     with pytest.raises(ShardError, match="it changed while being read"), opened_files(files):
         path.write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "name", ["lorashard.json", "adapter_config.json", "replicated.safetensors"]
+)
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    split_adapter(save_adapter(tmp_path / "a"), tmp_path / "piped", SplitRequest(ep_size=2))
+    (tmp_path / "piped" / name).unlink()
+    os.mkfifo(tmp_path / "piped" / name)
+    with pytest.raises(LorashardError, match="a pipe or a device, not a file"):
+        check_shards(locate_shards(tmp_path / "piped"))
+
+
+def test_a_manifest_without_bound_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "lorashard.json").open("wb") as file:
+        file.truncate(6 * 2**30)
+    for place in (tmp_path, over_local_files(tmp_path)):
+        with pytest.raises(ManifestError, match="larger than 134217728 bytes"):
+            locate_shards(place)

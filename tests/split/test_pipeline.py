@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def test_an_expert_map_takes_precedence_over_the_strategy(adapter: Path, tmp_pat
     with prepared_split(adapter, request) as prepared:
         assert prepared.placement.strategy == "explicit"
         assert prepared.placement.ranks == ((3, 0), (1, 2))
+
+
+@pytest.mark.parametrize("option", ["model", "expert_map"])
+def test_an_option_that_names_a_pipe_or_an_endless_device_is_refused(
+    adapter: Path, tmp_path: Path, option: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(AdapterError, match="a pipe or a device, not a file"):
+            notes(adapter, SplitRequest(ep_size=2, **{option: place}))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorashard.errors import OutputExistsError, ShardError
-from lorashard.storage.locked_directory import locked_directory, resumable_directory
+from lorashard.storage.locked_directory import has_content, locked_directory, resumable_directory
 from tests.tiny import contents
 
 FOREIGN = {"thesis.txt": b"three years", "folder/more.txt": b"x"}
@@ -192,3 +192,11 @@ def test_a_place_that_is_impossible_is_a_shard_error(tmp_path: Path, reached: st
         resumable(tmp_path / reached).__enter__()
     assert raised.value.exit_code == 5
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_content_of_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"version 1")
+    assert not has_content(tmp_path / "pipe", b"version 1")
+    assert not has_content(tmp_path / "file", b"version")
+    assert has_content(tmp_path / "file", b"version 1")

@@ -15,7 +15,7 @@ from lorashard.shards.directory import check_file, read_manifest
 from lorashard.shards.manifest import Manifest, ShardFile
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.shards.replan import find_contradictions, is_own_config
-from lorashard.storage.local import read_at
+from lorashard.storage.local import open_regular, read_at
 from lorashard.storage.small_files import read_small_file
 from lorashard.vllm_plugin.load.assembly import ShardStack
 from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents, ModuleContents
@@ -142,7 +142,7 @@ class RankFile:
                     f"rank file {path.name}: {path}: its bytes are not those that were written.",
                     hint=_COPY_AGAIN,
                 )
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_regular(path)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset`; several threads may do so at once."""
