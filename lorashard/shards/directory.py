@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lorashard.adapter.config import CONFIG_NAME
 from lorashard.errors import AdapterError, HeaderError, LorashardError, ManifestError, ShardError
+from lorashard.header import Header
 from lorashard.shards.manifest import FileDigest, Manifest, ShardFile, format_manifest
 from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
@@ -31,8 +32,8 @@ _FETCHED_BYTES = 32 * 2**20
 _LEAST_WINDOW_BYTES = 256 * 2**10
 
 # 560 stacks on each of 256 ranks, at 130 bytes each, are 19 MB.
-_MAX_MANIFEST_BYTES = 128 * 2**20
-_TOO_LARGE = f"larger than {_MAX_MANIFEST_BYTES} bytes, so not a manifest"
+MAX_MANIFEST_BYTES = 128 * 2**20
+_TOO_LARGE = f"larger than {MAX_MANIFEST_BYTES} bytes, so not a manifest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +129,12 @@ def manifest_bytes(directory: Location) -> bytes:
                 "no such file",
                 hint="Is the name right, and is this a shard directory written by `lorashard split`?",
             )
-        if file.size_bytes > _MAX_MANIFEST_BYTES:
+        if file.size_bytes > MAX_MANIFEST_BYTES:
             raise ManifestError(f"{directory}/{MANIFEST_NAME}", _TOO_LARGE)
         return file.read(0, file.size_bytes)
     path = directory / MANIFEST_NAME
     try:
-        return read_bounded(path, _MAX_MANIFEST_BYTES)
+        return read_bounded(path, MAX_MANIFEST_BYTES)
     except AdapterError as err:
         raise ManifestError(path, _TOO_LARGE) from err
     except OSError as err:
@@ -207,6 +208,11 @@ def check_file(path: Path, recorded: ShardFile) -> None:
             _, header = read_header(path)
     except OSError as err:
         raise ShardError(f"{path}: {err.strerror}.", hint="Copy the directory again.") from err
+    check_header(path, header, recorded)
+
+
+def check_header(path: Path, header: Header, recorded: ShardFile) -> None:
+    """The same for a file whose header has been read."""
     if header.file_size != recorded.digest.size_bytes:
         raise ShardError(
             f"{path}: {header.file_size} bytes, the manifest says {recorded.digest.size_bytes}.",

@@ -75,9 +75,13 @@ def _state(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def open_regular(path: Path) -> int:
-    """Open a file to read. Raises OSError for what is no file, and never waits for a pipe."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+def open_regular(path: Path, dir_fd: int | None = None) -> int:
+    """Open a file to read. Raises OSError for what is no file, and never waits for a pipe.
+
+    dir_fd: an open directory, in which the file of that name is then opened.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    fd = os.open(path, flags) if dir_fd is None else os.open(path.name, flags, dir_fd=dir_fd)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return fd
@@ -90,11 +94,11 @@ def open_regular(path: Path) -> int:
 class LocalFile:
     """A ByteSource over an open file descriptor."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the file. Raises HeaderError if that fails."""
+    def __init__(self, path: Path, dir_fd: int | None = None) -> None:
+        """Open the file, as `open_regular` does. Raises HeaderError if that fails."""
         self._path = path
         try:
-            self._fd = open_regular(path)
+            self._fd = open_regular(path, dir_fd)
         except OSError as err:
             raise HeaderError(path, f"cannot be read ({err.strerror})") from err
         status = os.fstat(self._fd)
@@ -122,6 +126,10 @@ class LocalFile:
         buffer = bytearray(end - begin)
         self._fill(memoryview(buffer), begin)
         return bytes(buffer)
+
+    def fileno(self) -> int:
+        """The open file descriptor."""
+        return self._fd
 
     def check_unchanged(self) -> None:
         """Raise AdapterError if its path names another file by now, or it was written to."""

@@ -14,7 +14,7 @@ from lorashard.errors import AdapterError
 from lorashard.storage.local import open_regular
 from lorashard.storage.remote import Location, RemoteFolder
 
-_MAX_BYTES = 16 * 2**20
+MAX_SMALL_FILE_BYTES = 16 * 2**20
 
 
 def read_small_file(folder: Location, name: str) -> bytes:
@@ -60,15 +60,20 @@ def load_writable_json(raw: bytes) -> Any:
     return document
 
 
-def read_bounded(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
-    """A local file whole. Raises AdapterError if it is larger than that, OSError if it is no file."""
-    with os.fdopen(open_regular(path), "rb") as file:
+def read_bounded(
+    path: Path, max_bytes: int = MAX_SMALL_FILE_BYTES, dir_fd: int | None = None
+) -> bytes:
+    """A local file whole, opened as `open_regular` does.
+
+    Raises AdapterError if it is larger than that, OSError if it is no file.
+    """
+    with os.fdopen(open_regular(path, dir_fd), "rb") as file:
         _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
         content = file.read(max_bytes + 1)
     _check_size(path, len(content), max_bytes)
     return content
 
 
-def _check_size(name: str | Path, size_bytes: int, max_bytes: int = _MAX_BYTES) -> None:
+def _check_size(name: str | Path, size_bytes: int, max_bytes: int = MAX_SMALL_FILE_BYTES) -> None:
     if size_bytes > max_bytes:
         raise AdapterError(f"{name}: larger than {max_bytes} bytes.", hint="Save again.")

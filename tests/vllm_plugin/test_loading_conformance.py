@@ -56,7 +56,7 @@ def test_nothing_is_wrong(release: str, check: str) -> None:
 REFUSALS = {
     "truncated": "the file at 2000",
     "swapped": "was written as ep-00001-of-00002.safetensors",
-    "missing": "ep-00000-of-00002.safetensors: No such file",
+    "missing": "ep-00000-of-00002.safetensors: cannot be read (No such file",
     "config": "not the file that the shards were made from",
     "flipped": "its bytes are not those that were written",
     "forged placement": "the placement puts 5 experts on rank 0",

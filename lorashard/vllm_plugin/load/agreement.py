@@ -13,22 +13,27 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def load_together(load: Callable[[], T], group: Any | None) -> T:
+def load_together(
+    load: Callable[[], T], group: Any | None, version: Callable[[], bytes] = bytes
+) -> T:
     """The result of `load` if it succeeds on every rank of the group; otherwise raise on each.
 
     group: a torch process group on the CPU, whose ranks must all call this at the same time; None
-    for a worker on its own. Raises the error of this rank's own `load`, or ValueError with the
-    message of another's.
+    for a worker on its own. version: called after `load`, a digest of what this rank has loaded.
+    Raises the error of this rank's own `load`, or ValueError with the message of another's, or if
+    the ranks have loaded different versions.
     """
     error: Exception | None = None
     result: T | None = None
+    loaded = 0
     try:
         try:
             result = load()
+            loaded = int.from_bytes(version()[:8], "big") >> 1  # so that its negative fits as well
         except Exception as err:  # noqa: BLE001 - raised again below, once the others know
             error = err
         failure = "" if error is None else f"{type(error).__name__}: {error}"
-        failures = () if group is None else _failures_of_all(failure, group)
+        failures = () if group is None else _failures_of_all(failure, loaded, group)
         if error is not None:
             raise error
     finally:
@@ -41,17 +46,26 @@ def load_together(load: Callable[[], T], group: Any | None) -> T:
     return result
 
 
-def _failures_of_all(failure: str, group: Any) -> tuple[str | None, ...]:
+def _failures_of_all(failure: str, loaded: int, group: Any) -> tuple[str | None, ...]:
     """What went wrong on each rank of the group, "" for nothing; () if all is well everywhere.
 
-    One small all-reduce if all is well.
+    One small all-reduce if all is well. Raises ValueError on every rank if all have loaded
+    something, but not the same.
     """
     import torch
     import torch.distributed as dist
 
-    any_failed = torch.tensor([int(bool(failure))], dtype=torch.int32)
-    dist.all_reduce(any_failed, dist.ReduceOp.MAX, group=group)
-    if not any_failed.item():
+    # The largest of the negatives is the smallest, negated: so both with one operation.
+    largest = torch.tensor([int(bool(failure)), loaded, -loaded], dtype=torch.int64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    any_failed, highest, lowest = largest.tolist()
+    if not any_failed:
+        if highest != -lowest:
+            raise ValueError(
+                "The ranks have read different versions of the adapter. Was the directory replaced "
+                "while it was being loaded, or do hosts have different copies of it? Load it again "
+                "once every host has the same copy."
+            )
         return ()
     failures: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(failures, failure, group=group)

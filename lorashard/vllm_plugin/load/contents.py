@@ -62,7 +62,8 @@ class AdapterContents:
     """What one adapter has for this engine.
 
     dense: the tensors beside the experts, entries of the replicated source. gate_up_known: False
-    if "concatenated" is only assumed, so that the model decides.
+    if "concatenated" is only assumed, so that the model decides. version: the manifest's BLAKE3 in
+    hex, the same on all ranks that read the same version; empty for a plain adapter.
     """
 
     config: LoraConfig
@@ -71,3 +72,4 @@ class AdapterContents:
     modules: tuple[ModuleContents, ...]
     dense: tuple[TensorEntry, ...]
     sources: RankSources
+    version: str = ""

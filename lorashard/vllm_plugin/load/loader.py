@@ -46,7 +46,10 @@ from lorashard.vllm_plugin.load.threads import reader_threads
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What one load did. advice: what to run instead, on the rank that gives it for all."""
+    """What one load did. advice: what to run instead, on the rank that gives it for all.
+
+    version: of what was read, to be compared between ranks; empty for a plain adapter.
+    """
 
     path: str
     kind: str
@@ -58,6 +61,7 @@ class LoadReport:
     ep_rank: int
     ep_size: int
     advice: str | None
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +194,7 @@ class AdapterLoader:
             ep_rank=self.ep_rank,
             ep_size=self.ep_size,
             advice=outcome.advice if outcome.gives_advice else None,
+            version=contents.version,
         )
         return model
 

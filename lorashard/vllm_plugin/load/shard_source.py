@@ -1,8 +1,11 @@
-"""A shard directory -> AdapterContents. Rank files are opened at their first use."""
+"""A shard directory -> AdapterContents. Rank files are opened at their first use.
+
+The directory itself is opened once, so all that is read belongs to one version of it, even if
+another one takes its place during the load.
+"""
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,12 +13,15 @@ from blake3 import blake3
 
 from lorashard.adapter.config import CONFIG_NAME, parse_config
 from lorashard.adapter.keys import Matrix
-from lorashard.errors import ManifestError, ShardError
-from lorashard.shards.directory import check_file, read_manifest
+from lorashard.errors import AdapterError, HeaderError, ManifestError, ShardError
+from lorashard.shards.directory import MAX_MANIFEST_BYTES, check_header, read_manifest
 from lorashard.shards.manifest import Manifest, ShardFile
+from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.shards.replan import find_contradictions, is_own_config
-from lorashard.storage.local import open_regular, read_at
+from lorashard.storage.held_directory import HeldDirectory
+from lorashard.storage.local import read_at
+from lorashard.storage.safetensors_file import read_header
 from lorashard.storage.small_files import read_small_file
 from lorashard.vllm_plugin.load.assembly import ShardStack
 from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents, ModuleContents
@@ -27,8 +33,20 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
 
     Raises ManifestError, ShardError or AdapterError.
     """
-    manifest = read_manifest(path)
-    config_bytes = read_small_file(path, CONFIG_NAME)
+    try:
+        held = HeldDirectory(path)
+        stack.callback(held.close)
+        raw = held.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    except (AdapterError, OSError):
+        read_manifest(path)  # raises, and says what is there instead
+        raise
+    manifest = parse_manifest(raw, str(path / MANIFEST_NAME))
+    try:
+        config_bytes = held.read(CONFIG_NAME)
+    except (AdapterError, OSError):
+        _check_not_replaced(held)
+        read_small_file(path, CONFIG_NAME)  # raises, and says why
+        raise
     if not is_own_config(manifest, config_bytes):
         raise ManifestError(
             path / CONFIG_NAME, "not the file that the shards were made from", hint=_COPY_AGAIN
@@ -36,7 +54,7 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
     contradiction = next(find_contradictions(manifest, None), None)
     if contradiction is not None:
         raise ManifestError(path / MANIFEST_NAME, contradiction, hint=_COPY_AGAIN)
-    files = ShardFiles(path, manifest)
+    files = ShardFiles(held, manifest)
     stack.callback(files.close)
     shared = _stacks_in(manifest.files[REPLICATED_NAME], manifest, shared=True)
     # The rank files' tensors differ in dimension 0 alone, so the first file describes them all.
@@ -57,10 +75,20 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
         modules,
         dense,
         files,
+        version=blake3(raw).hexdigest(),
     )
 
 
 _COPY_AGAIN = "Copy the whole directory again: its files belong together."
+
+
+def _check_not_replaced(held: HeldDirectory) -> None:
+    """Raise ShardError if another directory has taken this one's place, or none is there."""
+    if held.was_replaced():
+        raise ShardError(
+            f"{held.path.name}: the directory was replaced while it was being loaded.",
+            hint="Load the adapter again.",
+        )
 
 
 def _stacks_in(
@@ -89,7 +117,7 @@ def _stacks_in(
 class ShardFiles:
     """The RankSources of a shard directory. Offsets are the manifest's."""
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: HeldDirectory, manifest: Manifest) -> None:
         self._directory = directory
         self._manifest = manifest
         self._offsets: dict[int, dict[str, int]] = {}
@@ -108,7 +136,7 @@ class ShardFiles:
         """The checked file of a rank. Raises ShardError."""
         if ep_rank not in self._opened:
             name, recorded = self._recorded(ep_rank)
-            self._opened[ep_rank] = RankFile(self._directory / name, recorded)
+            self._opened[ep_rank] = RankFile(self._directory, name, recorded)
         return self._opened[ep_rank]
 
     def close(self) -> None:
@@ -128,25 +156,44 @@ class RankFile:
     With LORASHARD_VERIFY=full its bytes are, too. Raises ShardError.
     """
 
-    def __init__(self, path: Path, recorded: ShardFile) -> None:
-        self._path = path
+    def __init__(self, directory: HeldDirectory, name: str, recorded: ShardFile) -> None:
+        self._path = directory.path / name
         try:
-            check_file(path, recorded)
+            self._file = directory.file(name)
+        except HeaderError as err:
+            _check_not_replaced(directory)
+            raise ShardError(
+                f"rank file {name}: {err.path}: {err.reason}.", hint=_COPY_AGAIN
+            ) from err
+        try:
+            self._check(recorded)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self, recorded: ShardFile) -> None:
+        name, path = self._path.name, self._path
+        try:
+            check_header(path, read_header(self._file)[1], recorded)
+        except HeaderError as err:
+            raise ShardError(
+                f"rank file {name}: {err.path}: {err.reason}.", hint="Copy the file again."
+            ) from err
         except ShardError as err:
             # The name again, without the path: vLLM's server hides paths in its answers.
-            raise ShardError(f"rank file {path.name}: {err.message}", hint=err.hint) from err
+            raise ShardError(f"rank file {name}: {err.message}", hint=err.hint) from err
         if verifies_fully():
-            digest = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+            opened = f"/proc/self/fd/{self._file.fileno()}"
+            digest = blake3(max_threads=blake3.AUTO).update_mmap(opened).hexdigest()
             if digest != recorded.digest.blake3:
                 raise ShardError(
-                    f"rank file {path.name}: {path}: its bytes are not those that were written.",
+                    f"rank file {name}: {path}: its bytes are not those that were written.",
                     hint=_COPY_AGAIN,
                 )
-        self._fd = open_regular(path)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset`; several threads may do so at once."""
-        done = read_at(self._fd, buffer, offset)
+        done = read_at(self._file.fileno(), buffer, offset)
         if done < len(buffer):
             raise ShardError(
                 f"rank file {self._path.name}: it ended at byte {offset + done} while being read.",
@@ -155,4 +202,4 @@ class RankFile:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        self._file.close()

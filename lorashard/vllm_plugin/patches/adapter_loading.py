@@ -48,13 +48,24 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: Any, lora_request: Any) -> Any:
         loader = attached_loader(self)
         group = tensor_parallel_group() if loader is not None and loader.ep_size > 1 else None
-        model = load_together(partial(_load_with_stand_in, original, self, lora_request), group)
+        model = load_together(
+            partial(_load_with_stand_in, original, self, lora_request),
+            group,
+            partial(_version, self),
+        )
         loader = attached_loader(self)
         if loader is not None and loader.last_report is not None:
             report_load(loader.last_report, lora_request)
         return model
 
     return load_adapter
+
+
+def _version(worker_manager: Any) -> bytes:
+    """The digest of the last load's manifest; empty if it was not a shard directory's."""
+    loader = attached_loader(worker_manager)
+    report = loader.last_report if loader is not None else None
+    return b"" if report is None else bytes.fromhex(report.version)
 
 
 def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, request: Any) -> Any:

@@ -18,7 +18,8 @@ from lorashard.vllm_plugin.load.agreement import load_together, tensor_parallel_
 from tests.tiny import REPO
 
 # Ranks 0 and 1 are one tensor-parallel group, 2 and 3 another; "all" is a group of the four.
-# In every case each rank loads; its answer is the result or the error.
+# In every case each rank loads; its answer is the result or the error. `odd`: ranks that have read
+# another version than the rest.
 SCRIPT = """
 import json, os, sys
 from datetime import timedelta
@@ -34,13 +35,14 @@ def work(rank):
     pairs = [dist.new_group(ranks) for ranks in [(0, 1), (2, 3)]]
     groups = {"none": None, "pair": pairs[rank // 2], "all": dist.new_group([0, 1, 2, 3])}
     answers = {}
-    for name, (group, failing) in CASES.items():
+    for name, (group, failing, odd) in CASES.items():
         def load():
             if rank in failing:
                 raise KeyError(f"file of rank {rank}")
             return f"{name} {rank}"
         try:
-            answers[name] = ["loaded", load_together(load, groups[group])]
+            digest = bytes([rank in odd]) * 32
+            answers[name] = ["loaded", load_together(load, groups[group], lambda: digest)]
         except Exception as err:
             answers[name] = [type(err).__name__, str(err)]
     with open(f"{folder}/{rank}.json", "w") as file:
@@ -62,14 +64,17 @@ for rank in range(4):
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
 """
 
-CASES: dict[str, tuple[str, list[int]]] = {
-    "all well": ("all", []),
-    "one of two": ("pair", [1]),
-    "both": ("pair", [0, 1, 2, 3]),
-    "two of four": ("all", [1, 2]),
-    "the last of four": ("all", [3]),
-    "no group": ("none", [2]),
-    "well again": ("all", []),
+CASES: dict[str, tuple[str, list[int], list[int]]] = {
+    "all well": ("all", [], []),
+    "one of two": ("pair", [1], []),
+    "both": ("pair", [0, 1, 2, 3], []),
+    "two of four": ("all", [1, 2], []),
+    "the last of four": ("all", [3], []),
+    "another version": ("all", [], [2]),
+    "another version and a failure": ("all", [3], [2]),
+    "a pair has another version": ("pair", [], [2, 3]),
+    "no group": ("none", [2], [1]),
+    "well again": ("all", [], []),
 }
 
 
@@ -129,6 +134,21 @@ def test_a_failure_reaches_every_rank_of_the_group(ranks: Any) -> None:
 
 def test_of_two_failures_the_others_name_the_first_rank_s(ranks: Any) -> None:
     assert [rank["two of four"] for rank in ranks] == [elsewhere(1), own(1), own(2), elsewhere(1)]
+
+
+def test_ranks_that_have_read_different_versions_all_fail(ranks: Any) -> None:
+    for kind, message in (rank["another version"] for rank in ranks):
+        assert kind == "ValueError"
+        assert message.startswith("The ranks have read different versions of the adapter.")
+
+
+def test_a_failure_is_named_rather_than_the_difference_that_it_makes(ranks: Any) -> None:
+    found = [rank["another version and a failure"] for rank in ranks]
+    assert found == [elsewhere(3), elsewhere(3), elsewhere(3), own(3)]
+
+
+def test_each_group_may_have_a_version_of_its_own(ranks: Any) -> None:
+    assert {rank["a pair has another version"][0] for rank in ranks} == {"loaded"}
 
 
 def test_without_a_group_each_is_on_its_own(ranks: Any) -> None:

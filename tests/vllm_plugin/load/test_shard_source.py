@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,40 @@ def test_flipped_bits_are_found_where_every_byte_is_verified(
         monkeypatch.setenv("LORASHARD_VERIFY", "full")
         with pytest.raises(ShardError, match=f"rank file {RANK_FILES[0]}: .* its bytes are not"):
             open_shard_directory(shards, stack).sources.source_of(0)
+
+
+def test_what_is_read_of_a_directory_that_is_replaced_meanwhile_is_one_version(
+    shards: Path, tmp_path: Path
+) -> None:
+    old = {name: load_file(shards / name) for name in (REPLICATED_FILE, *RANK_FILES[:2])}
+    tensors = {name: tensor + 1 for name, tensor in per_expert_tensors().items()}
+    newer = save_adapter(tmp_path / "newer", tensors)
+    split_adapter(newer, tmp_path / "next", SplitRequest(2))
+    with ExitStack() as stack:
+        contents = open_shard_directory(shards, stack)
+        shards.rename(tmp_path / "previous")
+        (tmp_path / "next").rename(shards)
+        for ep_rank, tensors in zip((REPLICATED, 0, 1), old.values()):
+            for name, tensor in tensors.items():
+                assert torch.equal(read(contents, ep_rank, name, tensor), tensor)
+    with ExitStack() as stack:
+        assert open_shard_directory(shards, stack).version != contents.version
+
+
+def test_a_directory_that_is_replaced_and_deleted_meanwhile_is_to_be_loaded_again(
+    shards: Path, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        contents = open_shard_directory(shards, stack)
+        split_adapter(tmp_path / "adapter", shards, SplitRequest(2), force=True)
+        with pytest.raises(ShardError, match="was replaced while it was being loaded"):
+            contents.sources.source_of(0)
+
+
+def test_a_pipe_in_place_of_a_rank_file_is_refused_and_not_waited_for(shards: Path) -> None:
+    (shards / RANK_FILES[0]).unlink()
+    os.mkfifo(shards / RANK_FILES[0])
+    with ExitStack() as stack:
+        contents = open_shard_directory(shards, stack)
+        with pytest.raises(ShardError, match=f"rank file {RANK_FILES[0]}: .*a pipe or a device, not a file"):
+            contents.sources.source_of(0)
