@@ -24,13 +24,29 @@ _NESTED_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_conf
 # gpt-oss stores gate and up rows alternately (transformers GptOssExperts; vLLM
 # lora/layers/fused_moe.py:553 treats the same architecture separately).
 _INTERLEAVED_MODEL_TYPES = ("gpt_oss",)
-_INTERLEAVED_NAMES = re.compile("gpt[-_]?oss")
+_INTERLEAVED_CLASSES = re.compile("gpt_?oss", re.IGNORECASE)
 
-# A base model named after one of these families stores all gate rows before all up rows.
-_CONCATENATED_NAMES = re.compile(
-    "qwen|mixtral|glm|deepseek|kimi|olmoe|phi|ernie|hunyuan|granite|nemotron|minimax|llama|"
-    "gemma|jamba|dots|longcat|mimo|step|exaone|lfm"
+# The Hub's `owner/name`. A path on somebody's disk says nothing of the model in it, and a relative
+# path through a folder that training scripts write to is no Hub id either.
+_HUB_ID = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>\w[\w.-]*)", re.ASCII)
+_LOCAL_FOLDERS = re.compile(
+    "(?:model|checkpoint|ckpt|output|result|run|save|weight|experiment|artifact|log)s?|out|exp|"
+    "data|tmp|mnt|home|work|workspace|content|cache"
 )
+
+# Whole words of a Hub id's name; "qwen3" is one, "philipp" is no phi.
+_INTERLEAVED_WORDS = re.compile(r"(?<![a-z0-9])gpt[-_]?oss(?![a-z])")
+# A base model of one of these families stores all gate rows before all up rows.
+_CONCATENATED_WORDS = re.compile(
+    r"(?<![a-z0-9])(?:qwen|mixtral|glm|deepseek|kimi|olmoe|phi|phimoe|ernie|hunyuan|granite|"
+    r"granitemoe|nemotron|minimax|llama|gemma|jamba|dots|longcat|mimo|exaone|lfm)(?![a-z])"
+)
+_STEP_MODELS = re.compile("stepfun-ai/step-?[0-9].*")  # elsewhere "step" counts training steps
+# Such a name can be the teacher's, and the base another model.
+_DISTILLED = re.compile("(?<![a-z])distil")
+
+# Wrappers and factories do not say which model is in them.
+_MODEL_CLASS = re.compile(r"(?!Auto|Peft|FSDP|PreTrained)\w*(?:For[A-Z]\w+|Model)")
 
 # Experts without a gate: up, squared ReLU, down.
 _NON_GATED_MODEL_TYPES = ("nemotron_h",)
@@ -38,7 +54,7 @@ _NON_GATED_MODEL_TYPES = ("nemotron_h",)
 # PEFT >= 0.19 with transformers 5 goes by the module's `is_transposed`. All that store
 # [E, in, out] have it but Llama 4's, whose fused factors therefore come out transposed.
 _TRANSPOSED_MODEL_TYPES = ("llama4",)
-_TRANSPOSED_NAMES = re.compile("llama-?4")
+_TRANSPOSED_NAMES = re.compile("llama-?4(?![0-9])")
 
 # transformers 4 and vLLM call the projections of these w1, w3, w2, in a `block_sparse_moe`.
 _W_NAMED = re.compile("mixtral|phi-?3\\.5-?moe|phimoe|minimax")
@@ -116,11 +132,23 @@ def gate_up_of(model_type: str) -> GateUp:
 
 
 def gate_up_by_name(base_model: str | None, base_model_class: str | None) -> GateUp | None:
-    """The same from the adapter's `base_model_name_or_path` and class; None if they do not show it."""
-    names = _lower_case(base_model, base_model_class)
-    if _INTERLEAVED_NAMES.search(names):
-        return "interleaved"
-    return "concatenated" if base_model_class or _CONCATENATED_NAMES.search(names) else None
+    """The same from the adapter's `base_model_name_or_path` and class; None if they do not show it.
+
+    The class decides if there is one; else a Hub id, by whole words of its name. A local path says
+    nothing, nor does a name with the words of two kinds of families.
+    """
+    if _is_model_class(base_model_class):
+        interleaved = _INTERLEAVED_CLASSES.search(base_model_class or "")
+        return "interleaved" if interleaved else "concatenated"
+    name = _hub_model_name(base_model)
+    is_interleaved = _INTERLEAVED_WORDS.search(name) is not None
+    is_concatenated = (
+        _CONCATENATED_WORDS.search(name) is not None
+        or _STEP_MODELS.fullmatch((base_model or "").lower()) is not None
+    )
+    if is_interleaved == is_concatenated or _DISTILLED.search(name):
+        return None
+    return "interleaved" if is_interleaved else "concatenated"
 
 
 def fused_orientation(model_type: str) -> Orientation:
@@ -132,10 +160,10 @@ def fused_orientation_by_name(
     base_model: str | None, base_model_class: str | None
 ) -> Orientation | None:
     """The same from the adapter's `base_model_name_or_path` and class; None if they do not show it."""
-    if _TRANSPOSED_NAMES.search(_lower_case(base_model, base_model_class)):
-        return "transposed"
-    is_known = gate_up_by_name(base_model, base_model_class) is not None
-    return "standard" if is_known else None
+    if gate_up_by_name(base_model, base_model_class) is None:
+        return None
+    name = base_model_class if _is_model_class(base_model_class) else _hub_model_name(base_model)
+    return "transposed" if _TRANSPOSED_NAMES.search((name or "").lower()) else "standard"
 
 
 def uses_w_names(model_names: str) -> bool:
@@ -162,5 +190,13 @@ def _count(value: Any) -> int | None:
     return value if type(value) is int and value > 0 else None
 
 
-def _lower_case(base_model: str | None, base_model_class: str | None) -> str:
-    return f"{base_model or ''} {base_model_class or ''}".lower()
+def _is_model_class(name: str | None) -> bool:
+    return name is not None and _MODEL_CLASS.fullmatch(name) is not None
+
+
+def _hub_model_name(base_model: str | None) -> str:
+    """The name in a Hub id `owner/name`, in lower case; "" if it is a path or there is none."""
+    match = _HUB_ID.fullmatch(base_model or "")
+    if match is None or _LOCAL_FOLDERS.fullmatch(match["owner"].lower()):
+        return ""
+    return match["name"].lower()

@@ -70,7 +70,8 @@ def _show_adapter(path: str, summary: Mapping[str, Any]) -> None:
     })  # fmt: skip
     if not summary["gate_up_known"]:
         render.say(
-            "note: the base model is not named; gate and up rows are assumed to be concatenated."
+            "note: neither the adapter nor --model says what the base model is; gate and up rows "
+            "are assumed to be concatenated."
         )
     _show_modules(summary["modules"])
 

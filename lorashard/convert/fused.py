@@ -163,7 +163,8 @@ def _check_gate_up(module: ExpertModule, target: PeftTarget) -> None:
     if target.gate_up not in ("concatenated", "interleaved"):
         raise LayoutError(
             f"{module.name}: it is not known in which order the base model stores gate and up rows.",
-            hint=f"The adapter does not name its base model. {_GIVE_MODEL}",
+            hint="Its config names no base model on the Hub whose order is known (a local path does not "
+            f"tell). {_GIVE_MODEL}",
         )
 
 

@@ -94,7 +94,8 @@ def _check_gate_up(module: ExpertModule, target: PeftTarget) -> None:
         raise LayoutError(
             f"{module.name}: it is not known which rows of gate_up_proj are gate's and which are "
             "up's.",
-            hint="The adapter does not name its base model. Give --model MODEL_DIR.",
+            hint="Its config names no base model on the Hub whose order is known (a local path does not "
+            "tell). Give --model MODEL_DIR.",
         )
 
 

@@ -47,6 +47,13 @@ def test_an_unnamed_base_model_is_told_as_not_known():
     assert not layout_of(adapter).gate_up_known
 
 
+@pytest.mark.parametrize("base_model", ["/ckpt/global_step_400/huggingface", "/ckpt/gpt-oss"])
+def test_a_local_path_is_no_evidence_of_the_order(base_model):
+    adapter = built("L2", config={"base_model_name_or_path": base_model})
+    assert not layout_of(adapter).gate_up_known
+    assert module_of(adapter).gate_up == "concatenated"
+
+
 def test_fused_rows_that_are_no_multiple_of_r_are_refused():
     assert "not a multiple of r=3" in refusal(built("L2", config={"r": 3}))
 

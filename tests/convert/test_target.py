@@ -60,6 +60,12 @@ def test_a_model_without_gates_contradicts_them(tmp_path: Path, layout: str) -> 
     assert "no gate" in refused(tmp_path / "shards", layout, model=tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+def test_a_local_path_leaves_the_order_open(layout: str) -> None:
+    assert described(layout, base_model="/ckpt/global_step_400/huggingface").gate_up is None
+    assert described(layout, base_model="/ckpt/gpt-oss-distill").gate_up is None
+
+
 def described(layout: str, facts: ModelFacts | None = None, **fields: Any) -> PeftTarget:
     """The target for an adapter of this base model, with these options of the split."""
     adapter = built(config={"base_model_name_or_path": fields.pop("base_model", None)})
@@ -72,11 +78,11 @@ def described(layout: str, facts: ModelFacts | None = None, **fields: Any) -> Pe
 
 def test_the_model_s_config_outweighs_the_options_and_those_the_name() -> None:
     facts = parse_model_config({"model_type": "gpt_oss", "num_experts": 4}, "config.json")
-    stated = described("fused", facts, gate_up="concatenated", base_model="qwen")
+    stated = described("fused", facts, gate_up="concatenated", base_model="Qwen/Qwen3")
     assert (stated.gate_up, stated.gate_up_stated) == ("interleaved", True)
-    by_option = described("fused", gate_up="concatenated", base_model="gpt-oss")
+    by_option = described("fused", gate_up="concatenated", base_model="openai/gpt-oss")
     assert (by_option.gate_up, by_option.gate_up_stated) == ("concatenated", True)
-    by_name = described("fused", base_model="gpt-oss")
+    by_name = described("fused", base_model="openai/gpt-oss-20b")
     assert (by_name.gate_up, by_name.gate_up_stated) == ("interleaved", False)
     assert described("fused").gate_up is None
 
