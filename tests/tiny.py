@@ -88,8 +88,8 @@ def save_adapter(directory: Path, tensors: Tensors | None = None, **config: Any)
     return directory
 
 
-def save_fused(directory: Path) -> Path:
-    return save_adapter(directory, fused_tensors(), **FUSED_CONFIG)
+def save_fused(directory: Path, **config: Any) -> Path:
+    return save_adapter(directory, fused_tensors(), **FUSED_CONFIG | config)
 
 
 def save_pickled(directory: Path, content: object = None, **config: Any) -> Path:

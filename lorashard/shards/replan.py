@@ -8,7 +8,7 @@ contradiction between them and the manifest. `check_shards` is what verbs that r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -21,6 +21,7 @@ from lorashard.adapter.config import (
     parse_config,
 )
 from lorashard.adapter.layout import AdapterLayout, detect_layout
+from lorashard.adapter.options import GateUp
 from lorashard.errors import (
     AdapterError,
     HeaderError,
@@ -38,6 +39,8 @@ from lorashard.shards.placement import linear_placement, round_robin_placement
 from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.storage.remote import Location, RemoteFile
 from lorashard.storage.small_files import read_small_file
+
+_ORDERS: tuple[GateUp, ...] = ("concatenated", "interleaved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +100,29 @@ def rebuild_plan(manifest: Manifest, config_bytes: bytes, place: Location) -> Re
         header = parse_header(text, size, path)
         index = AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
         layout = detect_layout(index, manifest.options, str(place))
+        layout = _with_recorded_order(layout, manifest)
         return RebuiltPlan(layout, build_plan(layout, manifest.placement, manifest.dtype))
     except LorashardError as err:
         raise ManifestError(path, f"does not describe its source ({err.message})") from err
+
+
+def _with_recorded_order(layout: AdapterLayout, manifest: Manifest) -> AdapterLayout:
+    """Where neither class nor Hub id tells the order of gate and up rows, take it as recorded.
+
+    An earlier release may have known it from less. In the manifest it is one order for all modules,
+    and the default where it is not known; anything else is left to `find_contradictions`.
+    """
+    recorded = {info.gate_up for info in manifest.modules.values()} & set(_ORDERS)
+    if layout.gate_up_known or len(recorded) != 1:
+        return layout
+    order = next(order for order in _ORDERS if order in recorded)
+    if order != "concatenated" and not manifest.gate_up_known:
+        return layout
+    modules = tuple(
+        replace(module, gate_up=order) if module.gate_up in _ORDERS else module
+        for module in layout.modules
+    )
+    return replace(layout, modules=modules, gate_up_known=manifest.gate_up_known)
 
 
 def find_contradictions(manifest: Manifest, rebuilt: RebuiltPlan | None) -> Iterator[str]:
@@ -113,6 +136,11 @@ def find_contradictions(manifest: Manifest, rebuilt: RebuiltPlan | None) -> Iter
         for name in sorted(set(described) | set(manifest.modules)):
             if described.get(name) != manifest.modules.get(name):
                 yield f"module {name} is not described as its source has it"
+        if manifest.gate_up_known != rebuilt.layout.gate_up_known:
+            yield (
+                f"options.gate_up_known is {str(manifest.gate_up_known).lower()}, which does not "
+                "follow from the source, its config and the options; split again"
+            )
     differing = () if rebuilt is None else differing_files(manifest, rebuilt.plan)
     for name in dict.fromkeys((*manifest.files, *differing)):
         slots = tuple(_slot_contradictions(manifest, name))

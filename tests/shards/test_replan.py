@@ -197,3 +197,61 @@ def test_a_placement_of_an_unknown_module_is_a_contradiction(tmp_path: Path) -> 
     with pytest.raises(ManifestError, match="which is no module of the manifest") as raised:
         check_shards(locate_shards(out))
     assert unknown in raised.value.message
+
+
+GPT_OSS = "openai/gpt-oss-20b"
+
+
+def split_fused(tmp_path: Path, base_model: str | None, *, stated: bool = False) -> Path:
+    """Shards of a fused adapter; stated: whether --model says that it is a gpt-oss."""
+    adapter = save_fused(tmp_path / "adapter", base_model_name_or_path=base_model)
+    model = tmp_path / "config.json"
+    model.write_text('{"model_type": "gpt_oss", "num_experts": 4}')
+    split_adapter(adapter, tmp_path / "out", SplitRequest(2, model=model if stated else None))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("base_model", "stated"), [(None, True), ("/ckpt/step_400", True), (GPT_OSS, False)]
+)
+def test_a_gate_up_known_that_is_proven_cannot_be_flipped(
+    tmp_path: Path, base_model: str | None, stated: bool
+) -> None:
+    out = split_fused(tmp_path, base_model, stated=stated)
+    assert locate_shards(out).manifest.gate_up_known
+    assert contradictions(out) == []
+    edit(out, lambda d: d["options"].update(gate_up_known=False))
+    (found,) = contradictions(out)
+    assert found.startswith("options.gate_up_known is false, which does not follow")
+    with pytest.raises(ManifestError, match=r"options\.gate_up_known"):
+        check_shards(locate_shards(out))
+
+
+def test_a_gate_up_known_of_separate_projections_cannot_be_flipped(shards: Path) -> None:
+    edit(shards, lambda d: d["options"].update(gate_up_known=False))
+    (found,) = contradictions(shards)
+    assert found.startswith("options.gate_up_known is false, which does not follow")
+
+
+@pytest.mark.parametrize("order", ["concatenated", "interleaved"])
+@pytest.mark.parametrize("base_model", [None, "/ckpt/global_step_400", "/models/gpt-oss"])
+def test_an_order_that_an_earlier_release_took_from_a_path_is_as_recorded(
+    tmp_path: Path, base_model: str | None, order: str
+) -> None:
+    out = split_fused(tmp_path, base_model)
+    assert not locate_shards(out).manifest.gate_up_known
+    edit(out, lambda d: d["options"].update(gate_up_known=True))
+    edit(out, lambda d: d["modules"][MODULE].update(gate_up=order))
+    checked = check_shards(locate_shards(out))
+    assert checked.layout.gate_up_known
+    assert [module.gate_up for module in checked.layout.modules] == [order]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_order_against_what_is_proven_or_assumed_is_a_contradiction(
+    tmp_path: Path, known: bool
+) -> None:
+    out = split_fused(tmp_path, GPT_OSS if known else None)
+    wrong = "concatenated" if known else "interleaved"
+    edit(out, lambda d: d["modules"][MODULE].update(gate_up=wrong))
+    assert contradictions(out) == [f"module {MODULE} is not described as its source has it"]
