@@ -71,7 +71,7 @@ def _layer(
         intermediate_size=intermediate_size,
         buffer_intermediate=intermediate_size,
         max_lora_rank=flags.max_lora_rank,
-        interleaved=model is not None and model.gate_up == "interleaved",
+        interleaved=(model or module).gate_up == "interleaved",
         shared_outer=False,
     )
 

@@ -81,8 +81,15 @@ def _layer_of(
 
 def _match(module: ModuleContents, live: LiveExperts, *, gate_up_known: bool) -> MatchedLayer:
     gate_up = module.gate_up
-    if not gate_up_known and gate_up in ("concatenated", "interleaved"):
+    has_rows_of_both = any(stack.projection == "gate_up_proj" for stack in module.stacks)
+    if has_rows_of_both and gate_up in ("concatenated", "interleaved"):
         gate_up = "interleaved" if live.interleaved else "concatenated"
+        if gate_up_known and gate_up != module.gate_up:
+            raise LayoutError(
+                f"{module.name}: the shards say that gate and up rows are {module.gate_up}, "
+                f"but {live.name} has them {gate_up}.",
+                hint="Is the adapter for this model? If it is, split it again with --model.",
+            )
     own_file = live.ep_rank if len(module.ranks) == live.ep_size else None
     return MatchedLayer(
         live,

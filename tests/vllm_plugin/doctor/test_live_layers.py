@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,16 @@ def contents_of(layout: str, **fields: Any) -> AdapterContents:
 
 def model(**config: Any) -> Any:
     return parse_model_config({"model_type": "some_moe", "num_experts": 8, **config}, "config")
+
+
+@pytest.mark.parametrize("order", ["concatenated", "interleaved"])
+def test_without_a_model_rows_lie_as_the_adapter_has_them(order: Any) -> None:
+    contents = contents_of("L2")
+    modules = tuple(replace(module, gate_up=order) for module in contents.modules)
+    contents = replace(contents, modules=modules)
+    (layers,) = expected_layers(contents, replace(FLAGS, tensor_parallel_size=1), "linear", None)
+    assert {live.interleaved for live in layers.values()} == {order == "interleaved"}
+    assert len(match_layers(contents, layers, NamesOfAdapter())) == len(modules)
 
 
 def test_each_rank_has_the_experts_of_its_placement() -> None:

@@ -123,18 +123,37 @@ def test_a_file_of_another_split_is_not_taken_for_the_ranks_own() -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("assumed", ["concatenated", "interleaved"])
 def test_where_the_adapter_only_assumes_how_rows_lie_the_model_decides(
-    interleaved: bool, known: bool
+    interleaved: bool, assumed: str
 ) -> None:
     (layer,) = match(
-        module(projections=("gate_up_proj",), gate_up="concatenated"),
+        module(projections=("gate_up_proj",), gate_up=assumed),
         live=replace(LIVE, interleaved=interleaved),
-        gate_up_known=known,
+        gate_up_known=False,
     )
     gate_b = layer.assembly.factors[layer.assembly.lora_b[0]]
     (piece,) = gate_b.pieces
-    assert piece.source_rows.step == (2 if interleaved and not known else 1)
+    assert piece.source_rows.step == (2 if interleaved else 1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_an_order_of_rows_that_is_known_must_be_the_models(interleaved: bool) -> None:
+    live = replace(LIVE, interleaved=interleaved)
+    orders = ("concatenated", "interleaved")
+    right, wrong = orders[interleaved], orders[not interleaved]
+    (layer,) = match(module(projections=("gate_up_proj",), gate_up=right), live=live)
+    (piece,) = layer.assembly.factors[layer.assembly.lora_b[0]].pieces
+    assert piece.source_rows.step == (2 if interleaved else 1)
+    text = refusal(module(projections=("gate_up_proj",), gate_up=wrong), live=live)
+    assert f"gate and up rows are {wrong}, but {NAME} has them {right}." in text
+    assert "split it again with --model" in text
+
+
+def test_an_order_that_no_row_depends_on_is_no_contradiction() -> None:
+    live = replace(LIVE, interleaved=True)
+    (layer,) = match(module(projections=("down_proj",), gate_up="concatenated"), live=live)
+    assert layer.live == live
 
 
 def test_a_container_that_no_layer_takes() -> None:
