@@ -289,6 +289,9 @@ def _options(spec: Spec) -> dict[str, Any]:
     if spec.layout.startswith("L4") or fused_without_gate:
         options["orientation"] = "transposed" if spec.layout in _SWAPPED else "standard"
     counted = spec.num_experts > 1 and spec.layout != "L11"
+    # An r that is no lower than the features needs other tensors of that r, or the count.
+    fits = spec.extras or 2 * spec.lora_rank < min(spec.hidden, spec.intermediate)
+    counted &= fits or _WRITERS[spec.layout] is not _fused
     if not counted or spec.experts is not None:
         options["num_experts"] = spec.num_experts
     return options

@@ -27,7 +27,8 @@ PLUGIN_ORDER = ({"settings", "metrics"}, {"engine"}, {"load"}, {"patches"}, {"do
 PURE = (
     "header", "dtypes", "vllm_options",
     "adapter.config", "adapter.keys", "adapter.options", "adapter.base_model", "adapter.fused_pairs",
-    "adapter.source_layout", "adapter.containers", "adapter.modules", "adapter.layout",
+    "adapter.source_layout", "adapter.containers", "adapter.modules", "adapter.rank_evidence",
+    "adapter.layout",
     "shards.names", "shards.placement", "shards.plan", "shards.manifest", "shards.manifest_parser",
     "shards.describe",
     "writing.blocks", "reshard.moves",

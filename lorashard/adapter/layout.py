@@ -17,6 +17,7 @@ from lorashard.adapter.containers import (
 from lorashard.adapter.keys import ExpertKey, LoraKey, UnknownKey, clean_name, parse_key
 from lorashard.adapter.modules import ExpertModule, build_module
 from lorashard.adapter.options import LayoutOptions
+from lorashard.adapter.rank_evidence import check_count_from_r
 from lorashard.dtypes import FLOAT_DTYPES
 from lorashard.errors import (
     LayoutError,
@@ -33,12 +34,14 @@ class AdapterLayout:
 
     gate_up_known: False where neither the model nor the adapter says in which order gate and up
     rows are stored, so that "concatenated" is assumed.
+    counted_from_r: whether only the config's r says how many experts the tensors hold.
     """
 
     num_experts: int
     modules: tuple[ExpertModule, ...]
     replicated: tuple[TensorEntry, ...]
     gate_up_known: bool
+    counted_from_r: bool
 
     @property
     def replicated_names(self) -> frozenset[str]:
@@ -67,7 +70,11 @@ def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> Ad
     }
     if not containers:
         raise NoExpertsError(where)
-    num_experts = _count_experts(containers, options, _router_rows(containers, lora_keys))
+    router_rows = _router_rows(containers, lora_keys)
+    num_experts = _count_experts(containers, options, router_rows)
+    counted_from_r = options.num_experts is None and check_count_from_r(
+        containers, num_experts, router_rows, lora_keys, index.config
+    )
     gate_up = options.gate_up or gate_up_by_name(
         index.config.base_model, index.config.base_model_class
     )
@@ -76,7 +83,7 @@ def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> Ad
         for name, container in containers.items()
     )
     known = gate_up is not None or all(m.gate_up in ("split", "none") for m in modules)
-    return AdapterLayout(num_experts, modules, tuple(replicated), known)
+    return AdapterLayout(num_experts, modules, tuple(replicated), known, counted_from_r)
 
 
 def _collect(

@@ -58,9 +58,10 @@ def _show_adapter(path: str, summary: Mapping[str, Any]) -> None:
     replicated = summary["replicated"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in replicated["by_kind"].items())
     scaled = "alpha / sqrt(r)" if summary["use_rslora"] else "alpha / r"
+    counted = render.COUNTED_FROM_R if summary["counted_from_r"] else ""
     render.print_facts({
         "adapter": path,
-        "experts": f"{summary['num_experts']} in {summary['num_modules']} modules",
+        "experts": f"{summary['num_experts']} in {summary['num_modules']} modules{counted}",
         "LoRA": f"r={summary['lora_rank']}, alpha={summary['lora_alpha']:g}, scaling {scaled}",
         "dtype": ", ".join(summary["dtypes"]),
         "tensors": f"{summary['num_tensors']:,}, {render.size(summary['total_bytes'])}",

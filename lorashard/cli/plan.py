@@ -60,8 +60,9 @@ def plan(
         return
     for note in prepared.notes:
         render.say(f"note: {note}")
+    counted = render.COUNTED_FROM_R if summary["counted_from_r"] else ""
     render.print_table(
-        f"{adapter}: {summary['num_experts']} experts, {summary['placement']} on "
+        f"{adapter}: {summary['num_experts']} experts{counted}, {summary['placement']} on "
         f"{summary['ep_size']} ranks, {render.size(summary['total_bytes'])} in all",
         ("rank", "experts", "ids", "on disk", "to read", "GPU buffers", "host RAM", "without"),
         [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SHOW_PROGRESS_AFTER_S = 1.0
+COUNTED_FROM_R = " (counted from r; --model checks it)"
 _LEAST_WIDTH = 80
 _PRINTED: list[str] = []  # the kinds of documents that are on stdout: one is all that may be
 

@@ -197,6 +197,7 @@ def _split_batch(
 def _say_result(result: SplitResult, *, quiet: bool) -> None:
     sizes = list(result.file_sizes.values())
     inferred = " (counted; --model checks it)" if result.num_experts_inferred else ""
+    inferred += render.COUNTED_FROM_R if result.counted_from_r else ""
     if result.status == "skipped":
         remark = " (already there)"
     else:
@@ -216,6 +217,7 @@ def _result_json(result: SplitResult) -> dict[str, Any]:
         "out": str(result.out),
         "dry_run": result.dry_run,
         "num_experts": result.num_experts,
+        "counted_from_r": result.counted_from_r,
         "num_modules": result.num_modules,
         "placement": result.placement.strategy,
         "ep_size": result.placement.ep_size,

@@ -28,6 +28,7 @@ def summarize_adapter(
     return {
         "kind": "adapter",
         "num_experts": layout.num_experts,
+        "counted_from_r": layout.counted_from_r,
         "num_modules": len(layout.modules),
         "lora_rank": config.lora_rank,
         "lora_alpha": config.lora_alpha,
@@ -108,6 +109,7 @@ def summarize_plan(
         })  # fmt: skip
     return {
         "num_experts": layout.num_experts,
+        "counted_from_r": layout.counted_from_r,
         "num_modules": len(layout.modules),
         "ep_size": placement.ep_size,
         "placement": placement.strategy,

@@ -29,7 +29,7 @@ class SplitResult:
     """What a split wrote, found, or would write in a dry run.
 
     num_experts_inferred: the number of experts is the highest index in the adapter plus one, since
-    nothing names it.
+    nothing names it. counted_from_r: it is that of fused tensors by the config's r alone.
     file_sizes: bytes by file name, the replicated file first, then one for each ep rank.
     manifest: None in a dry run, and in a batch, where the tables of many adapters would pile up.
     """
@@ -40,6 +40,7 @@ class SplitResult:
     dry_run: bool
     num_experts: int
     num_experts_inferred: bool
+    counted_from_r: bool
     num_modules: int
     placement: Placement
     file_sizes: Mapping[str, int]
@@ -123,6 +124,7 @@ def _describe(
         dry_run=dry_run,
         num_experts=layout.num_experts,
         num_experts_inferred=layout.numbers_experts_only and not count_given,
+        counted_from_r=layout.counted_from_r,
         num_modules=len(layout.modules),
         placement=prepared.placement,
         file_sizes={file.name: file.size_bytes for file in prepared.plan.files},

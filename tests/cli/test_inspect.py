@@ -17,6 +17,13 @@ def test_inspect_of_a_fused_adapter_is_an_interface(tmp_path: Path) -> None:
     check_golden("inspect_fused", run_cli("inspect", adapter, "--json").stdout, tmp_path)
 
 
+def test_inspect_says_that_experts_are_counted_from_r(tmp_path: Path) -> None:
+    adapter = save_fused(tmp_path / "adapter")
+    counted = "4 in 1 modules (counted from r; --model checks it)"
+    assert counted in run_cli("inspect", adapter).stdout
+    assert "counted" not in run_cli("inspect", adapter, "--num-experts", 4).stdout
+
+
 def test_inspect_of_shards_is_an_interface(shards: Path, tmp_path: Path) -> None:
     check_golden("inspect_shards", run_cli("inspect", shards, "--json").stdout, tmp_path)
 

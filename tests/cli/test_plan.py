@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.goldens import check_golden
-from tests.tiny import contents, run_cli, save_adapter
+from tests.tiny import contents, run_cli, save_adapter, save_fused
 
 
 def test_plan_is_an_interface(adapter: Path, tmp_path: Path) -> None:
@@ -25,6 +25,13 @@ def test_plan_shows_a_row_for_each_rank(adapter: Path) -> None:
         ["0", "2", "0-1"],
         ["1", "2", "2-3"],
     ]
+
+
+def test_plan_says_that_experts_are_counted_from_r(tmp_path: Path) -> None:
+    adapter = save_fused(tmp_path / "adapter")
+    done = run_cli("plan", adapter, "--ep-size", 2)
+    assert "4 experts (counted from r; --model checks it), linear on" in done.stdout
+    assert "counted" not in run_cli("plan", adapter, "--ep-size", 2, "--num-experts", 4).stdout
 
 
 @pytest.mark.parametrize("name", ["a[/b]c", "a[bold]c", "a:smile:c"])

@@ -34,6 +34,14 @@ def test_the_target_stands_beside_the_adapter_by_default(adapter: Path) -> None:
     assert verify_shards(target, against=adapter) == ()
 
 
+def test_split_says_that_experts_are_counted_from_r(tmp_path: Path) -> None:
+    adapter = save_fused(tmp_path / "adapter")
+    done = run_cli("split", adapter, "--ep-size", 2, "--dry-run")
+    assert f"{adapter}: 4 experts (counted from r; --model checks it) in 1 modules" in done.stderr
+    done = run_cli("split", adapter, "--ep-size", 2, "--dry-run", "--num-experts", 4)
+    assert f"{adapter}: 4 experts in 1 modules" in done.stderr
+
+
 def test_o_names_the_target(adapter: Path, tmp_path: Path) -> None:
     done = run_cli("split", adapter, "--ep-size", 2, "-o", tmp_path / "new" / "shards")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/new/shards\n")
