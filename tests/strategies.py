@@ -53,6 +53,8 @@ def specs(
         some = st.sets(st.integers(0, num_experts - 1), min_size=1)
         experts = draw(st.none() | some.map(lambda chosen: tuple(sorted(chosen))))
         lora_ranks = draw(st.dictionaries(st.integers(0, num_experts - 1), st.integers(1, 5)))
+    # A shared pair whose r is a multiple of E is read only beside other tensors of that r.
+    extras = draw(st.booleans()) or (layout == "L11" and lora_rank % num_experts == 0)
     return Spec(
         layout=layout,
         num_experts=num_experts,
@@ -64,7 +66,7 @@ def specs(
         fill=fill,
         seed=draw(st.integers(0, 2**16)),
         gated=layout not in NON_GATED_LAYOUTS or draw(st.booleans()),
-        extras=draw(st.booleans()),
+        extras=extras,
         experts=experts,
         lora_ranks=lora_ranks,
         rslora=draw(st.booleans()),

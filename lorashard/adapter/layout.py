@@ -17,7 +17,7 @@ from lorashard.adapter.containers import (
 from lorashard.adapter.keys import ExpertKey, LoraKey, UnknownKey, clean_name, parse_key
 from lorashard.adapter.modules import ExpertModule, build_module
 from lorashard.adapter.options import LayoutOptions
-from lorashard.adapter.rank_evidence import check_count_from_r
+from lorashard.adapter.rank_evidence import check_count_from_r, check_shared_pairs
 from lorashard.dtypes import FLOAT_DTYPES
 from lorashard.errors import (
     LayoutError,
@@ -82,6 +82,7 @@ def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> Ad
         build_module(name, container, num_experts, gate_up, index.config)
         for name, container in containers.items()
     )
+    check_shared_pairs(modules, num_experts, lora_keys, index.config)
     known = gate_up is not None or all(m.gate_up in ("split", "none") for m in modules)
     return AdapterLayout(num_experts, modules, tuple(replicated), known, counted_from_r)
 

@@ -1,6 +1,7 @@
 """Whether the r of adapter_config.json is that of the experts, where their tensors do not show it.
 
-Fused tensors are read by that r alone: their rows / r are the experts. Pure.
+Two layouts are read by that r alone: fused tensors, whose rows / r are the experts, and a 2-D pair
+under a parameter's own name, which all experts share if r is all of its rows. Pure.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from lorashard.adapter.config import LoraConfig
 from lorashard.adapter.containers import ContainerFactors
 from lorashard.adapter.keys import LoraKey
-from lorashard.errors import UnclearLayoutError
+from lorashard.adapter.modules import ExpertModule
+from lorashard.errors import LayoutError, UnclearLayoutError
 from lorashard.header import TensorEntry
 
 _CHECK_R = (
@@ -33,7 +35,8 @@ def check_count_from_r(
     Raises UnclearLayoutError if the file contradicts that r, or shows nothing of the kind where it
     is an unlikely one.
     """
-    if not any(c.source_layout.has_fused_tensors for c in containers.values()):
+    fused = {n: c for n, c in containers.items() if c.source_layout.has_fused_tensors}
+    if not fused:
         return False
     if _is_shown_by_others(containers, num_experts) or router_rows == num_experts:
         return False
@@ -43,7 +46,7 @@ def check_count_from_r(
             f"chooses from {router_rows}.",
             hint=_CHECK_R,
         )
-    for name, container in containers.items():
+    for name, container in fused.items():
         ranks, width = _ranks_and_width(container)
         if any(_is_shown(lora_rank, lora_keys, config) for lora_rank in ranks):
             continue
@@ -55,6 +58,34 @@ def check_count_from_r(
                 hint=_CHECK_R,
             )
     return True
+
+
+def check_shared_pairs(
+    modules: Sequence[ExpertModule],
+    num_experts: int,
+    lora_keys: Sequence[tuple[LoraKey, TensorEntry]],
+    config: LoraConfig,
+) -> None:
+    """Refuse a pair "for all experts" whose r is a multiple of their number, unless r is shown.
+
+    It may as well hold the factors of each expert, one after the other. Raises LayoutError.
+    """
+    for module in modules:
+        for stack in module.stacks:
+            pair = [s for s in module.stacks if s.projection == stack.projection]
+            entry = stack.sources[0].entry
+            lora_rank = stack.rows if stack.matrix == "lora_A" else stack.cols
+            if not all(s.shared and len(s.sources[0].entry.shape) == 2 for s in pair):
+                continue
+            if num_experts == 1 or lora_rank % num_experts:
+                continue
+            if not _is_shown(lora_rank, lora_keys, config):
+                raise LayoutError(
+                    f"{entry.name} {list(entry.shape)} may be one factor of r={lora_rank} that all "
+                    f"experts share, or hold {num_experts} experts of r={lora_rank // num_experts}.",
+                    hint="No other tensor has the r that adapter_config.json gives it. Save the "
+                    "adapter with PEFT, or with one pair for each expert.",
+                )
 
 
 def _is_shown_by_others(containers: Mapping[str, ContainerFactors], num_experts: int) -> bool:

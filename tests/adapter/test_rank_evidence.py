@@ -114,3 +114,61 @@ def test_dense_tensors_of_another_r_refuse_the_config() -> None:
     error = refused(fused() | attention(4), {"r": R})
     assert "has r=4, adapter_config.json says 32" in error.message
     assert "the config does not belong to this file" in (error.hint or "")
+
+
+def named(lora_rank: int) -> dict[str, Tensor]:
+    """Pairs under the parameters' own names, as unsloth-zoo #1250 has the factors of all experts."""
+    return pair(f"{EXPERTS}.gate_up_proj", lora_rank, H, 2 * I) | pair(
+        f"{EXPERTS}.down_proj", lora_rank, I, H
+    )
+
+
+PATTERN = {"rank_pattern": {"gate_up_proj": E * R, "down_proj": E * R}}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config"),
+    [
+        (named(E * R) | attention(), PATTERN),
+        (named(E * R), PATTERN),
+        (named(E * R), {"r": E * R}),
+        (named(E * R) | attention(), {"r": E * R, "rank_pattern": {"q_proj": R}}),
+    ],
+    ids=["pattern beside attention", "pattern", "r", "r and a pattern for attention"],
+)
+def test_a_pair_of_all_experts_rows_is_not_taken_for_one_that_they_share(
+    tensors: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    error = refused(tensors, config, num_experts=E)
+    assert f"may be one factor of r={E * R} that all experts share" in error.message
+    assert f"or hold {E} experts of r={R}" in error.message
+
+
+def test_another_layer_s_experts_show_that_a_pair_may_be_all_experts() -> None:
+    other = fused() | {
+        name.replace("layers.0", "layers.1"): tensor for name, tensor in named(E * R).items()
+    }
+    pattern = {"rank_pattern": {r"layers\.1\.mlp\.experts\.\w+": E * R}}
+    assert f"or hold {E} experts of r={R}" in refused(other, pattern).message
+
+
+@pytest.mark.parametrize(
+    ("tensors", "lora_rank"),
+    [
+        (named(E) | attention(E), E),
+        (named(R), R),
+        (
+            zeros(**{
+                f"{EXPERTS}.down_proj.lora_A": (1, E, I), f"{EXPERTS}.down_proj.lora_B": (1, H, E),
+            }),
+            E,
+        ),
+    ],
+    ids=["attention has its r", "r below the number of experts", "an axis of 1"],
+)  # fmt: skip
+def test_a_pair_that_all_experts_share_is_read_where_that_is_shown(
+    tensors: dict[str, Tensor], lora_rank: int
+) -> None:
+    (module,) = read(tensors, {"r": lora_rank}, num_experts=E).modules
+    assert module.lora_rank == lora_rank
+    assert all(stack.shared for stack in module.stacks)
