@@ -41,7 +41,10 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """The fields of adapter_config.json that decide what the tensors mean."""
+    """The fields of adapter_config.json that decide what the tensors mean.
+
+    moe_rank_scaling: whether the writer (NeMo AutoModel) gave experts a lower r than the config's.
+    """
 
     lora_rank: int
     lora_alpha: float
@@ -51,12 +54,17 @@ class LoraConfig:
     target_parameters: tuple[str, ...]
     lora_b_layout: LoraBLayout | None
     saved_by_peft: bool
+    moe_rank_scaling: bool
     base_model: str | None
     base_model_class: str | None
 
     def rank_of(self, module: str) -> int:
         """The r that PEFT gives the module of this name (no PEFT prefix)."""
         return first_match(self.rank_pattern, module, self.lora_rank)
+
+    def states_rank_of(self, module: str) -> bool:
+        """Whether rank_pattern has an r for the module of this name."""
+        return any(matches_pattern(key, module) for key in self.rank_pattern)
 
     def alpha_of(self, module: str) -> float:
         """The alpha that PEFT gives the module of this name (no PEFT prefix)."""
@@ -115,6 +123,7 @@ def parse_config(raw: bytes, where: str) -> LoraConfig:
         lora_b_layout=_lora_b_layout(config, where),
         # Other writers of adapter_config.json leave these two fields out, as far as seen.
         saved_by_peft="peft_version" in config or "loftq_config" in config,
+        moe_rank_scaling=_flag(config.get("moe_rank_scaling"), "moe_rank_scaling", where),
         base_model=base_model if isinstance(base_model, str) else None,
         base_model_class=base_class if isinstance(base_class, str) else None,
     )

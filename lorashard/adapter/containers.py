@@ -217,6 +217,13 @@ def _fused(
     for pair, role in zip(pairs, reading.roles):
         # PEFT matches its patterns against "<module>.<parameter>".
         name = _peft_module(pair.lora_a) + ".weight" if pair.projection else f"{module}.{role}"
+        if config.moe_rank_scaling and not config.states_rank_of(name):
+            raise LayoutError(
+                f"{pair.lora_a.name}: adapter_config.json says moe_rank_scaling, so r={config.lora_rank} "
+                "is not the r of experts, which is r // num_experts_per_tok of the model.",
+                hint="State it in rank_pattern, with the key "
+                f'"{".".join(name.removesuffix(".weight").split(".")[-2:])}", and give --model.',
+            )
         lora_a, lora_b = _fused_factors(
             pair, name, reading.orientation, lora_b_layout, config.rank_of(name)
         )

@@ -115,6 +115,6 @@ def _is_shown(
     lora_rank: int, lora_keys: Sequence[tuple[LoraKey, TensorEntry]], config: LoraConfig
 ) -> bool:
     """Whether this is the r that the config gives every module, and other modules do have it."""
-    if lora_rank != config.lora_rank:
+    if lora_rank != config.lora_rank or config.moe_rank_scaling:
         return False
     return any(key.matrix == "lora_A" and entry.shape[0] == lora_rank for key, entry in lora_keys)

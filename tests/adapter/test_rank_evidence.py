@@ -172,3 +172,24 @@ def test_a_pair_that_all_experts_share_is_read_where_that_is_shown(
     (module,) = read(tensors, {"r": lora_rank}, num_experts=E).modules
     assert module.lora_rank == lora_rank
     assert all(stack.shared for stack in module.stacks)
+
+
+def test_moe_rank_scaling_leaves_the_r_of_fused_experts_to_rank_pattern() -> None:
+    """NeMo AutoModel: experts of r // num_experts_per_tok beside dense modules of r."""
+    scaled = fused(E * 4) | attention()
+    assert read(scaled, {}).num_experts == E // 8, "which is wrong, and only that word tells"
+    error = refused(scaled, {"moe_rank_scaling": True}, num_experts=E)
+    assert "moe_rank_scaling, so r=32 is not the r of experts" in error.message
+    assert '"experts.gate_up_proj"' in (error.hint or "")
+    stated = {"experts.gate_up_proj": 4, "experts.down_proj": 4}
+    layout = read(scaled, {"moe_rank_scaling": True, "rank_pattern": stated}, num_experts=E)
+    (module,) = layout.modules
+    assert (layout.num_experts, module.lora_rank) == (E, 4)
+    assert set(module.scaling.values()) == {2 * R / 4}
+
+
+def test_moe_rank_scaling_makes_a_dense_r_no_proof_of_a_shared_pair() -> None:
+    tensors = named(R) | attention()
+    assert read(tensors, {}, num_experts=8).num_experts == 8
+    message = refused(tensors, {"moe_rank_scaling": True}, num_experts=8).message
+    assert "or hold 8 experts of r=4" in message
