@@ -139,9 +139,13 @@ def build_module(
 
 @dataclass(frozen=True, slots=True)
 class _TrainedPair:
-    """What one expert trains of a projection: its r and the name PEFT's patterns see."""
+    """What one expert trains of a projection: its r and the name PEFT's patterns see.
+
+    features: the larger of its in and out features, as the axes are read.
+    """
 
     lora_rank: int
+    features: int
     module: str
     tensor: str
 
@@ -171,7 +175,8 @@ def _pair_up(
                 hint="The two do not belong together; save the adapter again.",
             )
         named = lora_a if lora_a.experts is not None else lora_b
-        trained[expert] = _TrainedPair(lora_a.rows, named.module, named.entry.name)
+        features = max(lora_a.cols, lora_b.rows)
+        trained[expert] = _TrainedPair(lora_a.rows, features, named.module, named.entry.name)
     return trained
 
 
@@ -198,6 +203,13 @@ def _check_config_ranks(trained: Mapping[int | None, _TrainedPair], config: Lora
                 f"{factor.tensor} has r={factor.lora_rank}, adapter_config.json says {expected}.",
                 hint="It may hold the factors of all experts, in a layout that lorashard does not "
                 "know, rather than one factor that they share. Save the adapter with PEFT.",
+            )
+        if factor.lora_rank != expected and factor.lora_rank > factor.features:
+            raise LayoutError(
+                f"{factor.tensor} has r={factor.lora_rank} and no more than {factor.features} features, "
+                f"adapter_config.json says r={expected}.",
+                hint="Its axes may be the other way round, in a layout that lorashard does not know. "
+                "Save the adapter with PEFT.",
             )
         if factor.lora_rank != expected:
             raise LayoutError(
