@@ -15,6 +15,7 @@ from lorashard.progress import Progress
 from lorashard.shards.describe import differing_files
 from lorashard.shards.directory import check_file, has_digest, read_manifest
 from lorashard.shards.manifest import Manifest
+from lorashard.shards.replan import find_contradictions, rebuild_plan
 from lorashard.split.pipeline import PreparedSplit, SplitRequest
 from lorashard.storage.digests import digest_of
 
@@ -37,10 +38,20 @@ def find_finished_split(
     if (
         _has_same_plan(manifest, prepared, request)
         and _has_source(manifest, prepared, progress)
+        and _follows_from_source(target, manifest, prepared)
         and _is_undamaged(target, manifest)
     ):
         return manifest
     return None
+
+
+def _follows_from_source(target: Path, manifest: Manifest, prepared: PreparedSplit) -> bool:
+    """Whether every command would take the manifest: its scaling, its ranks, its order of rows."""
+    try:
+        rebuilt = rebuild_plan(manifest, prepared.source.config_bytes, target)
+    except LorashardError:
+        return False
+    return next(find_contradictions(manifest, rebuilt), None) is None
 
 
 def _is_undamaged(target: Path, manifest: Manifest) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from lorashard import LayoutOptions, SplitRequest, reshard_shards, split_adapter
 from lorashard.errors import AdapterError
 from lorashard.split.pipeline import prepared_split
 from lorashard.split.resume import find_finished_split
-from tests.tiny import RANK_FILES, flip_bit, per_expert_tensors, save_adapter, save_config
+from tests.tiny import MODULE, RANK_FILES, flip_bit, per_expert_tensors, save_adapter, save_config
 
 REQUEST = SplitRequest(ep_size=2)
 
@@ -95,6 +96,26 @@ def test_a_tensor_table_that_was_edited_makes_it_unfinished(adapter: Path, shard
     path = shards / "lorashard.json"
     document = json.loads(path.read_text())
     document["files"]["replicated.safetensors"]["tensors"].popitem()
+    path.write_text(json.dumps(document))
+    assert not is_finished(adapter, shards)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: document["modules"][MODULE]["scaling"].update(gate_proj=4.0),
+        lambda document: document["modules"][MODULE].update(lora_rank=1),
+        lambda document: document["modules"][MODULE].update(gate_up="interleaved"),
+        lambda document: document["options"].update(gate_up_known=False),
+    ],
+    ids=["scaling", "lora_rank", "gate_up", "gate_up_known"],
+)
+def test_a_manifest_that_does_not_follow_from_its_source_is_unfinished(
+    adapter: Path, shards: Path, change: Callable[[Any], object]
+) -> None:
+    path = shards / "lorashard.json"
+    document = json.loads(path.read_text())
+    change(document)
     path.write_text(json.dumps(document))
     assert not is_finished(adapter, shards)
 
