@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ def test_the_order_of_gate_and_up_is_not_guessed(tmp_path: Path, layout: str) ->
     assert "--model" in message
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 4}')
     convert_shards(tmp_path / "shards", tmp_path / "out", layout, model=tmp_path / "config.json")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", ["concatenated", "interleaved"])
+def test_an_order_that_only_the_manifest_claims_is_not_believed(tmp_path: Path, order: str) -> None:
+    """As an earlier release recorded it for a path, or as a changed manifest has it."""
+    adapter = save_fused(tmp_path / "adapter", base_model_name_or_path="/ckpt/gpt-oss-step-400")
+    split_adapter(adapter, tmp_path / "shards", SplitRequest(2))
+    path = tmp_path / "shards" / "lorashard.json"
+    document = json.loads(path.read_text())
+    document["options"]["gate_up_known"] = True
+    document["modules"][MODULE]["gate_up"] = order
+    path.write_text(json.dumps(document))
+    assert "--model" in refused(tmp_path / "shards", "per_expert")
 
 
 @pytest.mark.parametrize("layout", PEFT_LAYOUTS)
