@@ -166,6 +166,14 @@ def fused_orientation_by_name(
     return "transposed" if _TRANSPOSED_NAMES.search((name or "").lower()) else "standard"
 
 
+def telling_name(
+    base_model: str | None, base_model_class: str | None, model_type: str | None
+) -> str:
+    """What tells a base model's family best: its type, its class, or a name; "" if none is known."""
+    model_class = base_model_class if _is_model_class(base_model_class) else None
+    return model_type or model_class or base_model or ""
+
+
 def uses_w_names(model_names: str) -> bool:
     """Whether such a model's experts, stored one by one, call their projections w1, w3 and w2."""
     return _W_NAMED.search(model_names.lower()) is not None

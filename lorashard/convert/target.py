@@ -10,6 +10,7 @@ from lorashard.adapter.base_model import (
     fused_orientation,
     fused_orientation_by_name,
     gate_up_by_name,
+    telling_name,
 )
 from lorashard.adapter.config import LoraConfig
 from lorashard.adapter.layout import AdapterLayout
@@ -26,7 +27,7 @@ class PeftTarget:
     orientation: which way round the fused parameters are; "standard" for per_expert.
     modules_with_equal_inputs: those whose gate and up have one lora_A, expert by expert.
     stack_dtypes: of each stack in the shards, by its name.
-    model_names: what is known of the base model's name, class and type; may be empty.
+    model_names: the base model's type, its class or its name, as far as known; may be empty.
     """
 
     layout: ExpertLayout
@@ -59,7 +60,6 @@ def describe_target(
     if layout == "fused":
         orientation = options.orientation or _find_orientation(source, config, facts)
     model_type = facts.model_type if facts else None
-    names = (config.base_model, config.base_model_class, model_type)
     return PeftTarget(
         layout=layout,
         gate_up=stated_gate_up or gate_up_by_name(config.base_model, config.base_model_class),
@@ -68,7 +68,7 @@ def describe_target(
         use_rslora=config.use_rslora,
         modules_with_equal_inputs=modules_with_equal_inputs,
         stack_dtypes=stack_dtypes,
-        model_names=" ".join(name for name in names if name),
+        model_names=telling_name(config.base_model, config.base_model_class, model_type),
     )
 
 

@@ -14,6 +14,7 @@ from lorashard.adapter.base_model import (
     has_fused_experts,
     merge_facts,
     parse_model_config,
+    telling_name,
     uses_w_names,
 )
 from lorashard.adapter.options import LayoutOptions
@@ -122,3 +123,18 @@ def test_options_outweigh_the_model_s_config_except_for_the_count() -> None:
     assert merge_facts(LayoutOptions(num_experts=5), None) == LayoutOptions(num_experts=5)
     with pytest.raises(AdapterError, match="--num-experts is 5, the model has 128"):
         merge_facts(LayoutOptions(num_experts=5), facts)
+
+
+@pytest.mark.parametrize(
+    ("known", "name"),
+    [
+        (("/mixtral/qwen", "Qwen3MoeForCausalLM", "qwen3_moe"), "qwen3_moe"),
+        (("/mixtral/qwen", "Qwen3MoeForCausalLM", None), "Qwen3MoeForCausalLM"),
+        (("/models/mixtral", "AutoModelForCausalLM", ""), "/models/mixtral"),
+        ((None, None, None), ""),
+    ],
+)
+def test_the_type_tells_a_family_before_the_class_and_the_class_before_the_name(
+    known: tuple[str | None, str | None, str | None], name: str
+) -> None:
+    assert telling_name(*known) == name

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lorashard import LayoutOptions, SplitRequest, convert_shards, split_adapter
-from lorashard.adapter.base_model import ModelFacts, parse_model_config
+from lorashard.adapter.base_model import ModelFacts, parse_model_config, uses_w_names
 from lorashard.convert.target import PeftTarget, describe_target
 from tests.conversions import PEFT_LAYOUTS, UNNAMED, refused
 from tests.layouts import built
@@ -116,7 +116,11 @@ def test_the_orientation_is_peft_s_for_the_base_model(
     assert described(layout, **options).orientation == orientation
 
 
-def test_all_that_is_known_of_the_model_s_name_is_kept() -> None:
+def test_what_tells_the_family_best_names_the_experts() -> None:
+    """A folder called mixtral does not make a Qwen's projections w1, w3 and w2."""
     facts = parse_model_config({"model_type": "mixtral", "num_experts": 4}, "config.json")
-    assert described("per_expert", facts, base_model="me/mine").model_names == "me/mine mixtral"
+    assert described("per_expert", facts, base_model="me/mine").model_names == "mixtral"
+    qwen = parse_model_config({"model_type": "qwen3_moe", "num_experts": 4}, "config.json")
+    named = described("per_expert", qwen, base_model="/mixtral-runs/qwen")
+    assert not uses_w_names(named.model_names)
     assert described("per_expert").model_names == ""
