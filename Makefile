@@ -24,7 +24,7 @@ check: lint type test ## the tests, lint and types: run this before a review
 
 compat: $(VENV)/.test $(VENV)/.vllm ## run the plugin in one vLLM of every minor release, on the CPU; writes docs/compat
 	$(BIN)/python tests/vllm_release.py $(COMPAT)
-	LORASHARD_RECORD=docs/compat LORASHARD_RELEASES="$(COMPAT)" LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q tests/vllm_plugin/test_loading_conformance.py tests/vllm_plugin/test_layers_conformance.py
+	LORASHARD_RECORD=docs/compat LORASHARD_RELEASES="$(COMPAT)" LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q tests/vllm_plugin/test_loading_conformance.py tests/vllm_plugin/test_layers_conformance.py tests/vllm_plugin/test_without_plugin_conformance.py
 
 resolve: $(VENV)/.base ## show that installing lorashard changes no package next to any vLLM release
 	$(PIP) --group resolve

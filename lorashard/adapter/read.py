@@ -21,6 +21,7 @@ from lorashard.adapter.config import (
     parse_config,
 )
 from lorashard.adapter.layout import AdapterLayout, detect_layout
+from lorashard.adapter.notice import refuse_notice
 from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.pickled import convert_pickle
 from lorashard.errors import AdapterError, UnsupportedAdapterError
@@ -180,6 +181,7 @@ def _opened_local(directory: Path, watched: tuple[WatchedFile, ...]) -> Iterator
         raise _no_weights(directory, has_pickle=(directory / PICKLE_NAME).is_file())
     with closing(LocalFile(weights_path)) as weights:
         raw, header = read_header(weights)
+        refuse_notice(directory, header.tensors)
         index = _index(config_bytes, header, str(config_path))
         yield AdapterSource(directory, config_bytes, weights, raw, index, watched=watched)
 
@@ -190,6 +192,7 @@ def _read_remote(folder: RemoteFolder) -> AdapterSource:
     if weights is None:
         raise _no_weights(folder, has_pickle=folder.has(PICKLE_NAME))
     raw, header = read_header(weights)
+    refuse_notice(folder, header.tensors)
     index = _index(config_bytes, header, str(folder))
     return AdapterSource(folder, config_bytes, weights, raw, index, folder.repo, folder.revision)
 

@@ -27,6 +27,7 @@ from lorashard.shards.directory import (
     locate_shards,
     opened_files,
     write_manifest,
+    write_notice,
 )
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME
@@ -78,6 +79,7 @@ def reshard_shards(
             files=describe_files(new_plan, digests),
         )
         write_synced(staging / CONFIG_NAME, old.config_bytes)
+        write_notice(staging)
         write_manifest(staging, manifest)
     return manifest
 

@@ -13,7 +13,8 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorashard.adapter.config import CONFIG_NAME
+from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
+from lorashard.adapter.notice import NOTICE, is_notice
 from lorashard.errors import AdapterError, HeaderError, LorashardError, ManifestError, ShardError
 from lorashard.header import Header
 from lorashard.shards.manifest import FileDigest, Manifest, ShardFile, format_manifest
@@ -69,7 +70,8 @@ def local_shards(shards: LocatedShards, ep_ranks: Sequence[int] | None = None) -
     """
     manifest = shards.manifest
     files = manifest.files if ep_ranks is None else needed_files(manifest, ep_ranks, shards.place)
-    with local_copy(shards.place, (MANIFEST_NAME, CONFIG_NAME, *files)) as directory:
+    names = (MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME, *files)
+    with local_copy(shards.place, names) as directory:
         yield directory
 
 
@@ -87,8 +89,11 @@ def claims_to_be_shards(place: Location) -> bool:
 
 
 def shard_directory_names(manifest: Manifest) -> frozenset[str]:
-    """The names of all files that make up a shard directory."""
-    return frozenset({MANIFEST_NAME, CONFIG_NAME, *manifest.files})
+    """The names of all files that make up a shard directory.
+
+    The notice, which is what WEIGHTS_NAME is here, may be missing.
+    """
+    return frozenset({MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME, *manifest.files})
 
 
 def holds_only_shards(path: Path, names: frozenset[str]) -> bool:
@@ -98,6 +103,8 @@ def holds_only_shards(path: Path, names: frozenset[str]) -> bool:
     somebody's work and would be lost, so a directory that has one is not replaced.
     """
     try:
+        if WEIGHTS_NAME in names and not is_notice(path / WEIGHTS_NAME):
+            return False
         return names <= shard_directory_names(read_manifest(path))
     except LorashardError:
         return False
@@ -142,6 +149,11 @@ def manifest_bytes(directory: Location) -> bytes:
             raise ManifestError(path, str(err.strerror)) from err
         reason = "not a finished shard directory" if directory.is_dir() else "no such directory"
         raise ManifestError(path, reason) from err
+
+
+def write_notice(directory: Path) -> None:
+    """Write what a program reads that takes the shard directory for a plain adapter."""
+    write_synced(directory / WEIGHTS_NAME, NOTICE)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -22,7 +22,7 @@ from lorashard.dtypes import CAST_DTYPES
 from lorashard.errors import AdapterError
 from lorashard.progress import Progress
 from lorashard.shards.describe import make_manifest
-from lorashard.shards.directory import holds_only_shards, write_manifest
+from lorashard.shards.directory import holds_only_shards, write_manifest, write_notice
 from lorashard.shards.manifest import FileDigest, Manifest, SourceInfo
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.placement import Placement, place_experts, strategy_in_vllm
@@ -115,6 +115,7 @@ def write_shards(
             dtype=request.stored_dtype,
         )
         write_synced(staging / CONFIG_NAME, source.config_bytes)
+        write_notice(staging)
         write_manifest(staging, manifest)
     return manifest
 

@@ -26,6 +26,7 @@ from lorashard.shards.directory import (
     holds_only_shards,
     manifest_bytes,
     needed_files,
+    write_notice,
 )
 from lorashard.shards.manifest import FileDigest, Manifest
 from lorashard.shards.manifest_parser import parse_manifest
@@ -98,6 +99,7 @@ def pull_shards(
             with staged_directory(
                 target, last=MANIFEST_NAME, force=force, replaceable=holds_only_shards
             ) as staging:
+                write_notice(staging)
                 for name in (*needed, MANIFEST_NAME):
                     os.rename(work / name, staging / name)
     return manifest

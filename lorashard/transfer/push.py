@@ -22,6 +22,7 @@ from lorashard.adapter.config import (
     LoraConfig,
     parse_config,
 )
+from lorashard.adapter.notice import NOTICE, is_notice
 from lorashard.errors import AdapterError, OutputExistsError, VerificationError
 from lorashard.progress import Progress
 from lorashard.shards.directory import read_manifest
@@ -105,9 +106,11 @@ def _to_hub(
             copy = api.hf_hub_download(address.repo, address.within(CARD_NAME), revision=parent)
             old_card = Path(copy).read_text("utf-8", "replace")
         upload = _plan_upload(manifest, config, place, present, old_card)
-        added = {name: str(shards / name) for name in upload.names}
-        card = {} if upload.card is None else {CARD_NAME: upload.card.encode()}
-        operations = [CommitOperationAdd(address.within(n), c) for n, c in (added | card).items()]
+        added: dict[str, str | bytes] = {name: str(shards / name) for name in upload.names}
+        added[WEIGHTS_NAME] = NOTICE
+        if upload.card is not None:
+            added[CARD_NAME] = upload.card.encode()
+        operations = [CommitOperationAdd(address.within(n), c) for n, c in added.items()]
         removals = [CommitOperationDelete(address.within(name)) for name in upload.removed]
         done = api.create_commit(
             address.repo,
@@ -136,13 +139,19 @@ def _head(api: Any, repo: str, branch: str, *, private: bool) -> str:
 
 
 def _names_on_hub(api: Any, address: HubAddress, commit: str) -> frozenset[str]:
+    """The names in the folder, except that of the notice."""
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
         tree = api.list_repo_tree(address.repo, address.folder or None, revision=commit)
-        return frozenset(entry.path.rpartition("/")[2] for entry in tree)
+        sizes = {e.path.rpartition("/")[2]: getattr(e, "size", None) for e in tree}
     except EntryNotFoundError:
         return frozenset()
+    if sizes.get(WEIGHTS_NAME) == len(NOTICE):
+        weights = address.within(WEIGHTS_NAME)
+        if is_notice(Path(api.hf_hub_download(address.repo, weights, revision=commit))):
+            del sizes[WEIGHTS_NAME]
+    return frozenset(sizes)
 
 
 def _to_url(
@@ -171,6 +180,7 @@ def _to_url(
             fs.makedirs(path, exist_ok=True)
         for name in upload.names[:-1]:
             fs.put_file(str(shards / name), f"{path}/{name}")
+        fs.pipe_file(f"{path}/{WEIGHTS_NAME}", NOTICE)
         if upload.card is not None:
             fs.pipe_file(f"{path}/{CARD_NAME}", upload.card.encode())
         for name in upload.removed:
@@ -180,11 +190,16 @@ def _to_url(
 
 
 def _names_at(fs: Any, path: str) -> frozenset[str]:
+    """The names in the folder, except that of the notice."""
     try:
         entries = fs.ls(path, detail=False, refresh=True)
     except FileNotFoundError:
         return frozenset()
-    return frozenset(entry.rstrip("/").rpartition("/")[2] for entry in entries)
+    names = frozenset(entry.rstrip("/").rpartition("/")[2] for entry in entries)
+    weights = f"{path}/{WEIGHTS_NAME}"
+    if WEIGHTS_NAME in names and fs.size(weights) == len(NOTICE):
+        return names - {WEIGHTS_NAME} if fs.cat_file(weights) == NOTICE else names
+    return names
 
 
 def _plan_upload(

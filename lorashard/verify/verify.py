@@ -20,9 +20,10 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, parse_config
+from lorashard.adapter.notice import is_notice
 from lorashard.adapter.read import find_adapter, find_remote_adapter
 from lorashard.dtypes import ELEMENT_SIZE, EXPONENT_BITS
-from lorashard.errors import LorashardError, ShardError
+from lorashard.errors import AdapterError, LorashardError, ShardError
 from lorashard.header import TensorEntry
 from lorashard.progress import Progress
 from lorashard.shards.directory import (
@@ -87,6 +88,11 @@ def verify_shards(
         elif against is not None:
             with _local_adapter(locate(against)) as adapter:
                 source = find_adapter(adapter)
+                if is_notice(source / WEIGHTS_NAME):
+                    raise AdapterError(
+                        f"{source} holds shards, not the adapter that they were split from.",
+                        hint="Name the adapter.",
+                    )
                 parse_config(read_small_file(source, CONFIG_NAME), str(source / CONFIG_NAME))
                 document = json.loads(format_manifest(manifest))  # checked, with every field there
                 findings.extend(
@@ -140,6 +146,9 @@ def _find_unexpected_files(manifest: Manifest, shards: Path) -> Iterator[str]:
     for name in sorted(set(os.listdir(shards)) - shard_directory_names(manifest)):
         if not is_repository_file(name):
             yield f"{shards / name}: not part of a shard directory"
+    weights = shards / WEIGHTS_NAME
+    if weights.exists() and not is_notice(weights):
+        yield f"{weights}: not the notice that belongs in a shard directory"
 
 
 def _ep_rank_of(manifest: Manifest, name: str) -> int:

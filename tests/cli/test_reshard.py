@@ -34,6 +34,7 @@ def test_json_describes_the_new_directory(shards: Path, tmp_path: Path) -> None:
     assert result["ranks"] == [[0, 3], [1], [2]]
     assert (result["shards"], result["revision"]) == (str(shards), None)
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
+    assert sizes.pop("adapter_model.safetensors") > 0  # the notice has nothing of the adapter
     assert result["files"] == sizes
 
 

@@ -98,4 +98,5 @@ def test_a_shard_directory_is_summarised_from_its_manifest(tmp_path: Path):
     assert json.loads(json.dumps(summary)) == summary
     assert summary["placement"]["ranks"] == [[0, 1], [2, 3]]
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
+    assert sizes.pop("adapter_model.safetensors") > 0  # the notice has nothing of the adapter
     assert {name: file["bytes"] for name, file in summary["files"].items()} == sizes

@@ -72,6 +72,15 @@ def test_a_directory_with_anything_else_in_it_is_not_replaced(shards: Path, name
     assert not holds_only_shards(shards, frozenset(os.listdir(shards)) | {name})
 
 
+def test_shards_may_lack_the_notice_and_anothers_weights_are_not_replaced(shards: Path) -> None:
+    weights = shards / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    assert holds_only_shards(shards, frozenset(os.listdir(shards)))
+    weights.write_bytes(content + b"\0")
+    assert not holds_only_shards(shards, frozenset(os.listdir(shards)))
+
+
 def test_a_directory_with_a_damaged_manifest_is_not_replaced(shards: Path) -> None:
     (shards / "lorashard.json").write_text("{}")
     assert not holds_only_shards(shards, frozenset(os.listdir(shards)))

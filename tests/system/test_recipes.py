@@ -113,7 +113,12 @@ def rank_files(ranks: range, ep_size: int) -> set[str]:
     return {f"ep-{k:05}-of-{ep_size:05}.safetensors" for k in ranks}
 
 
-SHARED = {"adapter_config.json", "lorashard.json", "replicated.safetensors"}
+SHARED = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "lorashard.json",
+    "replicated.safetensors",
+}
 
 
 @pytest.mark.parametrize("manifest", manifests(), ids=lambda m: m["kind"])

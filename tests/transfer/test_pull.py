@@ -27,7 +27,12 @@ from tests.tiny import (
     save_adapter,
 )
 
-ALWAYS = {"adapter_config.json", "lorashard.json", "replicated.safetensors"}
+ALWAYS = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "lorashard.json",
+    "replicated.safetensors",
+}
 FOREIGN = {"thesis.txt": b"three years"}
 
 
@@ -68,7 +73,8 @@ def test_a_pull_has_the_files_of_its_ranks_and_nothing_else(
     manifest = pull_shards(shards, target, ep_ranks, progress=fetched.append)
     names = ALWAYS | {RANK_FILES[k] for k in ep_ranks}
     assert contents(target) == {n: c for n, c in contents(shards).items() if n in names}
-    assert sum(fetched) == sum(len(contents(target)[n]) for n in names - {"lorashard.json"})
+    fetched_names = names - {"lorashard.json", "adapter_model.safetensors"}  # the notice is written
+    assert sum(fetched) == sum(len(contents(target)[n]) for n in fetched_names)
     assert manifest == find_shards(shards).manifest
     assert verify_shards(target, ep_ranks=ep_ranks) == ()
     assert os.listdir(target.parent) == ["out"]

@@ -18,7 +18,13 @@ from tests.hub_server import HubServer
 from tests.tiny import RANK_FILES, contents, per_expert_tensors, run_cli, save_adapter
 
 REPO = "owner/mine-ep2"
-NAMES = {"adapter_config.json", "lorashard.json", "replicated.safetensors", *RANK_FILES}
+NAMES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "lorashard.json",
+    "replicated.safetensors",
+    *RANK_FILES,
+}
 
 
 @pytest.fixture
@@ -123,6 +129,31 @@ def test_a_repository_with_an_adapter_in_it_is_left_alone(hub: HubServer, shards
     assert "hf://owner/adapter/ep2" in done.stderr
     assert commits(hub, "owner/adapter") == 1
     assert push(hub, shards, "hf://owner/adapter/ep2").returncode == 0
+
+
+def test_shards_without_a_notice_are_pushed_with_one(
+    tmp_path: Path, hub: HubServer, shards: Path
+) -> None:
+    notice = (shards / "adapter_model.safetensors").read_bytes()
+    (shards / "adapter_model.safetensors").unlink()
+    assert push(hub, shards, f"hf://{REPO}").returncode == 0
+    assert hub.read(REPO, "adapter_model.safetensors") == notice
+    for _ in range(2):  # also onto itself
+        done = run_cli("push", shards, (tmp_path / "there").as_uri(), "--force")
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "there" / "adapter_model.safetensors").read_bytes() == notice
+
+
+def test_an_adapter_as_small_as_the_notice_is_left_alone(
+    tmp_path: Path, hub: HubServer, shards: Path
+) -> None:
+    size = (shards / "adapter_model.safetensors").stat().st_size
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(bytes(size))
+    hub.add_repo("owner/small", {path.name: path for path in folder.iterdir()})
+    assert push(hub, shards, "hf://owner/small").returncode == 5
+    assert run_cli("push", shards, folder.as_uri(), "--force").returncode == 5
 
 
 def test_a_damaged_directory_is_not_pushed(hub: HubServer, shards: Path) -> None:

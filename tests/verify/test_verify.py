@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorashard import SplitRequest, split_adapter, verify_shards
-from lorashard.errors import LorashardError, ManifestError, ShardError
+from lorashard.errors import AdapterError, LorashardError, ManifestError, ShardError
 from tests.tiny import (
     MODULE,
     RANK_FILES,
@@ -109,6 +109,23 @@ def test_a_missing_file_is_found(shards: Path, name: str) -> None:
 def test_a_file_that_does_not_belong_is_found(shards: Path, name: str) -> None:
     (shards / name).write_text("")
     assert one_finding(shards) == f"{shards / name}: not part of a shard directory"
+
+
+def test_a_notice_may_be_missing_but_not_be_another_file(shards: Path, adapter: Path) -> None:
+    notice = shards / "adapter_model.safetensors"
+    shutil.copy(adapter / notice.name, notice)
+    expected = f"{notice}: not the notice that belongs in a shard directory"
+    assert one_finding(shards) == expected
+    (finding,) = verify_shards(shards.as_uri())
+    assert finding.endswith(expected.rpartition("/")[2])
+    notice.unlink()
+    assert verify_shards(shards) == ()
+
+
+def test_shards_are_not_proven_against_shards(shards: Path) -> None:
+    with pytest.raises(AdapterError, match="holds shards, not the adapter") as caught:
+        verify_shards(shards, against=shards)
+    assert caught.value.hint == "Name the adapter."
 
 
 @pytest.mark.parametrize("name", ["README.md", ".gitattributes"])
