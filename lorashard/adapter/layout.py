@@ -94,6 +94,13 @@ def _collect(
     replicated: list[TensorEntry] = []
     lora_keys: list[tuple[LoraKey, TensorEntry]] = []
     for entry in index.tensors:
+        if entry.shape == (0,):
+            raise LayoutError(
+                f"{where}: tensor {entry.name} is empty, shape [0].",
+                hint="DeepSpeed ZeRO-3 leaves such tensors where the parameters were not gathered "
+                "before saving. Save again with all parameters gathered, for example with "
+                "stage3_gather_16bit_weights_on_model_save.",
+            )
         key = parse_key(entry.name, len(entry.shape))
         if isinstance(key, ExpertKey):
             if entry.dtype not in FLOAT_DTYPES:

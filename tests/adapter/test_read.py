@@ -7,13 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorashard import SplitRequest
 from lorashard.adapter.read import find_adapter, read_adapter, read_model_facts
 from lorashard.errors import AdapterError, HeaderError, UnsupportedAdapterError
 from lorashard.split.pipeline import prepared_split, write_shards
 from lorashard.storage.small_files import read_json
-from tests.tiny import save_adapter, save_config, save_pickled
+from tests.tiny import (
+    fused_tensors,
+    per_expert_tensors,
+    run_cli,
+    save_adapter,
+    save_config,
+    save_pickled,
+)
 
 REQUEST = SplitRequest(ep_size=2)
 
@@ -234,3 +242,15 @@ def test_a_pickle_that_changes_while_it_is_read_is_refused(tmp_path: Path, name:
         with pytest.raises(AdapterError, match=f"{name}: it changed while being read"):
             write_shards(prepared, tmp_path / "out", request, force=False, progress=lambda _: None)
     assert os.listdir(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("tensors", [per_expert_tensors(), fused_tensors()])
+def test_tensors_that_zero3_did_not_gather_are_named_as_such(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    empty = {name: torch.empty(0) for name in tensors}
+    done = run_cli("split", save_adapter(tmp_path / "adapter", empty), "--ep-size", 2)
+    assert done.returncode == 3
+    assert "is empty, shape [0]" in done.stderr
+    assert "ZeRO-3" in done.stderr
+    assert "gathered" in done.stderr
