@@ -125,9 +125,10 @@ class FullWeightKey:
 
 @dataclass(frozen=True, slots=True)
 class UnknownKey:
-    """A name that no known writer uses; `reason` says what is odd about it."""
+    """A name that no known writer uses; `reason` says what is odd about it, `hint` what to do."""
 
     reason: str
+    hint: str = "docs/adapter-layouts.md lists the layouts that lorashard reads."
 
 
 ParsedKey = ExpertKey | LoraKey | FullWeightKey | UnknownKey
@@ -162,7 +163,7 @@ def parse_key(name: str, num_dims: int) -> ParsedKey:
     for kind, pattern, suffix, dims in _EXPERT_STACKS:
         if num_dims in dims and (match := pattern.fullmatch(name)):
             return _expert_key(kind, match, suffix, None)
-    return _parse_other(name, num_dims)
+    return _foreign_key(name.split(".")) or _parse_other(name, num_dims)
 
 
 def _expert_key(kind: Kind, match: re.Match[str], suffix: str, expert: int | None) -> ParsedKey:
@@ -171,6 +172,20 @@ def _expert_key(kind: Kind, match: re.Match[str], suffix: str, expert: int | Non
     if projection is None:
         return UnknownKey(f"an expert projection called {leaf!r}")
     return ExpertKey(kind, module + suffix, projection, _MATRICES[matrix], expert)
+
+
+def _foreign_key(parts: list[str]) -> UnknownKey | None:
+    """A name of something that is no PEFT adapter of a model that vLLM has."""
+    if "adapter" in parts and not {"linear_in", "linear_out"}.isdisjoint(parts):
+        return UnknownKey(
+            "Megatron's own way of naming an adapter",
+            "Export it in PEFT's format with Megatron-Bridge (save_hf_adapter, export_adapter).",
+        )
+    if "deepspeed_moe" in parts or "deepspeed_experts" in parts:
+        return UnknownKey(
+            "a MoE layer of DeepSpeed", "vLLM has no model with DeepSpeed's MoE layers."
+        )
+    return None
 
 
 def _parse_other(name: str, num_dims: int) -> ParsedKey:

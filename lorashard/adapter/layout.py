@@ -113,7 +113,7 @@ def _collect(
             raise UnsupportedAdapterError(
                 key.reason,
                 f"{where}: tensor {entry.name} {list(entry.shape)}",
-                hint="docs/adapter-layouts.md lists the layouts that lorashard reads.",
+                hint=key.hint,
             )
         else:
             replicated.append(entry)

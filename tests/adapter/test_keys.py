@@ -200,3 +200,19 @@ def test_other_names_stay_as_they_are(name: str):
 def test_the_experts_container_of_a_wrapped_model_is_called_what_the_model_calls_it():
     key = expert_key(f"_orig_mod.{P}._fsdp_wrapped_module.experts.2.w1.lora_A.default.weight")
     assert key == ("expert", MODULE, "gate_proj", "lora_A", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "way_out"),
+    [
+        ("decoder.layers.0.mlp.experts.linear_fc1.adapter.linear_in.weight0", "Megatron's", "Bridge"),
+        ("decoder.layers.8.mlp.shared_experts.linear_fc2.adapter.linear_out.weight", "Megatron's", "Bridge"),
+        ("base_model.model.model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.0.down_proj.lora_A.weight", "DeepSpeed", "vLLM has no model"),
+        ("base_model.model.model.layers.0.mlp.deepspeed_moe.gate.wg.lora_A.weight", "DeepSpeed", "vLLM has no model"),
+    ],
+)  # fmt: skip
+def test_names_of_other_formats_say_whose_they_are(name: str, reason: str, way_out: str) -> None:
+    key = parse_key(name, 2)
+    assert isinstance(key, UnknownKey)
+    assert reason in key.reason
+    assert way_out in key.hint
