@@ -176,6 +176,12 @@ def _positive_int(value: Any, field: str, where: str) -> int:
 
 
 def _positive_number(value: Any, field: str, where: str) -> float:
+    if type(value) in (int, float) and value == 0:
+        raise AdapterError(
+            f"{where}: {field} is {_shown(value)}, not a number > 0, so the scaling is not known.",
+            hint=f"Write the {field} of the training into {CONFIG_NAME}. verl leaves 0 there for "
+            "you to replace.",
+        )
     if type(value) not in (int, float) or not 0 < value < _MAX_NUMBER:
         raise _damaged(where, f"{field} is {_shown(value)}, not a number > 0")
     number: float = value

@@ -247,3 +247,13 @@ def test_no_depth_of_nesting_ends_in_a_recursion_error(field: str):
             raw = b'{"r": 1, "lora_alpha": 1, "%s": %s}' % (field.encode(), nested)
         with pytest.raises(AdapterError):
             parse_config(raw, WHERE)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": 0}, {"lora_alpha": 0.0}, {"alpha_pattern": {"q_proj": 0}}]
+)
+def test_an_alpha_of_zero_is_for_the_user_to_fill_in(changes: dict[str, object]) -> None:
+    raw = json.dumps({"r": 2, "lora_alpha": 4} | changes).encode()
+    with pytest.raises(AdapterError, match="so the scaling is not known") as caught:
+        parse_config(raw, "adapter_config.json")
+    assert "of the training into adapter_config.json" in str(caught.value.hint)
