@@ -13,6 +13,8 @@ from blake3 import blake3
 
 from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from lorashard.errors import AdapterError
+from lorashard.header import GIT_LFS_POINTER
+from lorashard.storage.small_files import is_git_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,9 @@ def convert_pickle(directory: Path) -> Iterator[Path]:
     from safetensors.torch import save_file  # noqa: PLC0415
 
     path = directory / PICKLE_NAME
+    with path.open("rb") as file:
+        if is_git_lfs_pointer(file.read(64)):
+            raise AdapterError(f"{path}: {GIT_LFS_POINTER}.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:

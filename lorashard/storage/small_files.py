@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.errors import AdapterError
+from lorashard.header import GIT_LFS_POINTER
 from lorashard.storage.local import open_regular
 from lorashard.storage.remote import Location, RemoteFolder
 
 MAX_SMALL_FILE_BYTES = 16 * 2**20
+_POINTER_BEGIN = b"version https://git-lfs"
 
 
 def read_small_file(folder: Location, name: str) -> bytes:
@@ -44,7 +46,7 @@ def read_json(path: Path) -> Any:
 def parse_json(raw: bytes, path: Location) -> Any:
     """Parsed JSON; `path` is for messages. Raises AdapterError with the place of a mistake."""
     try:
-        return json.loads(raw)
+        return _load_json(raw)
     except (ValueError, RecursionError) as err:
         raise AdapterError(f"{path}: not JSON ({err}).", hint="Check the path.") from err
 
@@ -54,10 +56,21 @@ def load_writable_json(raw: bytes) -> Any:
 
     Raises ValueError or RecursionError.
     """
-    document = json.loads(raw)
+    document = _load_json(raw)
     if b"\\u" in raw or b"\xed" in raw:  # all that a surrogate can come from
         json.dumps(document, ensure_ascii=False).encode()
     return document
+
+
+def is_git_lfs_pointer(raw: bytes) -> bool:
+    """Whether a file that begins like this is what `git clone` without git-lfs leaves of it."""
+    return raw.startswith(_POINTER_BEGIN)
+
+
+def _load_json(raw: bytes) -> Any:
+    if is_git_lfs_pointer(raw):
+        raise ValueError(GIT_LFS_POINTER)
+    return json.loads(raw)
 
 
 def read_bounded(

@@ -17,7 +17,16 @@ import pytest
 from lorashard import SplitRequest, merge_shards, split_adapter, verify_shards
 from lorashard.cli.inspect import inspect
 from lorashard.errors import AdapterError, HeaderError, LorashardError, ManifestError
-from tests.tiny import MODULE, REPO, contents, save_adapter, save_header
+from tests.tiny import (
+    MODULE,
+    RANK_FILES,
+    REPO,
+    contents,
+    run_cli,
+    save_adapter,
+    save_header,
+    save_pickled,
+)
 
 REQUEST = SplitRequest(ep_size=2)
 DEEP = "[" * 100_000
@@ -247,3 +256,43 @@ def test_a_manifest_with_experts_without_end_takes_no_memory(tmp_path: Path) -> 
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(command, shell=True, check=False, env=environment, capture_output=True)
     assert done.returncode == 5, done.stderr
+
+
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+    b"size 1268776904\n"
+)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_git_lfs_pointer_in_an_adapter_is_called_that(tmp_path: Path, name: str) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    (adapter / name).write_bytes(POINTER)
+    done = run_cli("split", adapter, "--ep-size", 2, "-o", tmp_path / "out")
+    assert done.returncode == 3
+    for words in (name, "Git LFS pointer", "git lfs pull", "hf download"):
+        assert words in done.stderr
+
+
+def test_a_git_lfs_pointer_in_the_place_of_a_pickle_is_called_that(tmp_path: Path) -> None:
+    adapter = save_pickled(tmp_path / "adapter")
+    (adapter / "adapter_model.bin").write_bytes(POINTER)
+    done = run_cli("split", adapter, "--ep-size", 2, "--allow-pickle", "-o", tmp_path / "out")
+    assert done.returncode == 3
+    for words in ("adapter_model.bin", "Git LFS pointer", "git lfs pull", "hf download"):
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize("name", ["lorashard.json", "replicated.safetensors", *RANK_FILES])
+@pytest.mark.parametrize("command", ["verify", "merge"])
+def test_a_git_lfs_pointer_in_shards_is_called_that(
+    tmp_path: Path, name: str, command: str
+) -> None:
+    adapter, out = save_adapter(tmp_path / "adapter"), tmp_path / "out"
+    assert run_cli("split", adapter, "--ep-size", 2, "-o", out).returncode == 0
+    (out / name).write_bytes(POINTER)
+    done = run_cli(command, out, *(("-o", tmp_path / "merged") if command == "merge" else ()))
+    assert done.returncode == 5
+    for words in (name, "Git LFS pointer", "git lfs pull", "hf download"):
+        assert words in done.stdout + done.stderr
