@@ -135,7 +135,9 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
     changes_base = isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS)
     saved = _strings(config.get("modules_to_save"), "modules_to_save", where)
     beyond = [name for name in saved if name.rpartition(".")[2] not in _CLASSIFIER_HEADS]
+    is_mlx = "lora_parameters" in config and "r" not in config
     refusals: list[tuple[object, str, str]] = [
+        (is_mlx, "MLX's own format", "lorashard reads PEFT's format; convert the adapter first."),
         (str(peft_type).upper() != "LORA", f"peft_type {peft_type!r}", "Only LoRA can be split."),
         (config.get("use_dora"), "DoRA (use_dora)", _CONVERT),
         (bias != "none", f"trained bias (bias={bias!r})", 'Train with bias="none".'),

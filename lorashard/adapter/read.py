@@ -32,6 +32,8 @@ from lorashard.storage.safetensors_file import read_header
 from lorashard.storage.small_files import parse_json, read_small_file, read_small_path
 
 _MODEL_CONFIG = "config.json"
+_MLX_WEIGHTS_NAME = "adapters.safetensors"
+_SHOWN = 5  # the last folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ def _opened_local(directory: Path, watched: tuple[WatchedFile, ...]) -> Iterator
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     config_bytes = read_small_file(directory, CONFIG_NAME)
     if not weights_path.is_file():
-        raise _no_weights(directory, has_pickle=(directory / PICKLE_NAME).is_file())
+        raise _no_weights(directory)
     with closing(LocalFile(weights_path)) as weights:
         raw, header = read_header(weights)
         refuse_notice(directory, header.tensors)
@@ -190,7 +192,7 @@ def _read_remote(folder: RemoteFolder) -> AdapterSource:
     weights = folder.file(WEIGHTS_NAME)
     config_bytes = read_small_file(folder, CONFIG_NAME)
     if weights is None:
-        raise _no_weights(folder, has_pickle=folder.has(PICKLE_NAME))
+        raise _no_weights(folder)
     raw, header = read_header(weights)
     refuse_notice(folder, header.tensors)
     index = _index(config_bytes, header, str(folder))
@@ -213,8 +215,14 @@ def _no_adapter(place: Location, named: Sequence[Location]) -> AdapterError:
     )
 
 
-def _no_weights(place: Location, *, has_pickle: bool) -> AdapterError:
-    if has_pickle:
+def _no_weights(place: Location) -> AdapterError:
+    if _has(place, _MLX_WEIGHTS_NAME):
+        return UnsupportedAdapterError(
+            f"MLX's own format ({_MLX_WEIGHTS_NAME})",
+            str(place),
+            hint="lorashard reads PEFT's format; convert the adapter to that first.",
+        )
+    if _has(place, PICKLE_NAME):
         is_remote = isinstance(place, RemoteFolder)
         return UnsupportedAdapterError(
             f"{PICKLE_NAME} (a pickle)",
@@ -223,7 +231,29 @@ def _no_weights(place: Location, *, has_pickle: bool) -> AdapterError:
             if is_remote
             else "--allow-pickle reads it with torch.load(weights_only=True).",
         )
+    if within := _folders_with_weights(place):
+        return AdapterError(
+            f"{place}: no {WEIGHTS_NAME}.",
+            hint=f"Folders in it have weights: {', '.join(within[-_SHOWN:])}. Name one of them.",
+        )
     return AdapterError(
         f"{place}: no {WEIGHTS_NAME}.",
         hint="Is the download complete? A shard directory is read with verify, inspect or merge.",
     )
+
+
+def _has(place: Location, name: str) -> bool:
+    return place.has(name) if isinstance(place, RemoteFolder) else (place / name).is_file()
+
+
+def _folders_with_weights(place: Location) -> list[str]:
+    """Names of the folders in it that hold adapters, as a trainer's checkpoints; the last one last."""
+    if isinstance(place, RemoteFolder):
+        found = [n for n in place.folders() if _has_weights(place.child(n))]
+    else:
+        found = [child.name for child in place.iterdir() if _has_weights(child)]
+    return sorted(found, key=lambda name: (len(name), name))
+
+
+def _has_weights(place: Location) -> bool:
+    return _has(place, CONFIG_NAME) and (_has(place, WEIGHTS_NAME) or _has(place, PICKLE_NAME))

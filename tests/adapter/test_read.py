@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from lorashard import SplitRequest
 from lorashard.adapter.read import find_adapter, read_adapter, read_model_facts
 from lorashard.errors import AdapterError, HeaderError, UnsupportedAdapterError
 from lorashard.split.pipeline import prepared_split, write_shards
+from lorashard.storage.remote import locate
 from lorashard.storage.small_files import read_json
 from tests.tiny import (
     fused_tensors,
@@ -254,3 +256,31 @@ def test_tensors_that_zero3_did_not_gather_are_named_as_such(
     assert "is empty, shape [0]" in done.stderr
     assert "ZeRO-3" in done.stderr
     assert "gathered" in done.stderr
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_trainers_folder_names_the_checkpoints_that_have_weights(
+    tmp_path: Path, remote: bool
+) -> None:
+    save_config(tmp_path)
+    for step in (20, 100, 130):
+        save_adapter(tmp_path / f"checkpoint-{step}")
+    save_config(tmp_path / "checkpoint-140")  # was not finished
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors") as caught:
+        read_adapter(locate(tmp_path.as_uri()) if remote else tmp_path)
+    assert caught.value.hint == (
+        "Folders in it have weights: checkpoint-20, checkpoint-100, checkpoint-130. "
+        "Name one of them."
+    )
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_model.safetensors"])
+def test_an_mlx_adapter_is_called_that(tmp_path: Path, name: str, remote: bool) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").rename(adapter / name)
+    mlx = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 20.0}}
+    (adapter / "adapter_config.json").write_text(json.dumps(mlx))
+    with pytest.raises(UnsupportedAdapterError, match="MLX's own format") as caught:
+        read_adapter(locate(adapter.as_uri()) if remote else adapter)
+    assert "convert the adapter" in str(caught.value.hint)
