@@ -27,7 +27,8 @@ def print_json(document: Any) -> None:
 
     encoding = (sys.stdout.encoding or "utf-8").lower().replace("_", "-")
     ascii_only = encoding not in ("utf-8", "utf8")  # what it lacks would be written as \\xe9
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=ascii_only) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=ascii_only)
+    sys.stdout.write(text.translate(_IN_JSON) + "\n")
     _PRINTED.append("json")
 
 
@@ -65,6 +66,10 @@ _UNPRINTABLE = (
     *range(0x2066, 0x206A),
 )  # fmt: skip
 _SHOWN = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _UNPRINTABLE}
+
+
+# What JSON allows in a text and a terminal obeys: C1, DEL, marks of writing direction.
+_IN_JSON = {code: f"\\u{code:04x}" for code in _UNPRINTABLE if code >= 0x7F}
 
 
 def printable(text: str) -> str:

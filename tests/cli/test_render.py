@@ -175,3 +175,12 @@ def run_on_terminal(code: str, **env: str) -> str:
     reader.join()
     os.close(ours)
     return b"".join(chunks).decode()
+
+
+def test_json_has_nothing_in_it_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[2J\x7f\x9b2J\u202eb\u2028ä"
+    render.print_json({name: [name]})
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == {name: [name]}
+    assert not [char for char in printed if not char.isprintable() and char != "\n"]
+    assert "ä" in printed
