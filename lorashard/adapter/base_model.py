@@ -57,10 +57,12 @@ _TRANSPOSED_MODEL_TYPES = ("llama4",)
 _TRANSPOSED_NAMES = re.compile("llama-?4(?![0-9])")
 
 # transformers 4 and vLLM call the projections of these w1, w3, w2, in a `block_sparse_moe`.
-_W_NAMED = re.compile("mixtral|phi-?3\\.5-?moe|phimoe|minimax")
+_W_NAMED = re.compile(r"(?<![a-z0-9])(?:mixtral|phi-?3\.5-?moe|phimoe|minimax)")
 
 # transformers 4, too, keeps the experts of these in one parameter.
-_ALWAYS_FUSED = re.compile("gpt[-_]?oss|llama-?4|granite|aria|qwen3[-_]?vl")
+_ALWAYS_FUSED = re.compile(
+    r"(?<![a-z0-9])(?:gpt[-_]?oss|llama-?4|granite|aria(?:for|text|[^a-z]|$)|qwen3[-_]?vl)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +178,17 @@ def telling_name(
 
 def uses_w_names(model_names: str) -> bool:
     """Whether such a model's experts, stored one by one, call their projections w1, w3 and w2."""
-    return _W_NAMED.search(model_names.lower()) is not None
+    return any(map(_W_NAMED.search, _last_components(model_names)))
 
 
 def has_fused_experts(model_names: str) -> bool:
     """Whether even transformers 4 has no module for each expert of such a model."""
-    return _ALWAYS_FUSED.search(model_names.lower()) is not None
+    return any(map(_ALWAYS_FUSED.search, _last_components(model_names)))
+
+
+def _last_components(model_names: str) -> list[str]:
+    """Of each name; what the folders above are called says nothing about the model."""
+    return [name.rstrip("/").rpartition("/")[2] for name in model_names.lower().split()]
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

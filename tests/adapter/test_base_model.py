@@ -114,6 +114,18 @@ def test_names_tell_what_transformers_4_calls_the_experts() -> None:
     assert not uses_w_names("qwen3_moe")
     assert has_fused_experts("openai/GPT-OSS-120b")
     assert not has_fused_experts("mixtral")
+    assert has_fused_experts("rhymes-ai/Aria AriaForConditionalGeneration")
+    assert has_fused_experts("ibm-granite/granite-3.0-3b-a800m GraniteMoeForCausalLM granitemoe")
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["/data/mixtral-runs/qwen3", "minimax-user/glm", "granite/qwen3-moe/", "me/variant-7b qwen3_moe",
+     "arianna/olmoe", "me/arianna-7b", "/home/llama4/step_400/model Qwen3MoeForCausalLM"],
+)  # fmt: skip
+def test_folders_and_parts_of_words_tell_nothing(names: str) -> None:
+    assert not uses_w_names(names)
+    assert not has_fused_experts(names)
 
 
 def test_options_outweigh_the_model_s_config_except_for_the_count() -> None:
