@@ -15,6 +15,7 @@ from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from lorashard.errors import AdapterError
 from lorashard.header import GIT_LFS_POINTER
 from lorashard.storage.small_files import is_git_lfs_pointer
+from lorashard.storage.torch_import import import_torch
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ def convert_pickle(directory: Path) -> Iterator[Path]:
     The pickle is read with weights_only=True: tensors and plain containers, no code.
     Raises AdapterError if it holds anything else.
     """
-    import torch
+    torch = import_torch("reading a pickle")
     from safetensors.torch import save_file  # noqa: PLC0415
 
     path = directory / PICKLE_NAME

@@ -47,6 +47,7 @@ from lorashard.storage.digests import read_in_steps
 from lorashard.storage.local import LocalFile
 from lorashard.storage.remote import Location, RemoteFolder, local_copy, locate
 from lorashard.storage.small_files import read_small_file
+from lorashard.storage.torch_import import import_torch
 from lorashard.verify.reference.compare import compare_with_source
 
 _STEP = 2 * 2**20
@@ -86,6 +87,7 @@ def verify_shards(
         if against is not None and findings:
             findings.append(f"{against}: not compared, because the shards are damaged already")
         elif against is not None:
+            import_torch("--against")
             with _local_adapter(locate(against)) as adapter:
                 source = find_adapter(adapter)
                 if is_notice(source / WEIGHTS_NAME):

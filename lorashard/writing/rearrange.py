@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorashard.dtypes import ELEMENT_SIZE, TORCH_DTYPES
 from lorashard.errors import LayoutError
 from lorashard.shards.plan import Rearrange, Target
+from lorashard.storage.torch_import import import_torch
 from lorashard.writing.blocks import RearrangeBlock, axis_sizes
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ def _cast(data: memoryview, op: Rearrange) -> memoryview:
     """The block in the dtype of the slots. Raises LayoutError if a value is too large for that."""
     if op.dtype == op.source_dtype:
         return data
-    import torch
-
+    torch = import_torch("--dtype")
     source_dtype = getattr(torch, TORCH_DTYPES[op.source_dtype])
     dtype = getattr(torch, TORCH_DTYPES[op.dtype])
     count = len(data) // ELEMENT_SIZE[op.source_dtype]
