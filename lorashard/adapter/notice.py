@@ -42,5 +42,5 @@ def refuse_notice(place: Location, tensors: Sequence[TensorEntry]) -> None:
     if any(entry.name == NOTICE_TENSOR for entry in tensors):
         raise AdapterError(
             f"{place} holds shards, not an adapter.",
-            hint="verify, inspect, merge, reshard and convert read the whole shard directory.",
+            hint="`lorashard reshard` places shards anew; verify, inspect, merge and convert read them.",
         )

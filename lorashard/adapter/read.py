@@ -238,7 +238,7 @@ def _no_weights(place: Location) -> AdapterError:
         )
     return AdapterError(
         f"{place}: no {WEIGHTS_NAME}.",
-        hint="Is the download complete? A shard directory is read with verify, inspect or merge.",
+        hint="Is the download complete? If these are shards already, use `lorashard reshard`.",
     )
 
 

@@ -47,7 +47,7 @@ def test_what_has_only_the_notice_is_no_adapter(tmp_path: Path, remote: bool) ->
     place = locate(tmp_path.as_uri()) if remote else tmp_path
     with pytest.raises(AdapterError, match="holds shards, not an adapter") as caught:
         read_adapter(place)
-    assert "merge" in str(caught.value.hint)
+    assert "`lorashard reshard` places shards anew" in str(caught.value.hint)
 
 
 def test_no_other_file_is_the_notice(tmp_path: Path) -> None:

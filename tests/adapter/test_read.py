@@ -59,6 +59,14 @@ def test_a_directory_without_weights_is_no_adapter(tmp_path: Path) -> None:
         read_adapter(tmp_path)
 
 
+def test_shards_without_a_notice_are_to_be_resharded(tmp_path: Path) -> None:
+    save_config(tmp_path)
+    (tmp_path / "lorashard.json").write_text("{}")
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors") as caught:
+        read_adapter(tmp_path)
+    assert "`lorashard reshard`" in str(caught.value.hint)
+
+
 def test_weights_that_are_a_directory_are_missing(tmp_path: Path) -> None:
     save_config(tmp_path)
     (tmp_path / "adapter_model.safetensors").mkdir()
