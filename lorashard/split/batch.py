@@ -53,7 +53,8 @@ def split_adapters(
 
     adapters: directories, hf://owner/name[@revision], other URLs, patterns such as "runs/*", or Hub
     collections, hf://collections/owner/name. Shard directories among them are ignored.
-    out: the directory for all of them, each as OUT/NAME-epN; None: each beside its adapter.
+    out: the directory for all of them, each as OUT/NAME-epN (OUT/epN-of-checkpoint-130);
+    None: each beside its adapter.
     force, resume: as `split_adapter` takes them. finished: called in this thread as each ends.
     Raises AdapterError or ShardError if the adapters cannot be found or would get the same target;
     what goes wrong with one of them is in its outcome.

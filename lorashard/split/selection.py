@@ -73,6 +73,8 @@ def plan_jobs(
 ) -> tuple[SplitJob, ...]:
     """A target for each adapter: OUT itself; in a batch OUT/NAME-epN; without OUT, ADAPTER-epN.
 
+    `directory_name` says how: those of checkpoint-130 are called epN-of-checkpoint-130.
+
     Without OUT, the shards of a remote adapter go into the current directory.
     Raises ShardError if two adapters would get the same target.
     """
