@@ -193,5 +193,7 @@ def test_a_pipe_in_place_of_a_rank_file_is_refused_and_not_waited_for(shards: Pa
     os.mkfifo(shards / RANK_FILES[0])
     with ExitStack() as stack:
         contents = open_shard_directory(shards, stack)
-        with pytest.raises(ShardError, match=f"rank file {RANK_FILES[0]}: .*a pipe or a device, not a file"):
+        with pytest.raises(
+            ShardError, match=f"rank file {RANK_FILES[0]}: .*a pipe or a device, not a file"
+        ):
             contents.sources.source_of(0)
