@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ from lorashard.errors import (
     UnsupportedAdapterError,
 )
 from lorashard.header import TensorEntry
+
+# No module has such a name, and "." and "$" of PEFT's patterns mean something else beside them.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,11 @@ def _collect(
                 hint="DeepSpeed ZeRO-3 leaves such tensors where the parameters were not gathered "
                 "before saving. Save again with all parameters gathered, for example with "
                 "stage3_gather_16bit_weights_on_model_save.",
+            )
+        if _CONTROL.search(entry.name):
+            raise LayoutError(
+                f"{where}: the name of tensor {entry.name!a} has control characters.",
+                hint="The file is damaged; save the adapter again.",
             )
         key = parse_key(entry.name, len(entry.shape))
         if isinstance(key, ExpertKey):

@@ -279,3 +279,12 @@ def test_two_adapters_in_one_file_are_refused():
         one = f"{ATTENTION}.lora_{matrix}.weight"
         adapter.tensors[one.replace(".weight", ".second.weight")] = adapter.tensors[one]
     assert "name the same factor" in refusal(adapter)
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\t", "\x00", "\x1b", "\x7f", "\x85", "\u2028"])
+@pytest.mark.parametrize("name", ["q_proj.lora_A.weight", "experts.0.up_proj.lora_A.weight"])
+def test_a_name_with_control_characters_is_refused(character: str, name: str):
+    hostile = f"base_model.model.model.layers.0.mlp{character}.{name}"
+    message = refusal(with_tensor(built("L1"), hostile, 2, 6))
+    assert ascii(hostile) in message
+    assert hostile not in message

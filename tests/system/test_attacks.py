@@ -101,9 +101,7 @@ def test_metadata_may_use_the_words_of_a_header(tmp_path: Path, metadata: dict[s
     split_adapter(adapter, tmp_path / "out", REQUEST)
 
 
-@pytest.mark.parametrize(
-    "module", ["../../../etc", "/etc/passwd", "..", "a\0b", "a/../b", "\u202ex"]
-)
+@pytest.mark.parametrize("module", ["../../../etc", "/etc/passwd", "..", "a/../b", "\u202ex"])
 def test_a_name_like_a_path_is_only_a_name(tmp_path: Path, module: str) -> None:
     (tmp_path / "here").mkdir()
     adapter = save_header(tmp_path / "here" / "adapter", named(module), DATA)
@@ -113,7 +111,7 @@ def test_a_name_like_a_path_is_only_a_name(tmp_path: Path, module: str) -> None:
     assert sorted(os.listdir(tmp_path / "here")) == ["adapter", "out"]
 
 
-@pytest.mark.parametrize("module", ["../../x", "x\0"])
+@pytest.mark.parametrize("module", ["../../x", "x"])
 def test_a_replicated_name_like_a_path_is_only_a_name(tmp_path: Path, module: str) -> None:
     extra = {
         f"{module}.lora_A.weight": {"dtype": "F32", "shape": [2, 1], "data_offsets": [64, 72]},
@@ -123,6 +121,11 @@ def test_a_replicated_name_like_a_path_is_only_a_name(tmp_path: Path, module: st
     split_adapter(adapter, tmp_path / "out", REQUEST)
     assert verify_shards(tmp_path / "out", against=adapter) == ()
     assert sorted(os.listdir(tmp_path)) == ["adapter", "out"]
+
+
+@pytest.mark.parametrize("module", ["a\0b", "x\0", "a\nb"])
+def test_a_name_with_control_characters_is_refused(tmp_path: Path, module: str) -> None:
+    refused(save_header(tmp_path / "adapter", named(module), DATA))
 
 
 def test_half_a_surrogate_in_a_name_is_refused(tmp_path: Path) -> None:
