@@ -27,8 +27,8 @@ PLUGIN_ORDER = ({"settings", "metrics"}, {"engine"}, {"load"}, {"patches"}, {"do
 PURE = (
     "header", "dtypes", "vllm_options",
     "adapter.config", "adapter.keys", "adapter.options", "adapter.base_model", "adapter.fused_pairs",
-    "adapter.source_layout", "adapter.containers", "adapter.modules", "adapter.rank_evidence",
-    "adapter.layout",
+    "adapter.name_patterns", "adapter.source_layout", "adapter.containers", "adapter.modules",
+    "adapter.rank_evidence", "adapter.layout",
     "shards.names", "shards.placement", "shards.plan", "shards.manifest", "shards.manifest_parser",
     "shards.describe",
     "writing.blocks", "reshard.moves",
@@ -118,12 +118,22 @@ def test_every_package_says_what_it_is(folder: str) -> None:
 
 
 def test_the_package_imports_next_to_nothing() -> None:
-    heavy = {"torch", "rich", "typer", "numpy", "blake3", "safetensors", "huggingface_hub", "vllm"}
+    heavy = {
+        "torch",
+        "rich",
+        "typer",
+        "numpy",
+        "blake3",
+        "safetensors",
+        "huggingface_hub",
+        "vllm",
+        "re2",
+    }
     assert imported_by("import lorashard; lorashard.__version__") & heavy == set()
 
 
 def test_the_command_line_starts_without_what_is_heavy() -> None:
-    heavy = {"torch", "numpy", "safetensors", "huggingface_hub", "vllm"}
+    heavy = {"torch", "numpy", "safetensors", "huggingface_hub", "vllm", "re2"}
     if "rich" not in imported_by("import typer"):
         heavy.add("rich")
     assert imported_by("import lorashard.cli.app") & heavy == set()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from lorashard.adapter.name_patterns import NamePatterns
 from lorashard.adapter.options import LoraBLayout
 from lorashard.errors import AdapterError, UnsupportedAdapterError
 from lorashard.header import TensorEntry
@@ -30,7 +31,6 @@ _LORA_VARIANTS = (
 # What PEFT saves for sequence classification.
 _CLASSIFIER_HEADS = frozenset({"classifier", "score"})
 
-_PATTERN = r"(.*\.)?({})$"
 _MAX_NUMBER = 10**9  # for a rank or an alpha; far above any real one
 
 _CONVERT = "Train without it, or merge the adapter into the base model with PEFT."
@@ -49,8 +49,8 @@ class LoraConfig:
     lora_rank: int
     lora_alpha: float
     use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: NamePatterns[int]
+    alpha_pattern: NamePatterns[float]
     target_parameters: tuple[str, ...]
     lora_b_layout: LoraBLayout | None
     saved_by_peft: bool
@@ -60,7 +60,7 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """The r that PEFT gives the module of this name (no PEFT prefix)."""
-        return first_match(self.rank_pattern, module, self.lora_rank)
+        return self.rank_pattern.first_match(module, self.lora_rank)
 
     def states_rank_of(self, module: str) -> bool:
         """Whether rank_pattern has an r for the module of this name."""
@@ -68,22 +68,12 @@ class LoraConfig:
 
     def alpha_of(self, module: str) -> float:
         """The alpha that PEFT gives the module of this name (no PEFT prefix)."""
-        return first_match(self.alpha_pattern, module, self.lora_alpha)
+        return self.alpha_pattern.first_match(module, self.lora_alpha)
 
     def scaling_of(self, module: str, lora_rank: int) -> float:
         """Alpha / r, or alpha / sqrt(r) with rsLoRA, as PEFT `LoraLayer.update_layer`."""
         alpha = self.alpha_of(module)
         return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
-
-
-def first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
-    """What rank_pattern or alpha_pattern say of a module: the first key that matches wins."""
-    return next((value for key, value in patterns.items() if matches_pattern(key, module)), default)
-
-
-def matches_pattern(key: str, module: str) -> bool:
-    """PEFT `get_pattern_key`: keys are regular expressions for the end of the name."""
-    return re.match(_PATTERN.format(key), module) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,16 +149,15 @@ def _patterns(
     field: str,
     check: Callable[[Any, str, str], _Number],
     where: str,
-) -> dict[str, _Number]:
+) -> NamePatterns[_Number]:
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise _damaged(where, f"{field} is not an object")
+    values = {key: check(value, f"{field} {key!r}", where) for key, value in patterns.items()}
     try:
-        for key in patterns:
-            re.compile(_PATTERN.format(key))
+        return NamePatterns(values, field, where)
     except (re.error, OverflowError, RecursionError) as err:
         raise _damaged(where, f"{field}: a key is not a regular expression ({err})") from err
-    return {key: check(value, f"{field} {key!r}", where) for key, value in patterns.items()}
 
 
 def _positive_int(value: Any, field: str, where: str) -> int:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from lorashard.adapter.config import first_match, matches_pattern
+from lorashard.adapter.name_patterns import NamePatterns
 
 _EXPERT_NAME = re.compile(r"(?P<block>(?:.*\.)?)experts(?P<expert>(?:\.\d+)?)\.(?P<leaf>\w+)")
 
@@ -36,24 +36,29 @@ def write_patterns(
     which is another one where a module becomes a parameter or was one.
     """
     in_use = _patterns_in_use(source_patterns, source_names.values())
+    given = _patterns(in_use)
     by_name = {
         re.escape(name): value
         for name, value in others.items()
-        if first_match(in_use, name, default) != value
+        if given.first_match(name, default) != value
     }
     after_experts = by_name | {key: v for key, v in in_use.items() if key not in by_name}
     patterns = _expert_patterns(experts, after_experts, default) | after_experts
+    written = _patterns(patterns)
     for name, value in others.items():
-        assert first_match(patterns, name, default) == value, name
+        assert written.first_match(name, default) == value, name
     return patterns
 
 
 def _patterns_in_use(patterns: Mapping[str, _Value], names: Iterable[str]) -> dict[str, _Value]:
     """Those of the patterns that are the first to match one of the names."""
-    in_use = {
-        next((key for key in patterns if matches_pattern(key, name)), None) for name in set(names)
-    }
-    return {key: value for key, value in patterns.items() if key in in_use}
+    places = _patterns({key: place for place, key in enumerate(patterns)})
+    in_use = {places.first_match(name, -1) for name in set(names)}
+    return {key: value for place, (key, value) in enumerate(patterns.items()) if place in in_use}
+
+
+def _patterns(values: Mapping[str, _Value]) -> NamePatterns[_Value]:
+    return NamePatterns(values, "rank_pattern or alpha_pattern", "adapter_config.json")
 
 
 def _expert_patterns(
@@ -64,10 +69,11 @@ def _expert_patterns(
     for name in experts:
         by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
     patterns: dict[str, _Value] = {}
+    caught = _patterns(dict.fromkeys(later, 1))
     for same_leaf in by_leaf.values():
         for pattern, names in _group_by_value(same_leaf, experts).items():
             value = experts[names[0]]
-            is_caught_later = any(matches_pattern(key, name) for key in later for name in names)
+            is_caught_later = any(caught.first_match(name, 0) for name in names)
             if is_caught_later or value != default:
                 patterns[pattern] = value
     return patterns

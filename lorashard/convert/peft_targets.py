@@ -18,11 +18,12 @@ cover modules without tensors, as it did before, and PEFT gives those factors th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from lorashard.adapter.name_patterns import NamePattern
 from lorashard.adapter.options import ExpertLayout
 
 _FILTERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -88,8 +89,13 @@ def is_target_parameter(target_parameters: Sequence[str], module: str) -> bool:
 def is_target_module(targets: Any, module: str) -> bool:
     """PEFT's rule for target_modules and exclude_modules: a pattern, or a list of ends of names."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return _pattern(targets).matches(module)
     return _ends_with_any(module, [str(target) for target in targets or ()])
+
+
+@lru_cache(maxsize=8)
+def _pattern(targets: str) -> NamePattern:
+    return NamePattern(targets, "target_modules or exclude_modules", "adapter_config.json")
 
 
 def _ends_with_any(name: str, entries: Sequence[str]) -> bool:

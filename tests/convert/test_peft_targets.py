@@ -13,6 +13,7 @@ from lorashard.convert.peft_targets import (
     is_target_module,
     is_target_parameter,
 )
+from lorashard.errors import UnsupportedAdapterError
 
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.0.self_attn.k_proj"
@@ -93,3 +94,14 @@ def test_a_filter_that_does_not_interfere_stays() -> None:
 
 def test_a_pattern_of_the_source_is_replaced_by_full_names() -> None:
     assert choose("fused", Q, K, target_modules=r".*\.(q|k)_proj").modules == (Q, K)
+
+
+def test_targets_that_re_never_finishes_take_no_time():
+    assert not is_target_module(r"(([a-z0-9._]+)+)+!", "model.layers.0." + "a" * 2000)
+
+
+@pytest.mark.parametrize("targets", [r".*(?=\.)q", r"(a)\1"])
+def test_targets_that_need_backtracking_are_refused_by_name(targets: str):
+    with pytest.raises(UnsupportedAdapterError) as error:
+        is_target_module(targets, "a.q")
+    assert ascii(targets) in str(error.value)
