@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorashard.errors import AdapterError
 from lorashard.verify.reference.files import PickledTensors, SafetensorsFile, load_source
+from lorashard.verify.reference.patterns import Patterns
 from lorashard.verify.reference.pieces import Facts, plain_key, unpack
 from lorashard.verify.reference.projections import Factor, Projection, SourceReading, read_source
 
@@ -89,6 +90,8 @@ def _facts(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Facts:
     options = manifest["options"]
     return Facts(
         config=config,
+        lora_ranks=Patterns("rank_pattern", config.get("rank_pattern") or {}),
+        alphas=Patterns("alpha_pattern", config.get("alpha_pattern") or {}),
         num_experts=manifest["placement"]["num_experts"],
         hidden_size=options["hidden_size"],
         intermediate_size=options["intermediate_size"],

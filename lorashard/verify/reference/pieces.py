@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorashard.verify.reference.patterns import Patterns
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,6 +44,8 @@ class Facts:
     """What decides between readings: adapter_config.json and the options that `split` was given."""
 
     config: Mapping[str, Any]
+    lora_ranks: Patterns
+    alphas: Patterns
     num_experts: int
     hidden_size: int | None
     intermediate_size: int | None
@@ -50,19 +54,12 @@ class Facts:
 
     def lora_rank_of(self, name: str) -> int:
         """PEFT's r for the module or parameter `name`."""
-        return int(self._by_pattern("rank_pattern", name, self.config["r"]))
+        return int(self.lora_ranks.find(name, self.config["r"]))
 
     def scaling_of(self, name: str, lora_rank: int) -> float:
         """PEFT's scaling for the module or parameter `name`."""
-        alpha = float(self._by_pattern("alpha_pattern", name, self.config["lora_alpha"]))
+        alpha = float(self.alphas.find(name, self.config["lora_alpha"]))
         return alpha / (math.sqrt(lora_rank) if self.config.get("use_rslora") else lora_rank)
-
-    def _by_pattern(self, field: str, name: str, default: Any) -> Any:
-        patterns: Mapping[str, Any] = self.config.get(field) or {}
-        for key, value in patterns.items():
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        return patterns.get(name, default)
 
 
 @dataclass(frozen=True, slots=True)
