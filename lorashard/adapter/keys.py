@@ -69,10 +69,10 @@ _LORA = re.compile(
 )
 # Full weights that PEFT saves along with the factors: a classifier head (modules_to_save), and the
 # embeddings when they are trained or resized.
-_FULL_WEIGHT = re.compile(
-    rf"{_PREFIX}(?:[^ ]+\.)?(?:(?:score|classifier)(?:\.[^ ]+)?\.(?:weight|bias)"
-    r"|(?:embed_tokens|lm_head)(?:\.base_layer)?\.weight)"
-)
+# Searched for, so that a long name takes a time in proportion to its length.
+_HEAD = re.compile(r"(?:\A|[^ ]\.)(?:score|classifier)(?:\Z|\.[^ ])")
+_HEAD_SUFFIX = re.compile(r"\.(?:weight|bias)\Z")
+_EMBEDDINGS = re.compile(r"(?:\A|[^ ]\.)(?:embed_tokens|lm_head)(?:\.base_layer)?\.weight\Z")
 
 # Names that wrappers put into the path of every parameter: torch.compile, FSDP, activation
 # checkpointing and, in front of everything, DataParallel and DeepSpeed.
@@ -203,6 +203,14 @@ def _parse_other(name: str, num_dims: int) -> ParsedKey:
         if num_dims != 2:
             return UnknownKey(f"a LoRA factor with {num_dims} dimensions outside of experts")
         return LoraKey(match["module"], _MATRICES[match["matrix"]], "embedding" in match["matrix"])
-    if _FULL_WEIGHT.fullmatch(name):
+    if _is_full_weight(name):
         return FullWeightKey()
     return UnknownKey("a tensor other than a LoRA factor")
+
+
+def _is_full_weight(name: str) -> bool:
+    if " " in name:
+        return False
+    suffix = _HEAD_SUFFIX.search(name)
+    is_head = suffix is not None and _HEAD.search(name[: suffix.start()]) is not None
+    return is_head or _EMBEDDINGS.search(name) is not None

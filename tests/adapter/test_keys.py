@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import time
+
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from lorashard.adapter.keys import (
     ExpertKey,
@@ -216,3 +221,38 @@ def test_names_of_other_formats_say_whose_they_are(name: str, reason: str, way_o
     assert isinstance(key, UnknownKey)
     assert reason in key.reason
     assert way_out in key.hint
+
+
+# What a full weight is called, as one pattern; it takes a time quadratic in the name's length.
+FULL_WEIGHT = re.compile(
+    r"(?:base_model\.model\.)?(?:[^ ]+\.)?(?:(?:score|classifier)(?:\.[^ ]+)?\.(?:weight|bias)"
+    r"|(?:embed_tokens|lm_head)(?:\.base_layer)?\.weight)"
+)
+PARTS = st.sampled_from(
+    ["base_model.model.", "score", "classifier", ".", "weight", ".weight", ".bias", "embed_tokens",
+     "lm_head", ".base_layer", "x", " ", "score.", ".score", "lm_head."]
+)  # fmt: skip
+
+
+@given(st.lists(PARTS, max_size=7).map("".join))
+@example(".score.weight")
+@example("score..weight")
+@example("score.weight.weight")
+@example("a.score.x y.weight")
+def test_the_names_of_full_weights_are_those_of_one_pattern(name: str):
+    is_full = isinstance(parse_key(name, 2), FullWeightKey)
+    assert is_full == (FULL_WEIGHT.fullmatch(name) is not None)
+
+
+@pytest.mark.parametrize(
+    "piece", ["score.", "score", "lm_head.", "experts.", "experts.0.", ".lora_A", "a"]
+)
+@pytest.mark.parametrize("end", ["x", ".weight", ".lora_A.x"])
+def test_a_name_takes_a_time_in_proportion_to_its_length(piece: str, end: str):
+    def seconds(length: int) -> float:
+        name = piece * (length // len(piece)) + end
+        begin = time.process_time()
+        parse_key(name, 2)
+        return time.process_time() - begin
+
+    assert seconds(200_000) < 40 * seconds(20_000) + 0.1
