@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,7 @@ def convert_pickle(directory: Path) -> Iterator[Path]:
         for name, value in loaded.items()
     ):
         raise AdapterError(f"{path}: not a table of plain tensors.", hint="Is it a PEFT adapter?")
+    _refuse_repeated_elements(loaded, path)
     with tempfile.TemporaryDirectory(prefix="lorashard-") as folder:
         converted = Path(folder)
         shutil.copyfile(directory / CONFIG_NAME, converted / CONFIG_NAME)
@@ -57,6 +58,18 @@ def convert_pickle(directory: Path) -> Iterator[Path]:
         del loaded, tensors
         (converted / PICKLE_NAME).symlink_to(path.resolve())
         yield converted
+
+
+def _refuse_repeated_elements(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A tensor of stride 0 can be of any size, and needs it all once it is copied."""
+    for name, tensor in tensors.items():
+        stored = tensor.untyped_storage().nbytes()
+        if tensor.numel() * tensor.element_size() > stored:
+            raise AdapterError(
+                f"{path}: tensor {name!a} {list(tensor.shape)} is larger than the {stored} bytes "
+                "stored for it.",
+                hint="Save the adapter again with safe_serialization=True.",
+            )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -145,3 +145,16 @@ def test_no_temporary_file_stays_behind(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "temporary").mkdir()
     split_adapter(save_pickled(tmp_path / "adapter"), tmp_path / "out", REQUEST)
     assert os.listdir(tmp_path / "temporary") == []
+
+
+@pytest.mark.parametrize("shape", [(2, 10**9), (2, 10**13), (3, 2)])
+def test_a_tensor_larger_than_what_is_stored_is_refused(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    tensors = per_expert_tensors()
+    name = next(iter(tensors))
+    tensors[name] = torch.zeros(1).expand(shape)
+    adapter = save_pickled(tmp_path / "adapter", tensors)
+    with pytest.raises(AdapterError, match="larger than the 4 bytes stored") as raised:
+        split_adapter(adapter, tmp_path / "out", REQUEST)
+    assert name in str(raised.value)
