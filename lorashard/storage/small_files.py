@@ -17,6 +17,7 @@ from lorashard.storage.remote import Location, RemoteFolder
 
 MAX_SMALL_FILE_BYTES = 16 * 2**20
 _POINTER_BEGIN = b"version https://git-lfs"
+_MAX_DEPTH = 100  # far above any real file
 
 
 def read_small_file(folder: Location, name: str) -> bytes:
@@ -52,7 +53,7 @@ def parse_json(raw: bytes, path: Location) -> Any:
 
 
 def load_writable_json(raw: bytes) -> Any:
-    """Parsed JSON whose texts can be written again: no lone surrogates.
+    """Parsed JSON that can be written again: no lone surrogates, and not nested too deeply.
 
     Raises ValueError or RecursionError.
     """
@@ -70,7 +71,24 @@ def is_git_lfs_pointer(raw: bytes) -> bool:
 def _load_json(raw: bytes) -> Any:
     if is_git_lfs_pointer(raw):
         raise ValueError(GIT_LFS_POINTER)
-    return json.loads(raw)
+    document = json.loads(raw)
+    _check_depth(document)
+    return document
+
+
+def _check_depth(document: Any) -> None:
+    """What can be read may be too deep for those who follow it down, so there is one limit for all."""
+    level = [document]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            value
+            for container in level
+            if isinstance(container, (dict, list))
+            for value in (container.values() if isinstance(container, dict) else container)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_MAX_DEPTH} deep")
 
 
 def read_bounded(

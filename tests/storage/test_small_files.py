@@ -8,7 +8,13 @@ import pytest
 
 from lorashard.errors import AdapterError
 from lorashard.storage.remote import Location, over_local_files
-from lorashard.storage.small_files import parse_json, read_json, read_small_file, read_small_path
+from lorashard.storage.small_files import (
+    load_writable_json,
+    parse_json,
+    read_json,
+    read_small_file,
+    read_small_path,
+)
 
 LIMIT = 16 * 2**20
 
@@ -62,3 +68,16 @@ def test_what_is_not_json_is_refused_with_its_place(tmp_path: Path, raw: bytes) 
 
 def test_json_is_parsed() -> None:
     assert parse_json(b'{"ranks": [[0], [1]]}', Path("map.json")) == {"ranks": [[0], [1]]}
+
+
+@pytest.mark.parametrize("pair", [("[", "]"), ('{"text_config":', "}")])
+def test_what_is_nested_deeply_is_refused_at_every_depth(tmp_path: Path, pair: tuple[str, str]):
+    opening, closing = pair
+    for depth in (102, 500, 900, *range(950, 1010), 1_500, 9_000, 100_000):
+        raw = (opening * depth + "0" + closing * depth).encode()
+        with pytest.raises(AdapterError, match="not JSON"):
+            parse_json(raw, tmp_path / "config.json")
+        with pytest.raises((ValueError, RecursionError)):
+            load_writable_json(raw)
+    usual = (opening * 50 + "0" + closing * 50).encode()
+    assert parse_json(usual, tmp_path) == load_writable_json(usual)
