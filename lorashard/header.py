@@ -139,7 +139,10 @@ def _refuse_duplicate_keys(
     # the header parsed again with a look at every key, which takes ten times as long.
     fields = (b'"dtype"', b'"shape"', b'"data_offsets"')
     usual = set(metadata) <= {"format"} and raw.count(b'"format"') <= 1
-    once = usual and raw.count(b'"__metadata__"') <= 1
+    num_metadata = raw.count(b'"__metadata__"')
+    # A tensor's name, its fields and its dtype have ten quotes; a key with another value adds two.
+    num_quotes = 10 * num_tensors + 2 * num_metadata + 4 * len(metadata)
+    once = usual and num_metadata <= 1 and raw.count(b'"') == num_quotes
     if once and b"\\" not in raw and all(raw.count(field) == num_tensors for field in fields):
         return
 

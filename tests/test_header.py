@@ -145,6 +145,22 @@ def test_a_tensor_named_twice_is_refused():
     assert "twice" in refusal(ONE[:-1] + b"," + ONE[1:], 8)
 
 
+@pytest.mark.parametrize("value", [b"null", b"5", b'"F32"', b"[]", b"{}"])
+@pytest.mark.parametrize("name", [b'"a"', b'"__metadata__"'])
+def test_a_name_given_first_with_another_value_is_refused(name: bytes, value: bytes):
+    raw = b"{" + name + b":" + value + b',"__metadata__":{"format":"pt"},' + ONE[1:]
+    assert "twice" in refusal(raw, 8)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}], ids=str)
+def test_a_usual_header_is_parsed_once(monkeypatch: pytest.MonkeyPatch, metadata: dict[str, str]):
+    raw, _ = build_header([("a", "F32", (2,)), ("b", "U8", (3,))], metadata)
+    calls, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda *args, **kw: calls.append(kw) or loads(*args, **kw))
+    parse(raw[8:], 11)
+    assert calls == [{}]
+
+
 def test_a_field_given_twice_is_refused():
     assert "twice" in refusal(ONE.replace(b'"shape"', b'"dtype":"F32","shape"'), 8)
 
