@@ -167,6 +167,8 @@ def locate(named: str | os.PathLike[str] | RemoteFolder) -> Location:
     if isinstance(named, RemoteFolder):
         return named
     text = os.fspath(named)
+    if not text.strip():  # as from a shell variable that is not set; Path("") is the current folder
+        raise AdapterError(f"{text!r} is not a place.", hint="Give a path, a Hub id or a URL.")
     if "://" in text:
         return open_url(text)
     path = Path(text)

@@ -133,3 +133,9 @@ def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(AdapterError, match="s4://bucket/a") as raised:
         locate("s4://bucket/a")
     assert raised.value.hint == "Is the part before :// right?"
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_no_name_is_not_the_current_folder(empty: str) -> None:
+    with pytest.raises(AdapterError, match="is not a place"):
+        locate(empty)
