@@ -64,7 +64,7 @@ class LoraConfig:
 
     def states_rank_of(self, module: str) -> bool:
         """Whether rank_pattern has an r for the module of this name."""
-        return any(matches_pattern(key, module) for key in self.rank_pattern)
+        return self.rank_pattern.first_match(module, -1) >= 0
 
     def alpha_of(self, module: str) -> float:
         """The alpha that PEFT gives the module of this name (no PEFT prefix)."""
