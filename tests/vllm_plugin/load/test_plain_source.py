@@ -185,3 +185,46 @@ def test_expert_weights_are_told_by_their_names(tmp_path: Path, name: str, expec
     save_adapter(tmp_path, {name: torch.ones(2, 2)})
     _, header = read_header(tmp_path / "adapter_model.safetensors")
     assert has_experts(header.tensors) == expected
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1268776904\n"
+
+
+def renamed(old: str, new: str) -> Callable[[Path], object]:
+    tensors = {name.replace(old, new): value for name, value in per_expert_tensors().items()}
+    return lambda path: save_adapter(path, tensors)
+
+
+def empty(path: Path) -> None:
+    save_adapter(path, {name: torch.empty(0) for name in per_expert_tensors()})
+
+
+def pointer(path: Path) -> None:
+    (save_adapter(path) / "adapter_model.safetensors").write_bytes(POINTER)
+
+
+@pytest.mark.parametrize(
+    ("save", "words"),
+    [
+        (empty, ("is empty", "ZeRO-3", "gathered")),
+        (pointer, ("Git LFS pointer", "git lfs pull", "hf download")),
+        (lambda path: save_adapter(path, lora_alpha=0), ("lora_alpha is 0", "of the training")),
+        (renamed("lora_A", "adapter.linear_in"), ("Megatron's own", "Megatron-Bridge")),
+        (
+            renamed("mlp.experts", "mlp.deepspeed_moe.experts.deepspeed_experts"),
+            ("DeepSpeed", "vLLM has no model"),
+        ),
+    ],
+    ids=["zero3", "lfs", "alpha", "megatron", "deepspeed"],
+)
+def test_a_server_names_the_cause_and_the_way_out_too(
+    tmp_path: Path,
+    threads: ThreadPoolExecutor,
+    save: Callable[[Path], object],
+    words: tuple[str, ...],
+) -> None:
+    save(tmp_path / "adapter")
+    with pytest.raises(LorashardError) as caught:
+        opened(tmp_path / "adapter", threads)
+    for word in words:
+        assert word in str(caught.value)
