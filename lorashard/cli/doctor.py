@@ -46,8 +46,14 @@ def run_doctor(path: Path | None, flags: EngineFlags, model: str | None, *, as_j
     else:
         _show(report)
     if not report.ok:
-        count, first = len(report.problems), report.problems[0].text.partition("\n")[0]
+        count, first = len(report.problems), _lines(report.problems[0].text)[0]
         raise NotReadyError(f"{count} problem{'' if count == 1 else 's'}: {first}")
+
+
+def _lines(problem: str) -> list[str]:
+    """What is wrong, and the hint, if there is one. Other newlines are of a name, and are escaped."""
+    text, newline, hint = problem.rpartition("\n  ")
+    return [text, f"  {hint}"] if newline else [hint]
 
 
 def _show(report: Report) -> None:
@@ -59,7 +65,7 @@ def _show(report: Report) -> None:
     for note in report.notes:
         render.print_line(f"note: {note}")
     for problem in report.problems:
-        for line in f"problem: {problem.text}".split("\n"):  # the hint has a line of its own
+        for line in _lines(f"problem: {problem.text}"):
             render.print_line(line)
     if report.ok:
         render.print_line("ok: nothing is broken, and nothing would be refused")

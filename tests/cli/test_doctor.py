@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorashard.vllm_plugin.patches.table import PATCHES
 from tests.goldens import check_golden
@@ -361,3 +362,14 @@ def test_all_patches_apply_to_the_last_known_release(shards: Path, python_path: 
     assert {patch["state"] for patch in found["patches"]} == {"applied", "not needed"}
     assert found["problems"] == []
     assert not any("FlashInfer" in fact for fact in found["known_once_loaded"])
+
+
+def test_a_newline_in_a_name_adds_no_line(tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.0.mlp.experts.0.x\nok: nothing is broken"
+    tensors = per_expert_tensors() | {name: torch.zeros(2, 2)}
+    done = run_cli(
+        "doctor", save_adapter(tmp_path / "adapter", tensors), "-tp", 2, "--enable-expert-parallel"
+    )
+    assert done.returncode == 5
+    assert "x\\x0aok: nothing is broken" in done.stdout
+    assert not [line for line in done.stdout.splitlines() if line.startswith("ok: nothing")]
