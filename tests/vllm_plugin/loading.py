@@ -11,7 +11,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lorashard.vllm_plugin import register
 
 register()
 
+from lorashard.vllm_plugin.patches.adapter_loading import attached_loader  # noqa: E402
 from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, Adapter  # noqa: E402
 from tests.vllm_plugin import harness  # noqa: E402
 from tests.vllm_plugin.harness_selfcheck import (  # noqa: E402
@@ -421,6 +422,26 @@ def model_names() -> list[str]:
     return wrong
 
 
+def draft_layers() -> list[str]:
+    """Experts and attention of a block for multi-token prediction are left out, the rest is right."""
+    wrong: list[str] = []
+    built = adapter("L1", 8)
+    mtp = {name.replace(".model.layers.1.", ".mtp.layers.1."): tensor.clone()
+           for name, tensor in built.tensors.items() if ".layers.1." in name}  # fmt: skip
+    plain = replace(built, tensors=built.tensors | mtp).write(FOLDER / "mtp")
+    split_adapter(plain, FOLDER / "mtp-shards", SplitRequest(2))
+    for path, ep_rank in itertools.product((plain, FOLDER / "mtp-shards"), (0, 1)):
+        engine = harness.make_engine(**SIZES, ep_rank=ep_rank, module_names=modules())
+        engine.add_adapter(harness.request(engine, path))
+        slot = harness.slot_of(engine)
+        wrong += mismatches(engine, slot, expected_deltas(built))
+        wrong += wrong_attention(engine, slot, built)
+        report = attached_loader(engine).last_report
+        if report.num_left_to_mtp != 1 + 4:
+            wrong.append(f"{path}: {report.num_left_to_mtp} modules left out")
+    return wrong
+
+
 def fully_sharded() -> list[str]:
     """--fully-sharded-loras with expert parallelism: experts whole, attention sharded."""
     wrong = []
@@ -603,7 +624,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     for check in (
         all_layouts, bits_of_stock, partly_trained, other_dtypes, only_needed_files, stays_inert,
         without_experts,
-        interleaved_rows, shared_factors, model_names, fully_sharded, slots_and_eviction, refused,
+        interleaved_rows, shared_factors, model_names, draft_layers, fully_sharded, slots_and_eviction, refused,
         experts_classes, found_by_vllm,
         engine_refusals,
     )

@@ -16,6 +16,7 @@ from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.[0-9]+\.")
+_NUMBERED = re.compile(r"(?:^|\.)(layers\.[0-9]+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,15 @@ class ModelNames:
     dense: every name under which vLLM looks up the LoRA of a module other than experts.
     absent: prefixes of modules on other pipeline stages.
     aliases: names in a text-only adapter -> names in a multimodal model.
+    has_mtp: whether it has a block for multi-token prediction. mtp_layers: the numbers of layers
+    that it leaves to such a block, as "layers.61".
     """
 
     dense: frozenset[str]
     absent: tuple[str, ...]
     aliases: Mapping[str, str]
+    has_mtp: bool
+    mtp_layers: frozenset[str]
 
 
 def read_model_names(manager: Any) -> ModelNames:
@@ -43,6 +48,7 @@ def read_model_names(manager: Any) -> ModelNames:
     dense.update([short for name in dense for short in text_names(name)])
     if getattr(manager, "is_pooling_model", False):
         dense.update([name.removeprefix("model.") for name in dense])
+    module_names = [name for name, _ in manager.model.named_modules()]
     return ModelNames(
         frozenset(dense),
         tuple(
@@ -51,7 +57,25 @@ def read_model_names(manager: Any) -> ModelNames:
             if type(module).__name__ == "PPMissingLayer"
         ),
         {short: name for name in manager.modules for short in text_names(name)},
+        any(map(_is_in_mtp_block, module_names)),
+        _mtp_layers(getattr(manager.model, "config", None), module_names),
     )
+
+
+def _is_in_mtp_block(module: str) -> bool:
+    """By the names that models give these blocks: `mtp`, `mtp_layers`, `mtp_block`."""
+    return any(part == "mtp" or part.startswith("mtp_") for part in module.split("."))
+
+
+def _mtp_layers(config: Any, module_names: Iterable[str]) -> frozenset[str]:
+    """The layers after the last one that checkpoints of DeepSeek-V3 and GLM number on for it."""
+    config = getattr(config, "text_config", None) or config
+    last = getattr(config, "num_hidden_layers", None)
+    count = getattr(config, "num_nextn_predict_layers", None)
+    if type(last) is not int or type(count) is not int:
+        return frozenset()
+    present = {layer for name in module_names for layer in _NUMBERED.findall(f"{name}.")}
+    return frozenset(f"layers.{last + number}" for number in range(count)) - present
 
 
 class ModuleNames:
@@ -73,9 +97,18 @@ class ModuleNames:
         name, _ = parse_fine_tuned_lora_name(f"{PEFT_PREFIX}{module}.lora_A.weight", self._mapper)
         return str(name)
 
+    def is_left_to_mtp(self, module: str) -> bool:
+        """Whether a module is in a block for multi-token prediction that this model does not have.
+
+        vLLM runs such a block as a draft model of its own, without LoRA (vLLM 53361).
+        """
+        if not self._model.has_mtp and _is_in_mtp_block(module):
+            return True
+        return not self._model.mtp_layers.isdisjoint(_NUMBERED.findall(module))
+
     def is_elsewhere(self, module: str) -> bool:
         """Whether a module is on another pipeline stage, or the model leaves it out."""
-        return any(
+        return self.is_left_to_mtp(module) or any(
             name.startswith(self._model.absent)
             or any(name.startswith(skip) or f".{skip}" in name for skip in self._skip)
             for name in (module, self.renamed(module))

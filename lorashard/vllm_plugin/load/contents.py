@@ -6,12 +6,12 @@ needs, and the sources to read them from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, Union
 
 from lorashard.adapter.config import LoraConfig
-from lorashard.adapter.keys import Projection
+from lorashard.adapter.keys import LoraKey, Projection, parse_key
 from lorashard.header import TensorEntry
 from lorashard.shards.placement import Ranks
 from lorashard.storage.local import ByteSource
@@ -73,3 +73,12 @@ class AdapterContents:
     dense: tuple[TensorEntry, ...]
     sources: RankSources
     version: str = ""
+
+    @property
+    def module_names(self) -> Iterator[str]:
+        """The names of all modules with LoRA, experts first."""
+        yield from (module.name for module in self.modules)
+        for entry in self.dense:
+            key = parse_key(entry.name, len(entry.shape))
+            if isinstance(key, LoraKey) and key.matrix == "lora_A":
+                yield key.module

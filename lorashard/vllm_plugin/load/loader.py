@@ -48,6 +48,7 @@ from lorashard.vllm_plugin.load.threads import reader_threads
 class LoadReport:
     """What one load did. advice: what to run instead, on the rank that gives it for all.
 
+    num_left_to_mtp: modules of a block for multi-token prediction, which vLLM serves without LoRA.
     version: of what was read, to be compared between ranks; empty for a plain adapter.
     """
 
@@ -61,6 +62,7 @@ class LoadReport:
     ep_rank: int
     ep_size: int
     advice: str | None
+    num_left_to_mtp: int = 0
     version: str = ""
 
 
@@ -194,6 +196,7 @@ class AdapterLoader:
             ep_rank=self.ep_rank,
             ep_size=self.ep_size,
             advice=outcome.advice if outcome.gives_advice else None,
+            num_left_to_mtp=sum(map(names.is_left_to_mtp, contents.module_names)),
             version=contents.version,
         )
         return model

@@ -28,6 +28,12 @@ def report_load(report: LoadReport, lora_request: Any) -> None:
             report.num_bytes / 1e9, report.seconds,
             report.num_bytes / 1e9 / max(report.seconds, 1e-9),
         )  # fmt: skip
+        if report.num_left_to_mtp:
+            logger.info(
+                "lorashard: adapter %r: %d modules for multi-token prediction are left out, as vLLM "
+                "serves the draft model without LoRA",
+                lora_request.lora_name, report.num_left_to_mtp,
+            )  # fmt: skip
         if report.advice:
             logger.warning("lorashard: %s: %s", report.path, report.advice)
     with _errors_logged():

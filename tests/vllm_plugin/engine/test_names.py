@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashard.vllm_plugin.engine.names import find_moe_module, read_model_names
+from lorashard.vllm_plugin.engine.names import ModuleNames, find_moe_module, read_model_names
 
 MLP = ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts", "model.layers.11.mlp.experts"]
 MIXTRAL = [name.replace("mlp", "block_sparse_moe") for name in MLP]
@@ -87,12 +87,21 @@ class PPMissingLayer:
     pass
 
 
-def manager(*modules: str, packed: dict[str, list[str]] | None = None, **fields: Any) -> Any:
+def manager(
+    *modules: str, packed: dict[str, list[str]] | None = None, config: Any = None, **fields: Any
+) -> Any:
     named = [("model.layers.0", SimpleNamespace()), ("model.layers.1", PPMissingLayer())]
+    named += [(name, SimpleNamespace()) for name in modules]
     return SimpleNamespace(
         modules=dict.fromkeys(modules), packed_modules=packed or {},
-        model=SimpleNamespace(named_modules=lambda: named), **fields,
+        model=SimpleNamespace(named_modules=lambda: named, config=config),
+        lora_config=SimpleNamespace(), **fields,
     )  # fmt: skip
+
+
+def left_to_mtp(module: str, *modules: str, config: Any = None) -> bool:
+    engine = manager(*modules, config=config)
+    return ModuleNames(engine, read_model_names(engine), {}).is_left_to_mtp(module)
 
 
 def test_parts_of_packed_layers_are_names_and_those_of_experts_are_not() -> None:
@@ -124,3 +133,25 @@ def test_names_of_a_text_only_adapter_stand_for_those_of_the_model() -> None:
 def test_a_pooling_model_s_adapter_may_leave_out_the_model_prefix() -> None:
     names = read_model_names(manager("model.layers.0.o_proj", is_pooling_model=True))
     assert names.dense == {"model.layers.0.o_proj", "layers.0.o_proj"}
+
+
+@pytest.mark.parametrize("block", ["mtp.layers.0", "model.mtp.layers.0", "model.mtp_block.0"])
+def test_a_block_for_multi_token_prediction_is_left_to_the_draft_model(block: str) -> None:
+    assert left_to_mtp(f"{block}.mlp.experts", MLP[0])
+    assert not left_to_mtp(f"{block}.mlp.experts", MLP[0], f"{block}.mlp.experts")
+    assert not left_to_mtp(MLP[0], MLP[0])
+    assert not left_to_mtp("model.layers.0.smtp.experts", MLP[0])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_layers_numbered_on_after_the_last_are_left_to_the_draft_model(nested: bool) -> None:
+    config = SimpleNamespace(num_hidden_layers=47, num_nextn_predict_layers=1)
+    if nested:
+        config = SimpleNamespace(text_config=config)
+    assert left_to_mtp("model.layers.47.mlp.experts", MLP[0], config=config)
+    for number in (4, 46, 48, 147, 470):
+        assert not left_to_mtp(f"model.layers.{number}.mlp.experts", MLP[0], config=config)
+    present = "model.layers.47.mlp.experts"
+    assert not left_to_mtp(present, present, config=config)
+    without = SimpleNamespace(num_hidden_layers=47)
+    assert not left_to_mtp(present, MLP[0], config=without)

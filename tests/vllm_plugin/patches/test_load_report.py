@@ -73,6 +73,14 @@ def test_metrics_are_written_where_the_directory_exists(tmp_path: Path) -> None:
     assert {path.name.split("_")[0] for path in tmp_path.iterdir()} == {"counter", "histogram"}
 
 
+def test_what_is_left_to_the_draft_model_is_a_line_of_its_own(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="vllm.lorashard"):
+        report_load(replace(REPORT, num_left_to_mtp=5), REQUEST)
+    assert "5 modules for multi-token prediction are left out" in caplog.messages[1]
+
+
 def test_advice_is_a_warning_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="vllm.lorashard"):
         report_load(replace(REPORT, advice="run this"), REQUEST)
