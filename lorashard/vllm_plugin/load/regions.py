@@ -13,8 +13,10 @@ import logging
 import mmap
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Collection
 from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +52,9 @@ class Region:
         """Bytes."""
         return len(self._memory)
 
-    def mark_used(self) -> None:
-        """Copies to the device may be in flight: `wait` waits for those issued up to now."""
+    def mark_used(self, streams: Collection[Any]) -> None:
+        """Copies may be in flight on these CUDA streams: `wait` waits for those issued up to now."""
         if self.is_pinned:
-            import torch
-
-            streams = {torch.cuda.current_stream(), torch.cuda.default_stream()}
             self._in_use = [stream.record_event() for stream in streams]
 
     def wait(self) -> None:
@@ -72,14 +71,29 @@ class Region:
 
             cudart: Any = torch.cuda.cudart  # untyped in torch
             cudart().cudaHostUnregister(self.bytes.ctypes.data)
+            self.is_pinned = False
         del self.bytes
-        self._memory.close()
+        with suppress(BufferError):  # an array on it is just going: the memory goes with that
+            self._memory.close()
+
+
+@dataclass(slots=True)
+class _Returns:
+    """Regions that finalizers give back, at any moment and in any thread.
+
+    has_pool: False once there is no pool any more that would take them.
+    """
+
+    regions: list[Region]
+    has_pool: bool = True
 
 
 class RegionPool:
     """At most `limit` regions, unless more are in use at once.
 
-    A region comes back by itself once the last tensor on it is gone.
+    A region comes back by itself once the last tensor on it is gone. When the pool is gone, its
+    regions are unregistered and unmapped, those in use as soon as they come back. So a second
+    engine in the process can register the same addresses.
     """
 
     def __init__(self, limit: int, device: Any, threads: Executor) -> None:
@@ -87,9 +101,11 @@ class RegionPool:
         self._device = device
         self._threads = threads
         self._free: list[Region] = []
-        self._returned: list[Region] = []  # appended to by finalizers, at any moment
+        self._returned = _Returns([])
         self._held = 0
         self._lock = threading.Lock()
+        self._closing = weakref.finalize(self, _free_all, self._free, self._returned)
+        self._closing.atexit = False
 
     def warm(self, count: int, size: int) -> None:
         """Make regions of `size` bytes until `count` are free or in use."""
@@ -116,7 +132,9 @@ class RegionPool:
         # The base of a numpy view is the array that owns the memory, except that it stops at an
         # array of another type. So only a subclass makes every view of the lease keep the lease.
         lease: Bytes = region.bytes[:size].view(_lease_type())
-        finalizer = weakref.finalize(lease, _give_back(self._returned, region))
+        # Whatever thread collects the lease has streams of its own, and may be on another device.
+        streams = _streams(self._device) if region.is_pinned else ()
+        finalizer = weakref.finalize(lease, _give_back, self._returned, region, streams)
         finalizer.atexit = False
         return lease
 
@@ -126,9 +144,13 @@ class RegionPool:
             self._collect_returned()
             return tuple(region.size for region in self._free)
 
+    def close(self) -> None:
+        """Unregister and unmap the regions, as when the pool is gone. Nothing may be taken any more."""
+        self._closing()
+
     def _collect_returned(self) -> None:
-        while self._returned:
-            self._free.append(self._returned.pop())
+        while self._returned.regions:
+            self._free.append(self._returned.regions.pop())
             self._held -= 1
 
     def _fitting(self, size: int) -> Region | None:
@@ -155,12 +177,27 @@ def _lease_type() -> Any:
     return type("Lease", (np.ndarray,), {})
 
 
-def _give_back(returned: list[Region], region: Region) -> Callable[[], None]:
-    def give_back() -> None:
-        region.mark_used()
-        returned.append(region)
+def _streams(device: Any) -> Collection[Any]:
+    """The streams of a device on which this thread's copies may be issued."""
+    import torch
 
-    return give_back
+    return {torch.cuda.current_stream(device), torch.cuda.default_stream(device)}
+
+
+def _give_back(returned: _Returns, region: Region, streams: Collection[Any]) -> None:
+    region.mark_used(streams)
+    if returned.has_pool:
+        returned.regions.append(region)
+    else:
+        region.free()
+
+
+def _free_all(free: list[Region], returned: _Returns) -> None:
+    returned.has_pool = False
+    for region in (*free, *returned.regions):
+        region.free()
+    free.clear()
+    returned.regions.clear()
 
 
 def _touch(pages: Bytes) -> None:

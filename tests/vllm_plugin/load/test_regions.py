@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -254,14 +255,27 @@ def is_mapped(begin: int, size: int) -> bool:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     made = Cuda()
     monkeypatch.setattr(torch.cuda, "cudart", made.cudart)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: made.current)
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda: made.default)
+
+    def stream_of_thread(device: torch.device) -> Stream:
+        assert device.index == 1
+        here = threading.current_thread() is threading.main_thread()
+        return made.current if here else made.default
+
+    def default_stream(device: torch.device) -> Stream:
+        assert device.index == 1
+        return made.default
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream_of_thread)
+    monkeypatch.setattr(torch.cuda, "default_stream", default_stream)
     return made
 
 
 @pytest.fixture
-def gpu_pool(cuda: Cuda, threads: ThreadPoolExecutor) -> RegionPool:
-    return RegionPool(1, torch.device("cuda"), threads)
+def gpu_pool(cuda: Cuda, threads: ThreadPoolExecutor) -> Iterator[RegionPool]:
+    pool = RegionPool(1, torch.device("cuda", 1), threads)
+    yield pool
+    pool.close()
+    assert cuda.registered == {}
 
 
 def test_a_region_is_registered_whole_and_once(cuda: Cuda, gpu_pool: RegionPool) -> None:
@@ -311,6 +325,40 @@ def test_memory_is_unregistered_before_it_is_unmapped_and_after_the_device_has_r
     assert sorted(cuda.log[:2]) == ["wait for current", "wait for default"]
     assert cuda.log[2:] == ["unregister", "register"]
     assert cuda.registered == {address(lease): 4 * MIB}
+
+
+def test_a_lease_that_ends_in_another_thread_records_the_streams_of_the_one_that_took_it(
+    cuda: Cuda, gpu_pool: RegionPool
+) -> None:
+    hanging: list[Any] = [gpu_pool.take(MIB)]
+    thread = threading.Thread(target=hanging.clear)
+    thread.start()
+    thread.join()
+    assert sorted(cuda.log[1:]) == ["record current", "record default"]
+
+
+def test_a_pool_that_is_gone_has_unregistered_its_memory(
+    cuda: Cuda, threads: ThreadPoolExecutor
+) -> None:
+    pool = RegionPool(3, torch.device("cuda", 1), threads)
+    pool.warm(1, MIB)
+    used = pool.take(MIB)
+    del used
+    assert len(cuda.registered) == 1
+    pool.warm(3, MIB)
+    held = pool.take(MIB)
+    view = torch.from_numpy(held)
+    place, taken = address(held), cuda.registered
+    del pool, held
+    gc.collect()
+    assert list(taken) == [place], "what is in use stays"
+    view.fill_(3)
+    cuda.log.clear()
+    del view
+    assert cuda.registered == {}
+    assert cuda.log[-1] == "unregister"
+    assert {"wait for current", "wait for default"} <= set(cuda.log[:-1])
+    assert not is_mapped(place, GRAIN)
 
 
 def test_memory_that_cuda_refuses_is_used_without_it(
