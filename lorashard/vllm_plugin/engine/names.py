@@ -118,6 +118,11 @@ class ModuleNames:
         """The live MoE layer that takes an experts container of the adapter, or None."""
         return find_moe_module(module, self.renamed(module), live, self._model.aliases)
 
+    def takes(self, module: str) -> bool:
+        """Whether a module other than experts gets its LoRA: in the model, and not excluded."""
+        renamed = self.renamed(module)
+        return renamed in self._model.dense and not self._is_filtered(renamed)
+
     def check_dense(self, entries: Iterable[TensorEntry]) -> None:
         """Raise LayoutError for a tensor that no module of the model takes."""
         for entry in entries:

@@ -181,6 +181,7 @@ class AdapterLoader:
         model = make_lora_model(
             self._stock, {entry.name: tensor_in(region, entry, begin) for entry in dense},
             peft_helper, arguments, contents.config, names,
+            int(self._manager.lora_config.max_lora_rank),
         )  # fmt: skip
         for matched, layer in zip(outcome.layers, layers):
             tensors = [filler.tensor(factor) for factor in layer.factors]

@@ -13,7 +13,9 @@ from typing import Any
 from lorashard.adapter.config import LoraConfig
 from lorashard.adapter.keys import LoraKey, parse_key
 from lorashard.dtypes import TORCH_DTYPES
+from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
+from lorashard.vllm_options import smallest_max_lora_rank
 from lorashard.vllm_plugin.engine.names import ModuleNames
 from lorashard.vllm_plugin.load.assembly import Assembly
 
@@ -31,8 +33,11 @@ def make_lora_model(
     arguments: Mapping[str, Any],
     config: LoraConfig,
     names: ModuleNames,
+    max_lora_rank: int,
 ) -> Any:
     """A LoRAModel of the dense tensors, each with the r and scaling of the adapter's config.
+
+    Raises LayoutError for a factor with a larger r than `max_lora_rank`, the engine's.
 
     stock: vLLM's LoRAModel, the class. tensors: by their names in the adapter. arguments: the
     keyword arguments that vLLM gave to `from_local_checkpoint`.
@@ -47,6 +52,12 @@ def make_lora_model(
         key = parse_key(name, 2)
         if isinstance(key, LoraKey) and (weights := model.loras.get(names.renamed(key.module))):
             weights.rank = weights.lora_a.shape[0]
+            # They compare r of the config alone, and would fail in a step, at each use.
+            if weights.rank > max_lora_rank and names.takes(key.module):
+                raise LayoutError(
+                    f"{name}: r={weights.rank}, but the engine has room for {max_lora_rank}.",
+                    hint=f"Start vLLM with --max-lora-rank {smallest_max_lora_rank(weights.rank)}.",
+                )
             weights.scaling = config.scaling_of(key.module, weights.rank)
     return model
 

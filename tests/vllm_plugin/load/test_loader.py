@@ -73,6 +73,25 @@ engine.add_adapter(harness.request(engine, patterned, "patterned", 4))
     if name.endswith("layers.0.self_attn.o_proj")
 )
 found["patterns"] = [o_proj.rank, o_proj.lora_b.unique().tolist()]  # vLLM has scaled lora_b
+
+# vLLM before 0.30 looks at the adapter's own r alone.
+tensors = dict(built.tensors)
+for name, tensor in built.tensors.items():
+    if ".q_proj." in name:
+        shape = (24, tensor.shape[1]) if ".lora_A." in name else (tensor.shape[0], 24)
+        tensors[name] = torch.ones(shape, dtype=tensor.dtype)
+large = type(built)(
+    built.spec, tensors, built.config | {{"rank_pattern": {{"q_proj": 24}}}}, {{}}, {{}}
+).write(folder / "large")
+try:
+    engine.add_adapter(harness.request(engine, large, "large", 5))
+except Exception as err:
+    found["large"] = [type(err).__name__, str(err)]
+found["large"] += [5 in engine.list_adapters()]
+engine = harness.make_engine(
+    **SIZES, module_names=modules(), target_modules=["o_proj", "experts"]
+)
+found["excluded"] = engine.add_adapter(harness.request(engine, large, "large", 5))
 answer(found)
 """
 
@@ -118,3 +137,14 @@ def test_an_adapter_without_experts_is_left_to_vllm() -> None:
 
 def test_dense_modules_have_the_r_and_scaling_of_the_patterns() -> None:
     assert findings()["patterns"] == [4, [3.0]]
+
+
+def test_a_dense_module_with_a_larger_r_than_the_engine_s_is_refused_and_not_kept() -> None:
+    kind, message, is_kept = findings()["large"]
+    assert (kind, is_kept) == ("ValueError", False)
+    assert "q_proj.lora_A.weight: r=24, but the engine has room for 8." in message
+    assert "--max-lora-rank 32" in message
+
+
+def test_the_r_of_a_module_that_the_engine_leaves_out_does_not_matter() -> None:
+    assert findings()["excluded"] is True
