@@ -82,9 +82,17 @@ def packed_experts(name: str, assembly: Assembly, tensors: Sequence[Any]) -> Any
 
 
 def tensor_in(region: Any, entry: TensorEntry, begin: int) -> Any:
-    """The torch tensor of a file's entry, in a region whose first byte is the file's `begin`."""
+    """The torch tensor of a file's entry, in a region whose first byte is the file's `begin`.
+
+    Raises LayoutError if its values are no floats.
+    """
     import torch
 
+    if entry.dtype not in TORCH_DTYPES:
+        raise LayoutError(
+            f"{entry.name} has dtype {entry.dtype}; vLLM takes LoRA tensors of floats only.",
+            hint="Save the adapter without this tensor.",
+        )
     data = torch.from_numpy(region)[entry.begin - begin : entry.end - begin]
     return data.view(getattr(torch, TORCH_DTYPES[entry.dtype])).view(entry.shape)
 

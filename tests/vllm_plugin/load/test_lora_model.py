@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lorashard.dtypes import TORCH_DTYPES
+from lorashard.errors import LayoutError
 from lorashard.header import build_header
 from lorashard.vllm_plugin.load.lora_model import safetensors_dtype, tensor_in
 
@@ -33,3 +34,10 @@ def test_a_tensor_is_a_view_of_its_bytes_in_the_region(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("name", TORCH_DTYPES)
 def test_every_dtype_goes_to_torch_and_back(name: str) -> None:
     assert safetensors_dtype(getattr(torch, TORCH_DTYPES[name])) == name
+
+
+@pytest.mark.parametrize("dtype", ["I64", "BOOL"])
+def test_a_tensor_that_is_no_float_is_refused_by_name(dtype: str) -> None:
+    _, (entry,) = build_header([("score.step", dtype, (1,))], {"format": "pt"})
+    with pytest.raises(LayoutError, match=f"score.step has dtype {dtype}"):
+        tensor_in(np.zeros(8, dtype=np.uint8), entry, entry.begin)
