@@ -1,41 +1,97 @@
-"""adapter_model.bin -> a temporary adapter_model.safetensors, only when the user allows pickles."""
+"""adapter_model.bin -> its tensors as the bytes of a safetensors file, only when the user allows pickles.
+
+The pickle is held in memory once; no file is written.
+"""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from bisect import bisect_right
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
-from lorashard.errors import AdapterError
-from lorashard.header import GIT_LFS_POINTER
+from lorashard.dtypes import ELEMENT_SIZE, TORCH_DTYPES
+from lorashard.errors import AdapterError, HeaderError
+from lorashard.header import GIT_LFS_POINTER, build_header
+from lorashard.storage.local import watch_file
 from lorashard.storage.small_files import is_git_lfs_pointer
 from lorashard.storage.torch_import import import_torch
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
+    Bytes = npt.NDArray[np.uint8]
 
-@contextmanager
-def convert_pickle(directory: Path) -> Iterator[Path]:
-    """Yield a temporary adapter directory with the same tensors in safetensors form.
+_NAMES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+
+
+class PickledTensors:
+    """A ByteSource: the safetensors file that the tensors of a pickle would make.
 
     The pickle is read with weights_only=True: tensors and plain containers, no code.
     Raises AdapterError if it holds anything else.
     """
-    torch = import_torch("reading a pickle")
-    from safetensors.torch import save_file  # noqa: PLC0415
 
-    path = directory / PICKLE_NAME
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._watched = watch_file(path)
+        tensors = _load(path)
+        self._header, entries = build_header(
+            [(name, _dtype_name(name, t, path), tuple(t.shape)) for name, t in tensors.items()],
+            {"format": "pt"},
+        )
+        self._begins = [entry.begin for entry in entries]
+        self._tensors = [tensors[entry.name] for entry in entries]
+        self.size_bytes = entries[-1].end if entries else len(self._header)
+
+    @property
+    def name(self) -> str:
+        """Its path, for messages."""
+        return str(self.path)
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of the safetensors file."""
+        buffer = bytearray(end - begin)
+        self.read_into(memoryview(buffer), begin)
+        return bytes(buffer)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset`; raise HeaderError if the file ends before."""
+        if offset + len(buffer) > self.size_bytes:
+            raise HeaderError(self.path, f"its tensors end at byte {self.size_bytes}")
+        head = self._header[offset : offset + len(buffer)]
+        buffer[: len(head)] = head
+        buffer, offset = buffer[len(head) :], offset + len(head)
+        index = bisect_right(self._begins, offset) - 1
+        while buffer:
+            data = _bytes_of(self._tensors[index])
+            begin = offset - self._begins[index]
+            part = data[begin : begin + len(buffer)]
+            buffer[: part.size] = part.data
+            buffer, offset, index = buffer[part.size :], offset + part.size, index + 1
+
+    def check_unchanged(self) -> None:
+        """Raise AdapterError if the pickle is another one by now, or was written to."""
+        self._watched.check_unchanged()
+
+    def digest(self) -> tuple[int, str]:
+        """(size, BLAKE3 hex) of the pickle itself."""
+        digest = blake3(max_threads=blake3.AUTO)
+        digest.update_mmap(self.path)
+        return self.path.stat().st_size, digest.hexdigest()
+
+
+def _load(path: Path) -> Mapping[str, torch.Tensor]:
+    torch = import_torch("reading a pickle")
     with path.open("rb") as file:
         if is_git_lfs_pointer(file.read(64)):
             raise AdapterError(f"{path}: {GIT_LFS_POINTER}.")
     try:
+        # Not mmap=True: a trainer that writes the file again would then kill this process (SIGBUS).
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:
         # A damaged pickle can raise anything. torch's own message recommends weights_only=False,
@@ -50,14 +106,7 @@ def convert_pickle(directory: Path) -> Iterator[Path]:
     ):
         raise AdapterError(f"{path}: not a table of plain tensors.", hint="Is it a PEFT adapter?")
     _refuse_repeated_elements(loaded, path)
-    with tempfile.TemporaryDirectory(prefix="lorashard-") as folder:
-        converted = Path(folder)
-        shutil.copyfile(directory / CONFIG_NAME, converted / CONFIG_NAME)
-        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in loaded.items()}
-        save_file(tensors, converted / WEIGHTS_NAME, metadata={"format": "pt"})
-        del loaded, tensors
-        (converted / PICKLE_NAME).symlink_to(path.resolve())
-        yield converted
+    return {name: tensor.detach() for name, tensor in loaded.items()}
 
 
 def _refuse_repeated_elements(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -77,11 +126,20 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return on_disk and not tensor.is_complex() and not tensor.is_quantized
 
 
-def pickle_digest(directory: Path) -> tuple[int, str] | None:
-    """(size, BLAKE3 hex) of the pickle that a converted directory was made from."""
-    path = directory / PICKLE_NAME
-    if not path.is_symlink():
-        return None
-    digest = blake3(max_threads=blake3.AUTO)
-    digest.update_mmap(path)
-    return path.stat().st_size, digest.hexdigest()
+def _dtype_name(name: str, tensor: torch.Tensor, path: Path) -> str:
+    """What safetensors calls the dtype of a tensor: torch.int64 -> I64."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    known = _NAMES.get(dtype, dtype.upper().replace("UINT", "U").replace("INT", "I"))
+    if known not in ELEMENT_SIZE:
+        raise AdapterError(
+            f"{path}: tensor {name!a} has dtype {dtype}, which is no adapter's.",
+            hint="Save the adapter again with safe_serialization=True.",
+        )
+    return known
+
+
+def _bytes_of(tensor: torch.Tensor) -> Bytes:
+    import torch
+
+    data: Bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return data

@@ -23,7 +23,7 @@ from lorashard.adapter.config import (
 from lorashard.adapter.layout import AdapterLayout, detect_layout
 from lorashard.adapter.notice import refuse_notice
 from lorashard.adapter.options import LayoutOptions
-from lorashard.adapter.pickled import convert_pickle
+from lorashard.adapter.pickled import PickledTensors
 from lorashard.errors import AdapterError, UnsupportedAdapterError
 from lorashard.header import Header
 from lorashard.storage.local import ByteSource, LocalFile, WatchedFile, watch_file
@@ -47,7 +47,7 @@ class AdapterSource:
 
     place: Location
     config_bytes: bytes
-    weights: LocalFile | RemoteFile
+    weights: LocalFile | PickledTensors | RemoteFile
     header: bytes
     index: AdapterIndex
     repo: str | None = None
@@ -60,12 +60,12 @@ class AdapterSource:
         Raises AdapterError, also if the adapter has changed by the end of the block since its header
         was read.
         """
-        if isinstance(self.weights, LocalFile):
-            return self._watched_weights(self.weights)
-        return self.weights.opened(self.index.data_begin)
+        if isinstance(self.weights, RemoteFile):
+            return self.weights.opened(self.index.data_begin)
+        return self._watched_weights(self.weights)
 
     @contextmanager
-    def _watched_weights(self, weights: LocalFile) -> Iterator[ByteSource]:
+    def _watched_weights(self, weights: LocalFile | PickledTensors) -> Iterator[ByteSource]:
         try:
             yield weights
         except AdapterError:
@@ -73,7 +73,7 @@ class AdapterSource:
             raise
         self._check_unchanged(weights)
 
-    def _check_unchanged(self, weights: LocalFile) -> None:
+    def _check_unchanged(self, weights: LocalFile | PickledTensors) -> None:
         for file in self.watched:
             file.check_unchanged()
         weights.check_unchanged()
@@ -81,7 +81,7 @@ class AdapterSource:
 
 @contextmanager
 def opened_adapter(adapter: Location, *, allow_pickle: bool) -> Iterator[AdapterSource]:
-    """Read an adapter's headers; with allow_pickle, a local pickle is made a temporary file first.
+    """Read an adapter's headers; with allow_pickle, a local pickle is read into memory.
 
     Raises AdapterError (HeaderError for a damaged file).
     """
@@ -91,12 +91,11 @@ def opened_adapter(adapter: Location, *, allow_pickle: bool) -> Iterator[Adapter
     directory = find_adapter(adapter)
     has_weights = (directory / WEIGHTS_NAME).exists()
     if allow_pickle and not has_weights and (directory / PICKLE_NAME).exists():
-        watched = tuple(watch_file(directory / name) for name in (CONFIG_NAME, PICKLE_NAME))
-        with convert_pickle(directory) as converted, _opened_local(converted, watched) as source:
-            yield source
-    else:
-        with _opened_local(directory, (watch_file(directory / CONFIG_NAME),)) as source:
-            yield source
+        config = watch_file(directory / CONFIG_NAME)
+        yield _read_local(directory, config, PickledTensors(directory / PICKLE_NAME))
+        return
+    with _opened_local(directory) as source:
+        yield source
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +175,23 @@ def read_model_facts(model: Location) -> ModelFacts:
 
 
 @contextmanager
-def _opened_local(directory: Path, watched: tuple[WatchedFile, ...]) -> Iterator[AdapterSource]:
-    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    config_bytes = read_small_file(directory, CONFIG_NAME)
-    if not weights_path.is_file():
+def _opened_local(directory: Path) -> Iterator[AdapterSource]:
+    config = watch_file(directory / CONFIG_NAME)
+    if not (directory / WEIGHTS_NAME).is_file():
+        read_small_file(directory, CONFIG_NAME)  # what is wrong with that is said first
         raise _no_weights(directory)
-    with closing(LocalFile(weights_path)) as weights:
-        raw, header = read_header(weights)
-        refuse_notice(directory, header.tensors)
-        index = _index(config_bytes, header, str(config_path))
-        yield AdapterSource(directory, config_bytes, weights, raw, index, watched=watched)
+    with closing(LocalFile(directory / WEIGHTS_NAME)) as weights:
+        yield _read_local(directory, config, weights)
+
+
+def _read_local(
+    directory: Path, config: WatchedFile, weights: LocalFile | PickledTensors
+) -> AdapterSource:
+    config_bytes = read_small_file(directory, CONFIG_NAME)
+    raw, header = read_header(weights)
+    refuse_notice(directory, header.tensors)
+    index = _index(config_bytes, header, str(config.path))
+    return AdapterSource(directory, config_bytes, weights, raw, index, watched=(config,))
 
 
 def _read_remote(folder: RemoteFolder) -> AdapterSource:

@@ -16,7 +16,7 @@ from blake3 import blake3
 from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from lorashard.adapter.layout import AdapterLayout
 from lorashard.adapter.options import LayoutOptions
-from lorashard.adapter.pickled import pickle_digest
+from lorashard.adapter.pickled import PickledTensors
 from lorashard.adapter.read import AdapterSource, DetectedLayout, opened_adapter, read_layout
 from lorashard.dtypes import CAST_DTYPES
 from lorashard.errors import AdapterError
@@ -125,9 +125,8 @@ def _source_info(source: AdapterSource, weights_digest: str) -> SourceInfo:
         CONFIG_NAME: FileDigest(len(source.config_bytes), blake3(source.config_bytes).hexdigest()),
         WEIGHTS_NAME: FileDigest(source.index.file_size, weights_digest),
     }
-    pickled = pickle_digest(source.place) if isinstance(source.place, Path) else None
-    if pickled is not None:
-        files[PICKLE_NAME] = FileDigest(*pickled)
+    if isinstance(source.weights, PickledTensors):
+        files[PICKLE_NAME] = FileDigest(*source.weights.digest())
     return SourceInfo(source.repo, source.revision, files, source.header)
 
 

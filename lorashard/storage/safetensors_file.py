@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Protocol
 
 from lorashard.header import LENGTH_BYTES, Header, header_length, parse_header
-from lorashard.storage.local import LocalFile, open_regular
-from lorashard.storage.remote import RemoteFile
+from lorashard.storage.local import open_regular
 
 
-def read_header(file: Path | LocalFile | RemoteFile) -> tuple[bytes, Header]:
+class SizedSource(Protocol):
+    """What reads the bytes of a safetensors file of known size."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole file."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes [begin, end)."""
+
+
+def read_header(file: Path | SizedSource) -> tuple[bytes, Header]:
     """The raw bytes up to the data, and the validated header.
 
     Raises HeaderError for a damaged file, OSError or AdapterError for one that cannot be read.

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from lorashard import SplitRequest, merge_shards, split_adapter, verify_shards
-from lorashard.errors import AdapterError, UnsupportedAdapterError
+from lorashard.adapter.pickled import PickledTensors
+from lorashard.errors import AdapterError, HeaderError, UnsupportedAdapterError
 from lorashard.shards.replan import source_was_pickled
 from tests.tiny import (
     FUSED_CONFIG,
@@ -140,11 +141,29 @@ def test_tensors_that_safetensors_cannot_hold_are_refused(tmp_path: Path, odd: d
         split_adapter(adapter, tmp_path / "out", REQUEST)
 
 
-def test_no_temporary_file_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
+def test_no_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     split_adapter(save_pickled(tmp_path / "adapter"), tmp_path / "out", REQUEST)
-    assert os.listdir(tmp_path / "temporary") == []
+    assert not (tmp_path / "missing").exists()
+
+
+def test_any_part_of_it_is_that_of_the_safetensors_file(tmp_path: Path) -> None:
+    tensors = per_expert_tensors() | {
+        "a.step": torch.tensor(7), "a.mask": torch.ones(3, dtype=torch.bool),
+        "a.empty": torch.zeros(0, 4), "a.half": torch.ones(2, 3).to(torch.float8_e4m3fn),
+        "a.u16": torch.ones(2, dtype=torch.uint16),
+    }  # fmt: skip
+    source = PickledTensors(save_pickled(tmp_path / "bin", tensors) / "adapter_model.bin")
+    expected = save_adapter(tmp_path / "safe", tensors) / "adapter_model.safetensors"
+    whole = expected.read_bytes()
+    assert source.size_bytes == len(whole)
+    assert source.read(0, len(whole)) == whole
+    for begin in range(0, len(whole), 61):
+        for size in (1, 100, 777):
+            end = min(begin + size, len(whole))
+            assert source.read(begin, end) == whole[begin:end]
+    with pytest.raises(HeaderError, match="end at byte"):
+        source.read(len(whole) - 1, len(whole) + 1)
 
 
 @pytest.mark.parametrize("shape", [(2, 10**9), (2, 10**13), (3, 2)])
