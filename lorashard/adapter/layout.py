@@ -66,6 +66,7 @@ def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> Ad
     nor an expert count.
     """
     collected, replicated, lora_keys = _collect(index, where)
+    _refuse_same_names(replicated)
     _check_replicated(lora_keys, index.config)
     containers = {
         name: read_container(name, tensors, index.config, options, _hidden_size(name, lora_keys))
@@ -131,16 +132,29 @@ def _collect(
     return containers, replicated, lora_keys
 
 
+def _refuse_same_names(replicated: Sequence[TensorEntry]) -> None:
+    """Raise LayoutError for two names that differ only in what wrappers add."""
+    entries: dict[str, TensorEntry] = {}
+    for entry in replicated:
+        first = entries.setdefault(clean_name(entry.name), entry)
+        if first is not entry:
+            raise _same_tensor(first, entry, "tensor")
+
+
+def _same_tensor(first: TensorEntry, second: TensorEntry, what: str) -> LayoutError:
+    return LayoutError(
+        f"{first.name} and {second.name} name the same {what}.",
+        hint="Keep one of them; lorashard does not guess which is meant.",
+    )
+
+
 def _check_replicated(lora_keys: Sequence[tuple[LoraKey, TensorEntry]], config: LoraConfig) -> None:
     """Raise LayoutError for a factor alone, or one whose r is not the config's."""
     matrices: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in lora_keys:
         first = matrices.setdefault(key.module, {}).setdefault(key.matrix, entry)
         if first is not entry:
-            raise LayoutError(
-                f"{first.name} and {entry.name} name the same factor.",
-                hint="Keep one of them; lorashard does not guess which is meant.",
-            )
+            raise _same_tensor(first, entry, "factor")
         _check_replicated_rank(key, entry, config)
     for key, entry in lora_keys:
         if len(matrices[key.module]) == 1:

@@ -164,6 +164,21 @@ def test_two_names_of_one_factor_are_refused(name: str):
     assert "name the same factor" in refusal(adapter)
 
 
+def test_a_factor_with_and_without_peft_s_prefix_is_refused():
+    adapter = built(extras=True)
+    for matrix in "AB":
+        one = f"{ATTENTION}.lora_{matrix}.weight"
+        adapter.tensors[one.removeprefix("base_model.model.")] = adapter.tensors[one]
+    assert "name the same factor" in refusal(adapter)
+
+
+def test_two_heads_that_differ_only_by_a_wrapper_are_refused():
+    adapter = built(extras=True)
+    for name in ("score.weight", "_orig_mod.score.weight"):
+        adapter.tensors[name] = torch.zeros(2, 6)
+    assert "_orig_mod.score.weight and score.weight name the same tensor" in refusal(adapter)
+
+
 def test_gate_up_beside_gate_and_up_is_refused():
     adapter = built("L10")
     both = replace(adapter, tensors=adapter.tensors | built("L14").tensors)
@@ -278,7 +293,7 @@ def test_two_adapters_in_one_file_are_refused():
     for matrix in "AB":
         one = f"{ATTENTION}.lora_{matrix}.weight"
         adapter.tensors[one.replace(".weight", ".second.weight")] = adapter.tensors[one]
-    assert "name the same factor" in refusal(adapter)
+    assert "name the same tensor" in refusal(adapter)
 
 
 @pytest.mark.parametrize("character", ["\n", "\r", "\t", "\x00", "\x1b", "\x7f", "\x85", "\u2028"])

@@ -196,7 +196,7 @@ class _Comparison:
             elif difference := _difference(expected, shard.get(key)):
                 yield f"{shard.name}: {key}: {difference}"
         shared = {name for name, factor in _factors(reading) if factor.shared}
-        empty = {name for name in reading.empty if 0 in shard.shapes.get(name, ())}
+        empty = {name for name in map(plain_key, reading.empty) if 0 in shard.shapes.get(name, ())}
         known = shared.union(map(plain_key, reading.replicated), empty)
         for name in sorted(shard.shapes.keys() - known):
             yield f"{shard.name}: {name} is not a replicated tensor of the source."
