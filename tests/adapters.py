@@ -27,9 +27,10 @@ ONE_TENSOR_PER_EXPERT = ("L1", "L1-w")
 LAYOUTS = (
     *ONE_TENSOR_PER_EXPERT, "L2", "L2b", "L3", "L4-gate_up", "L4-down", "L5", "L6", "L7", "L8",
     "L9", "L10", "L11", "L12", "L13", "L14", "L15",
+    "L16",
 )  # fmt: skip
 NON_GATED_LAYOUTS = (*ONE_TENSOR_PER_EXPERT, "L2", "L3", "L8")
-_FUSED_LAYOUTS = {"L2", "L2b", "L3", "L5", "L6", "L7", "L13", "L14", "L15"}
+_FUSED_LAYOUTS = {"L2", "L2b", "L3", "L5", "L6", "L7", "L13", "L14", "L15", "L16"}
 _SWAPPED, _GROUPED = {"L3", "L5", "L7"}, {"L6", "L7"}
 
 Factors = dict[tuple[str, int, str], tuple[Tensor, Tensor]]  # (module, expert, projection)
@@ -188,6 +189,9 @@ def _fused(spec: Spec, block: str, own: _Own) -> dict[str, Tensor]:
         a, b = _stacks(own, projection)  # [E, r, in], [E, out, r]
         if spec.layout in _SWAPPED:
             a, b = b.mT, a.mT
+        if spec.layout == "L16":
+            tensors |= _pair(key, a, b.permute(1, 2, 0))
+            continue
         columns = list(b) if spec.layout in _GROUPED else [b[:, :, k].T for k in range(b.shape[2])]
         tensors |= _pair(key, torch.cat(list(a)), torch.cat(columns, dim=1))
     return tensors
@@ -238,7 +242,7 @@ def _module_lists(spec: Spec, block: str, own: _Own) -> dict[str, Tensor]:
 
 _WRITERS = (
     dict.fromkeys(ONE_TENSOR_PER_EXPERT, _per_expert)
-    | dict.fromkeys(("L2", "L2b", "L3", "L4-gate_up", "L4-down", "L5", "L6", "L7"), _fused)
+    | dict.fromkeys(("L2", "L2b", "L3", "L4-gate_up", "L4-down", "L5", "L6", "L7", "L16"), _fused)
     | dict.fromkeys(("L8", "L10", "L11", "L12", "L14"), _stacked)
     | {"L9": _shared_outer_mixed, "L13": _native, "L15": _module_lists}
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal, NamedTuple, TypeVar
 
 from lorashard.adapter.config import LoraConfig
@@ -128,7 +129,9 @@ def read_container(
     if source_layout.has_fused_tensors:
         pairs = _fused_pairs(module, tensors)
         reading = read_fused(module, pairs, config.target_parameters, options, hidden_size_hint)
-        lora_b_layout = _lora_b_layout(module, config, options)
+        lora_b_layout: LoraBLayout = "rank_major"
+        if not all(pair.is_stacked for pair in pairs):
+            lora_b_layout = _lora_b_layout(module, config, options)
         _add_sources(factors, module, _fused(module, pairs, reading, lora_b_layout, config))
         source_layout = SourceLayout(
             tensors.storages, reading.orientation, lora_b_layout, "up_proj" in reading.roles
@@ -185,14 +188,33 @@ def _per_expert(tensors: ContainerTensors) -> Iterable[_NamedSources]:
 
 
 def _stacked(tensors: ContainerTensors) -> Iterable[_NamedSources]:
-    """L8 to L12, L14: [E, r, in] and [E, out, r]; E = 1 or no E axis at all means shared."""
+    """L8 to L12, L14: [E, r, in] and [E, out, r]; E = 1 or no E axis at all means shared.
+
+    A lora_B may also be [out, r, E], as in L16.
+    """
     for name, entry in tensors.stacked.items():
         if len(entry.shape) not in (2, 3):
             raise _bad_shape(entry, "two or three dimensions")
+        partner = tensors.stacked.get((name[0], "lora_A"))
+        if name[1] == "lora_B" and partner and _has_experts_last(partner, entry):
+            rows, cols, num_experts = entry.shape
+            everyone = _first_experts(entry, num_experts)
+            yield name, [SourceFactor(entry, _peft_module(entry), "rce", everyone, rows, cols)]
+            continue
         *expert_axis, rows, cols = entry.shape
         shared = expert_axis in ([], [1])
         experts = None if shared else _first_experts(entry, expert_axis[0])
         yield name, [SourceFactor(entry, _peft_module(entry), "erc", experts, rows, cols)]
+
+
+def _has_experts_last(lora_a: TensorEntry, lora_b: TensorEntry) -> bool:
+    """Whether lora_B is [out, r, E] beside lora_A [E, r, in], and cannot be [E, out, r]."""
+    if len(lora_a.shape) != 3 or len(lora_b.shape) != 3:
+        return False
+    num_experts, lora_rank, _ = lora_a.shape
+    if lora_b.shape[2] == lora_rank and lora_b.shape[0] in (1, num_experts):
+        return False
+    return lora_b.shape[1] == lora_rank and num_experts in (1, lora_b.shape[2])
 
 
 def _native(tensors: ContainerTensors) -> Iterable[_NamedSources]:
@@ -213,7 +235,7 @@ def _fused(
     lora_b_layout: LoraBLayout,
     config: LoraConfig,
 ) -> Iterable[_NamedSources]:
-    """L2 to L7: lora_A [E*r, x] and lora_B [y, r*E] (or [y, E*r], grouped by expert)."""
+    """L2 to L7: lora_A [E*r, x] and lora_B [y, r*E] (or [y, E*r], grouped by expert); L16."""
     for pair, role in zip(pairs, reading.roles):
         # PEFT matches its patterns against "<module>.<parameter>".
         name = _peft_module(pair.lora_a) + ".weight" if pair.projection else f"{module}.{role}"
@@ -250,6 +272,9 @@ def _fused_pairs(module: str, tensors: ContainerTensors) -> list[FusedPair]:
         if table:
             pairs.append(FusedPair(table["lora_A"], table["lora_B"], named))
     for pair in pairs:
+        if pair.is_stacked:
+            _check_stacked_pair(pair)
+            continue
         for entry in (pair.lora_a, pair.lora_b):
             if len(entry.shape) != 2:
                 raise _bad_shape(entry, "two dimensions, [experts * r, in] and [out, r * experts]")
@@ -260,6 +285,13 @@ def _fused_pairs(module: str, tensors: ContainerTensors) -> list[FusedPair]:
                 hint="The file is damaged; save the adapter again.",
             )
     return pairs
+
+
+def _check_stacked_pair(pair: FusedPair) -> None:
+    num_experts, lora_rank, _ = pair.lora_a.shape
+    if pair.lora_b.shape[1:] != (lora_rank, num_experts):
+        expected = f"[out, {lora_rank}, {num_experts}], [out, r, experts]"
+        raise _bad_shape(pair.lora_b, f"{expected}, beside {pair.lora_a.name} [experts, r, in]")
 
 
 def _lora_b_layout(module: str, config: LoraConfig, options: LayoutOptions) -> LoraBLayout:
@@ -290,8 +322,12 @@ def _fused_factors(
     lora_rank: int,
 ) -> tuple[SourceFactor, SourceFactor]:
     """The lora_A and the lora_B of all experts that a pair holds."""
-    total_rows, in_features = pair.lora_a.shape
+    *_, in_features = pair.lora_a.shape
     out_features = pair.lora_b.shape[0]
+    if pair.is_stacked:
+        _, lora_rank, _ = pair.lora_a.shape
+        lora_b_layout = "rank_major"
+    total_rows = prod(pair.lora_a.shape[:-1])
     if total_rows % lora_rank:
         raise LayoutError(
             f"{pair.lora_a.name}: {total_rows} rows are not a multiple of r={lora_rank}.",

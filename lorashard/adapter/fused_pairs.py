@@ -10,6 +10,8 @@ intermediate size:
     up         A [E*r, H]   B [I, r*E]         A [E*r, I]   B [H, r*E]
     down       A [E*r, I]   B [H, r*E]         A [E*r, H]   B [I, r*E]
 
+A pair can also be stacked, lora_A [E, r, x] and lora_B [y, r, E]: the same numbers in the same order.
+
 Every reading that the shapes allow is listed, and exactly one must remain. A gated pair always has
 one. A pair without a gate, or a single parameter, needs H from elsewhere.
 """
@@ -42,9 +44,14 @@ _SINGLES: tuple[tuple[Role, ...], ...] = (("gate_up_proj",), ("up_proj",), ("dow
 class FusedPair:
     """lora_A and lora_B of one wrapped parameter; `projection` where the key says it."""
 
-    lora_a: TensorEntry  # [E*r, x]
-    lora_b: TensorEntry  # [y, r*E]
+    lora_a: TensorEntry  # [E*r, x] or [E, r, x]
+    lora_b: TensorEntry  # [y, r*E] or [y, r, E]
     projection: Projection | None
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether experts and r have an axis each."""
+        return len(self.lora_a.shape) == 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,7 @@ def _consistent_readings(pairs: Sequence[FusedPair], named: frozenset[Role]) -> 
 
 def _implied_sizes(pair: FusedPair, role: Role, orientation: Orientation) -> tuple[int, int] | None:
     """(H, I) that a pair implies in a role; None if it cannot have that role."""
-    in_features, out_features = pair.lora_a.shape[1], pair.lora_b.shape[0]
+    in_features, out_features = pair.lora_a.shape[-1], pair.lora_b.shape[0]
     if orientation == "transposed":
         in_features, out_features = out_features, in_features
     if role == "down_proj":

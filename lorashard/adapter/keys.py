@@ -1,6 +1,6 @@
 """Tensor names -> what they name. Pure; the only place that knows how writers spell keys.
 
-The layout numbers (L1 ... L15) are those of docs/adapter-layouts.md.
+The layout numbers (L1 ... L16) are those of docs/adapter-layouts.md.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ Matrix = Literal["lora_A", "lora_B"]
 # How the tensor holds its experts:
 #   expert      one expert's 2-D factor                                 L1, L9, L15
 #   stacked     expert-agnostic name, dim 0 = experts, or shared by all L8 to L12, L14
-#   inner       PEFT fused, the innermost wrapped parameter             L2, L3, L6, L7
-#   outer       PEFT fused, the outermost (or only) wrapped parameter   L2, L3, L4, L6, L7
+#   inner       PEFT fused, the innermost wrapped parameter             L2, L3, L6, L7, L16
+#   outer       PEFT fused, the outermost (or only) wrapped parameter   L2, L3, L4, L6, L7, L16
 #   parameter   PEFT fused, with the parameter's name in the key        L5
 #   native      NeMo AutoModel's own orientation, [E, in, r]            L13
 Kind = Literal["expert", "stacked", "inner", "outer", "parameter", "native"]

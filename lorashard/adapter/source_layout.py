@@ -11,7 +11,7 @@ from lorashard.adapter.options import LoraBLayout, Orientation
 #   per_expert  one tensor for each expert                           L1, L15
 #   stacked     experts along dim 0, or one factor that all share    L8, L10 to L12, L14
 #   native      NeMo AutoModel's own orientation                     L13
-#   fused       PEFT's wrapped parameters                            L2 to L7
+#   fused       PEFT's wrapped parameters                            L2 to L7, L16
 Storage = Literal["per_expert", "stacked", "native", "fused"]
 
 

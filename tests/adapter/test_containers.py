@@ -14,7 +14,7 @@ from lorashard.adapter.source_layout import SourceLayout
 from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
 from tests.adapters import LAYOUTS, Adapter
-from tests.layouts import built
+from tests.layouts import built, module_of
 from tests.strategies import index_of
 from tests.tiny import MODULE
 
@@ -38,6 +38,7 @@ def container_of(adapter: Adapter, **options: Any) -> ContainerFactors:
     [
         ("L1", {"erc"}), ("L2", {"erc", "rce"}), ("L3", {"cre", "ecr"}), ("L6", {"erc", "rec"}),
         ("L7", {"cer", "ecr"}), ("L8", {"erc"}), ("L10", {"erc"}), ("L13", {"ecr"}),
+        ("L16", {"erc", "rce"}),
     ],
 )  # fmt: skip
 def test_the_axes_say_how_a_tensor_lies(layout: str, axes: set[str]) -> None:
@@ -150,3 +151,23 @@ def test_experts_are_not_listed_before_they_are_counted(name: str, shape: tuple[
     config = parse_config(b'{"r": 1, "lora_alpha": 4}', "")
     with pytest.raises(LayoutError, match="more than any model has"):
         read_container(MODULE, tensors, config, LayoutOptions(), None)
+
+
+def test_stacked_fused_pairs_that_do_not_fit_are_refused_with_the_shape_that_would() -> None:
+    adapter = built("L16")
+    name = "base_model.model.model.layers.0.mlp.experts.lora_B.weight"
+    adapter.tensors[name] = adapter.tensors[name].permute(2, 0, 1).contiguous()
+    with pytest.raises(LayoutError, match=r"expected \[out, 2, 4\], \[out, r, experts\]"):
+        container_of(adapter)
+
+
+@pytest.mark.parametrize("marker", [None, "grouped_by_expert"])
+def test_the_order_of_columns_is_no_question_where_experts_have_an_axis(marker: str | None) -> None:
+    adapter = built("L16", peft_version=None, config={"lora_B_layout": marker})
+    axes = {s.axes for sources in container_of(adapter).factors.values() for s in sources}
+    assert axes == {"erc", "rce"}
+
+
+def test_a_stack_states_its_own_r_and_the_config_must_agree() -> None:
+    with pytest.raises(LayoutError, match=r"has r=2, adapter_config\.json says 4"):
+        module_of(built("L16", config={"r": 4}))

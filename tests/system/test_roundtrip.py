@@ -297,3 +297,28 @@ def test_wrapper_names_are_left_out_of_the_shards_and_merged_back(tmp_path: Path
     assert verify_shards(tmp_path / "wrapped-shards", against=tmp_path / "wrapped") == ()
     merge_shards(tmp_path / "wrapped-shards", tmp_path / "merged")
     assert contents(tmp_path / "merged") == contents(tmp_path / "wrapped")
+
+
+@pytest.mark.parametrize("lora_rank", [2, 4])
+@pytest.mark.parametrize(("layout", "mixtral"), [("L8", True), ("L10", False), ("L14", False)])
+def test_stacks_with_experts_last_in_lora_b_give_the_same_shards(
+    layout: str, mixtral: bool, lora_rank: int, tmp_path: Path
+):
+    plain = build(Spec(layout, lora_rank=lora_rank, num_experts=4, extras=True))
+    assert mixtral == any(".w1." in name for name in plain.tensors)
+    tensors = {
+        name: tensor.permute(1, 2, 0).contiguous()
+        if ".experts." in name and ".lora_B" in name and tensor.shape[0] > 1
+        else tensor
+        for name, tensor in plain.tensors.items()
+    }
+    assert any(tensors[name].shape != plain.tensors[name].shape for name in tensors)
+    last = replace(plain, tensors=tensors)
+    for name, adapter in (("plain", plain), ("last", last)):
+        source = adapter.write(tmp_path / name)
+        split_adapter(source, tmp_path / f"{name}-shards", SplitRequest(ep_size=2))
+    for file in (tmp_path / "plain-shards").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "last-shards" / file.name).read_bytes()
+    assert verify_shards(tmp_path / "last-shards", against=tmp_path / "last") == ()
+    merge_shards(tmp_path / "last-shards", tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "last")

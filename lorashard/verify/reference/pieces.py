@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorashard.verify.reference.patterns import Patterns
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Matrix = Literal["lora_A", "lora_B"]
-Kind = Literal["matrix", "stack", "rows", "rank_major", "grouped_by_expert"]
+# experts_last: [out, r, E]. A fused tensor of three dimensions has the shape that it has flattened.
+Kind = Literal["matrix", "stack", "experts_last", "rows", "rank_major", "grouped_by_expert"]
 
 PEFT_PREFIX = "base_model.model."
 PROJECTIONS = {
@@ -88,6 +89,8 @@ class Piece:
                 count, rows, columns = 1, self.shape[0], self.shape[1]
             case "stack":
                 count, rows, columns = self.shape
+            case "experts_last":
+                rows, columns, count = self.shape
             case "rows":
                 count, rows, columns = num_experts, self.shape[0] // num_experts, self.shape[1]
             case _:
@@ -113,8 +116,10 @@ def unpack(tensor: Tensor, piece: Piece, num_experts: int) -> Tensor:
             experts = tensor[None]
         case "stack":
             experts = tensor
+        case "experts_last":
+            experts = tensor.permute(2, 0, 1)
         case "rows":
-            experts = tensor.reshape(num_experts, -1, tensor.shape[1])
+            experts = tensor.reshape(num_experts, -1, tensor.shape[-1])
         case "rank_major":
             experts = tensor.reshape(tensor.shape[0], -1, num_experts).permute(2, 0, 1)
         case "grouped_by_expert":
@@ -152,7 +157,9 @@ def read_name(name: str, shape: tuple[int, ...], facts: Facts) -> Piece | None:
         if found is None:
             return None
         place = found
-    if len(shape) != (3 if place.kind == "stack" else 2) and 0 not in shape:
+    place, shape = _flattened(place, shape, facts.num_experts)
+    dims = 3 if place.kind in {"stack", "experts_last"} else 2
+    if len(shape) != dims and 0 not in shape:
         return None
     return Piece(
         name=name,
@@ -166,6 +173,22 @@ def read_name(name: str, shape: tuple[int, ...], facts: Facts) -> Piece | None:
         transposed=native is not None,
         peft_name=place.peft_name,
     )
+
+
+def _flattened(
+    place: _Place, shape: tuple[int, ...], num_experts: int
+) -> tuple[_Place, tuple[int, ...]]:
+    """Megatron-Bridge's stacks: lora_A [E, r, in] and lora_B [out, r, E], under fused names too."""
+    if len(shape) != 3:
+        return place, shape
+    first, middle, last = shape
+    if place.kind == "rows" and first == num_experts:
+        return place, (first * middle, last)
+    if place.kind in {"rank_major", "grouped_by_expert"} and last == num_experts:
+        return replace(place, kind="rank_major"), (first, middle * last)
+    if place.kind == "stack" and first not in {1, num_experts} and last == num_experts:
+        return replace(place, kind="experts_last"), shape
+    return place, shape
 
 
 def _read_path(path: str, num_dims: int, fused: Kind) -> _Place | None:
