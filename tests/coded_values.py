@@ -42,6 +42,8 @@ class Values:
             return torch.randn(rows, cols, generator=self._generator).to(dtype).view(integers)
         raw = torch.randint(0, 256, (rows * cols * dtype.itemsize,), generator=self._generator)
         found = raw.to(torch.uint8).view(integers).view(rows, cols).clone()
+        if not found.numel():
+            return found
         nan = torch.tensor(float("nan")).to(dtype).view(integers)
         found.view(-1)[0] = nan | 1  # a payload that arithmetic would lose
         found.view(-1)[-1] = torch.tensor(-0.0).to(dtype).view(integers)

@@ -44,6 +44,7 @@ class LoraConfig:
     """The fields of adapter_config.json that decide what the tensors mean.
 
     moe_rank_scaling: whether the writer (NeMo AutoModel) gave experts a lower r than the config's.
+    A module to which rank_pattern gives r=0 has empty factors and is not trained.
     """
 
     lora_rank: int
@@ -71,8 +72,16 @@ class LoraConfig:
         return self.alpha_pattern.first_match(module, self.lora_alpha)
 
     def scaling_of(self, module: str, lora_rank: int) -> float:
-        """Alpha / r, or alpha / sqrt(r) with rsLoRA, as PEFT `LoraLayer.update_layer`."""
+        """Alpha / r, or alpha / sqrt(r) with rsLoRA, as PEFT `LoraLayer.update_layer`.
+
+        Raises AdapterError if alpha is 0, which only a module with r=0 may have.
+        """
         alpha = self.alpha_of(module)
+        if alpha == 0:
+            raise AdapterError(
+                f"{module} has r={lora_rank}, but alpha_pattern gives it an alpha of 0.",
+                hint=f"State its alpha in {CONFIG_NAME}.",
+            )
         return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
 
 
@@ -107,8 +116,8 @@ def parse_config(raw: bytes, where: str) -> LoraConfig:
         lora_rank=_positive_int(config.get("r"), "r", where),
         lora_alpha=_positive_number(config.get("lora_alpha"), "lora_alpha", where),
         use_rslora=_flag(config.get("use_rslora"), "use_rslora", where),
-        rank_pattern=_patterns(config, "rank_pattern", _positive_int, where),
-        alpha_pattern=_patterns(config, "alpha_pattern", _positive_number, where),
+        rank_pattern=_patterns(config, "rank_pattern", _count, where),
+        alpha_pattern=_patterns(config, "alpha_pattern", _alpha_check(config), where),
         target_parameters=_strings(config.get("target_parameters"), "target_parameters", where),
         lora_b_layout=_lora_b_layout(config, where),
         # Other writers of adapter_config.json leave these two fields out, as far as seen.
@@ -158,6 +167,28 @@ def _patterns(
         return NamePatterns(values, field, where)
     except (re.error, OverflowError, RecursionError) as err:
         raise _damaged(where, f"{field}: a key is not a regular expression ({err})") from err
+
+
+def _alpha_check(config: Mapping[str, Any]) -> Callable[[Any, str, str], float]:
+    """A number > 0; or 0, as mergekit writes it, for the key to which rank_pattern gives r=0."""
+    untrained = {
+        f"alpha_pattern {key!r}"
+        for key, lora_rank in (config.get("rank_pattern") or {}).items()
+        if lora_rank == 0
+    }
+
+    def check(value: Any, field: str, where: str) -> float:
+        if field in untrained and type(value) in (int, float) and value == 0:
+            return 0.0
+        return _positive_number(value, field, where)
+
+    return check
+
+
+def _count(value: Any, field: str, where: str) -> int:
+    if type(value) is not int or not 0 <= value < _MAX_NUMBER:
+        raise _damaged(where, f"{field} is {_shown(value)}, not an integer >= 0")
+    return value
 
 
 def _positive_int(value: Any, field: str, where: str) -> int:

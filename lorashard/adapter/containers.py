@@ -99,7 +99,7 @@ class ContainerTensors:
             return
         name = (key.projection, key.matrix)
         if key.expert is not None:
-            if 0 in entry.shape:
+            if 0 in entry.shape and not is_untrained(key.matrix, entry):
                 raise _bad_shape(entry, "at least one row and column")
             _add_new(self.per_expert.setdefault(name, {}), key.expert, entry)
         elif 0 in entry.shape:
@@ -107,6 +107,14 @@ class ContainerTensors:
         else:
             tables = {"stacked": self.stacked, "native": self.native, "parameter": self.parameter}
             _add_new(tables[key.kind], name, entry)
+
+
+def is_untrained(matrix: Matrix, entry: TensorEntry) -> bool:
+    """Whether a factor has r=0: [0, in] or [out, 0], as mergekit writes what did not change."""
+    if len(entry.shape) != 2:
+        return False
+    lora_rank, features = entry.shape if matrix == "lora_A" else reversed(entry.shape)
+    return lora_rank == 0 and features > 0
 
 
 def read_container(
@@ -328,7 +336,7 @@ def _fused_factors(
         _, lora_rank, _ = pair.lora_a.shape
         lora_b_layout = "rank_major"
     total_rows = prod(pair.lora_a.shape[:-1])
-    if total_rows % lora_rank:
+    if lora_rank == 0 or total_rows % lora_rank:
         raise LayoutError(
             f"{pair.lora_a.name}: {total_rows} rows are not a multiple of r={lora_rank}.",
             hint="Does adapter_config.json belong to this file (r, rank_pattern)?",

@@ -13,6 +13,7 @@ from lorashard.adapter.containers import (
     ContainerFactors,
     ContainerTensors,
     SourceFactor,
+    is_untrained,
     read_container,
 )
 from lorashard.adapter.keys import ExpertKey, LoraKey, UnknownKey, clean_name, parse_key
@@ -84,9 +85,12 @@ def detect_layout(index: AdapterIndex, options: LayoutOptions, where: str) -> Ad
         index.config.base_model, index.config.base_model_class
     )
     modules = tuple(
-        build_module(name, container, num_experts, gate_up, index.config)
+        module
         for name, container in containers.items()
+        if (module := build_module(name, container, num_experts, gate_up, index.config)) is not None
     )
+    if not modules:
+        raise NoExpertsError(where)
     check_shared_pairs(modules, num_experts, lora_keys, index.config)
     known = gate_up is not None or all(m.gate_up in ("split", "none") for m in modules)
     return AdapterLayout(num_experts, modules, tuple(replicated), known, counted_from_r)
@@ -126,7 +130,8 @@ def _collect(
                 hint=key.hint,
             )
         else:
-            replicated.append(entry)
+            if not (isinstance(key, LoraKey) and is_untrained(key.matrix, entry)):
+                replicated.append(entry)
             if isinstance(key, LoraKey):
                 lora_keys.append((key, entry))
     return containers, replicated, lora_keys

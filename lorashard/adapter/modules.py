@@ -47,8 +47,13 @@ class FactorStack:
 
     @property
     def experts(self) -> tuple[int, ...]:
-        """The experts that the adapter trains, in the order of the sources."""
-        return tuple(e for source in self.sources for e in source.experts or ())
+        """The experts that the adapter trains, in the order of the sources; not those with r=0."""
+        return tuple(
+            expert
+            for source in self.sources
+            if source.rows and source.cols
+            for expert in source.experts or ()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +95,8 @@ def build_module(
     num_experts: int,
     gate_up: GateUp | None,
     config: LoraConfig,
-) -> ExpertModule:
-    """Join a container's factors into stacks and check that they fit together.
+) -> ExpertModule | None:
+    """Join a container's factors into stacks and check that they fit together; None if all r are 0.
 
     gate_up: how the base model stores gate and up rows, None = not known.
     Raises LayoutError for a factor without its partner, or ranks and shapes that disagree.
@@ -104,7 +109,7 @@ def build_module(
             hint="They name the same weights; keep only one of them.",
         )
     stacks: list[FactorStack] = []
-    scaling: dict[Projection, float | tuple[float, ...]] = {}
+    scaling: dict[Projection, float | tuple[float, ...]] = {}  # of what is trained, as `stacks`
     odd_ranks: dict[Projection, dict[int, int]] = {}
     for projection in projections:
         sources_a = container.factors.get((projection, "lora_A"), ())
@@ -113,6 +118,8 @@ def build_module(
         if not container.source_layout.rank_is_from_tensors:
             _check_config_ranks(trained, config)
         lora_rank = max(factor.lora_rank for factor in trained.values())
+        if lora_rank == 0:
+            continue
         stacks.append(_build_stack(name, projection, "lora_A", sources_a, lora_rank))
         stacks.append(_build_stack(name, projection, "lora_B", sources_b, lora_rank))
         scaling[projection] = _scaling(trained, num_experts, config)
@@ -122,13 +129,15 @@ def build_module(
     absent = [
         expert
         for expert in range(num_experts)
-        if all(odd_ranks.get(p, {}).get(expert) == 0 for p in projections)
+        if all(odd_ranks.get(p, {}).get(expert) == 0 for p in scaling)
     ]
+    if not stacks:
+        return None
     return ExpertModule(
         name=name,
         layout="fused" if container.fused else "per_expert",
         source_layout=container.source_layout,
-        gate_up=_gate_up(container, projections, gate_up),
+        gate_up=_gate_up(container, tuple(scaling), gate_up),
         lora_rank=max(stack.rows for stack in stacks if stack.matrix == "lora_A"),
         scaling=scaling,
         expert_lora_ranks={p: odd for p, odd in odd_ranks.items() if odd},
@@ -246,7 +255,11 @@ def _scaling(
     trained: Mapping[int | None, _TrainedPair], num_experts: int, config: LoraConfig
 ) -> float | tuple[float, ...]:
     """One number, or one per expert (0 where it trains nothing) if the trained ones differ."""
-    by_expert = {e: config.scaling_of(f.module, f.lora_rank) for e, f in trained.items()}
+    by_expert = {
+        expert: config.scaling_of(pair.module, pair.lora_rank)
+        for expert, pair in trained.items()
+        if pair.lora_rank
+    }
     values = set(by_expert.values())
     if len(values) == 1:
         return values.pop()
@@ -254,12 +267,12 @@ def _scaling(
 
 
 def _gate_up(
-    container: ContainerFactors, projections: Sequence[Projection], gate_up: GateUp | None
+    container: ContainerFactors, projections: tuple[Projection, ...], gate_up: GateUp | None
 ) -> GateUp:
     if container.non_gated or (gate_up == "none" and "gate_proj" not in projections):
         return "none"
     if "gate_up_proj" in projections:
         return gate_up if gate_up in ("concatenated", "interleaved") else "concatenated"
-    if projections == ["down_proj"] and container.fused:
+    if projections == ("down_proj",) and container.fused:
         return gate_up or "concatenated"
     return "split"

@@ -235,6 +235,8 @@ def _plan_source(
     """Add the ops of one source tensor: byte ranges where those suffice, else one Rearrange."""
     assert source.experts is not None
     entry = source.entry
+    if entry.size_bytes == 0:
+        return  # r=0: the slots are zero, as those of any expert that is not trained
     targets = tuple(slots[expert] for expert in source.experts)
     padded = source.cols != stack.cols
     if source.axes != "erc" or padded or entry.dtype != dtype:

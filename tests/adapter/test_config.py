@@ -183,9 +183,27 @@ def test_alpha_must_be_a_number(alpha: object):
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-@pytest.mark.parametrize("patterns", [[1], "x", 7, {"(": 1}, {"x": "1"}, {"x": 0}, {"x": True}])
+@pytest.mark.parametrize("patterns", [[1], "x", 7, {"(": 1}, {"x": "1"}, {"x": -1}, {"x": True}])
 def test_a_damaged_pattern_is_refused(field: str, patterns: object):
     assert field in refusal(**{field: patterns}).message
+
+
+@pytest.mark.parametrize("rank_pattern", [{}, {"y": 0}, {"x": 1}, {"x": False}])
+def test_an_alpha_of_0_is_refused_where_r_is_not_0(rank_pattern: dict[str, Any]):
+    assert "_pattern 'x' is" in refusal(alpha_pattern={"x": 0}, rank_pattern=rank_pattern).message
+
+
+def test_a_module_without_a_rank_may_have_no_alpha():
+    config = parse(rank_pattern={"a.x": 0, "x": 0}, alpha_pattern={"x": 0})
+    assert (config.rank_of("b.x"), config.alpha_of("b.x"), config.rank_of("b.y")) == (0, 0, 8)
+
+
+def test_the_scaling_of_alpha_0_is_never_used():
+    config = parse(rank_pattern={"a.x": 2, "x": 0}, alpha_pattern={"x": 0})
+    with pytest.raises(
+        AdapterError, match=r"a\.x has r=2, but alpha_pattern gives it an alpha of 0"
+    ):
+        config.scaling_of("a.x", 2)
 
 
 def test_a_rank_pattern_of_half_a_rank_is_refused():

@@ -252,9 +252,7 @@ def test_a_number_of_dimensions_that_no_layout_has_is_refused(layout, shape):
 
 
 def test_an_empty_factor_of_one_expert_is_refused():
-    assert "at least one row" in refusal(
-        with_tensor(built(), f"{EXPERTS}.1.up_proj.lora_A.weight", 0, 6)
-    )
+    assert "has r=0" in refusal(with_tensor(built(), f"{EXPERTS}.1.up_proj.lora_A.weight", 0, 6))
 
 
 def test_a_container_of_empty_stacks_alone_is_refused():
@@ -303,3 +301,78 @@ def test_a_name_with_control_characters_is_refused(character: str, name: str):
     message = refusal(with_tensor(built("L1"), hostile, 2, 6))
     assert ascii(hostile) in message
     assert hostile not in message
+
+
+def test_an_expert_with_r_0_is_not_trained():
+    module = module_of(built(lora_ranks={1: 0}))
+    assert module.absent_experts == (1,)
+    assert module.scaling == dict.fromkeys(SPLIT, 2.0)
+    assert [stack.experts for stack in module.stacks] == [(0, 2, 3)] * 6
+    assert module.lora_rank == 2
+
+
+def test_the_largest_expert_with_r_0_still_counts():
+    assert layout_of(built(lora_ranks={3: 0})).num_experts == 4
+
+
+@pytest.mark.parametrize("matrix", ["lora_A", "lora_B"])
+def test_one_empty_factor_alone_is_refused(matrix: str):
+    name = f"{EXPERTS}.1.up_proj.{matrix}.weight"
+    shape = (0, 6) if matrix == "lora_A" else (5, 0)
+    assert "has r=" in refusal(with_tensor(built(lora_ranks={}), name, *shape))
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (2, 0), (0,), (0, 6, 1)])
+def test_an_empty_factor_that_says_no_r_of_0_is_refused(shape: tuple[int, ...]):
+    name = f"{EXPERTS}.1.up_proj.lora_A.weight"
+    assert "at least one row and column" in refusal(with_tensor(built(), name, *shape))
+
+
+def test_empty_factors_to_which_the_config_gives_an_r_are_refused():
+    adapter = built(lora_ranks={1: 0})
+    adapter.config["rank_pattern"] = {}
+    assert "has r=0, adapter_config.json says 2" in refusal(adapter)
+    adapter = built(lora_ranks=dict.fromkeys(range(4), 0))
+    adapter.config["rank_pattern"] = {}
+    assert "has r=0, adapter_config.json says 2" in refusal(adapter)
+
+
+def test_factors_with_elements_to_which_the_config_gives_r_0_are_refused():
+    adapter = built()
+    adapter.config["rank_pattern"] = {r"experts\.1\.\w+": 0}
+    assert "has r=2, adapter_config.json says 0" in refusal(adapter)
+    fused = built("L2")
+    fused.config["rank_pattern"] = {"experts.down_proj": 0}
+    assert "not a multiple of r=0" in refusal(fused)
+
+
+def test_experts_of_which_none_has_a_rank_are_no_module():
+    adapter = built(num_layers=2)
+    emptied = built(num_layers=2, lora_ranks=dict.fromkeys(range(4), 0))
+    layer_1 = {name: t for name, t in emptied.tensors.items() if ".layers.1." in name}
+    adapter.tensors.update(layer_1)
+    adapter.config["rank_pattern"] = {r"layers\.1\.mlp\.experts\..*": 0}
+    assert [module.name for module in layout_of(adapter).modules] == ["model.layers.0.mlp.experts"]
+    with pytest.raises(NoExpertsError):
+        layout_of(emptied)
+
+
+def test_a_projection_of_which_no_expert_has_a_rank_is_not_trained():
+    adapter = built()
+    emptied = built(lora_ranks=dict.fromkeys(range(4), 0))
+    adapter.tensors.update({n: t for n, t in emptied.tensors.items() if ".gate_proj." in n})
+    adapter.config["rank_pattern"] = {"gate_proj": 0}
+    module = module_of(adapter)
+    assert list(module.scaling) == ["up_proj", "down_proj"]
+    assert module.absent_experts == ()
+
+
+def test_a_module_beside_the_experts_with_r_0_is_left_out():
+    adapter = built(extras=True)
+    adapter = with_tensor(adapter, f"{ATTENTION}.lora_A.weight", 0, 6)
+    adapter = with_tensor(adapter, f"{ATTENTION}.lora_B.weight", 12, 0)
+    assert "has r=0, adapter_config.json says 2" in refusal(adapter)
+    adapter.config["rank_pattern"] = {"q_proj": 0}
+    names = [entry.name for entry in layout_of(adapter).replicated]
+    assert len(names) == 4
+    assert not any("q_proj" in name for name in names)

@@ -35,7 +35,8 @@ from tests.strategies import rank_lists, specs
 from tests.tiny import MODULE, RANK_FILES, contents, edit_json, flip_bit, run_cli
 
 CASES = [Spec(layout) for layout in LAYOUTS] + [Spec(x, gated=False) for x in NON_GATED_LAYOUTS]
-case_name = "{0.layout}-gated={0.gated}".format
+CASES += [Spec("L1", lora_ranks={1: 0})]
+case_name = "{0.layout}-gated={0.gated}-{0.lora_ranks}".format
 run = settings(max_examples=40, deadline=None)
 
 Pairs = dict[tuple[str, int, str], tuple[Tensor, Tensor]]  # (module, expert, projection)

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorashard import LayoutOptions, SplitRequest, merge_shards, split_adapter, verify_shards
+from lorashard import (
+    LayoutOptions,
+    SplitRequest,
+    merge_shards,
+    reshard_shards,
+    split_adapter,
+    verify_shards,
+)
 from lorashard.writing.blocks import split_into_blocks
 from tests.adapters import (
     LAYOUTS,
@@ -322,3 +329,25 @@ def test_stacks_with_experts_last_in_lora_b_give_the_same_shards(
     assert verify_shards(tmp_path / "last-shards", against=tmp_path / "last") == ()
     merge_shards(tmp_path / "last-shards", tmp_path / "merged")
     assert contents(tmp_path / "merged") == contents(tmp_path / "last")
+
+
+def test_experts_and_modules_without_a_rank_are_zeros_and_merged_back(tmp_path: Path):
+    spec = Spec("L1", num_experts=64, lora_ranks={0: 0, 7: 3, 63: 0}, extras=True, num_layers=2)
+    adapter = build(spec)
+    adapter.config["rank_pattern"]["q_proj"] = 0
+    for name in [name for name in adapter.tensors if "q_proj" in name]:
+        tensor = adapter.tensors[name]
+        adapter.tensors[name] = tensor[:0] if ".lora_A." in name else tensor[:, :0].contiguous()
+    source = adapter.write(tmp_path / "adapter")
+    shards, again, merged = tmp_path / "shards", tmp_path / "again", tmp_path / "merged"
+    split_adapter(source, shards, SplitRequest(ep_size=2))
+    assert verify_shards(shards, against=source) == ()
+    files = [load_file(shards / f"ep-0000{rank}-of-00002.safetensors") for rank in range(2)]
+    for name, a in files[0].items():
+        assert not a[0].any()
+        assert a[1].any()
+        assert not files[1][name][31].any()
+        assert not any("q_proj" in name for name in load_file(shards / "replicated.safetensors"))
+    reshard_shards(shards, again, 4)
+    merge_shards(again, merged)
+    assert contents(merged) == contents(source)
