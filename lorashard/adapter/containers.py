@@ -220,7 +220,7 @@ def _has_experts_last(lora_a: TensorEntry, lora_b: TensorEntry) -> bool:
     if len(lora_a.shape) != 3 or len(lora_b.shape) != 3:
         return False
     num_experts, lora_rank, _ = lora_a.shape
-    if lora_b.shape[2] == lora_rank and lora_b.shape[0] in (1, num_experts):
+    if lora_b.shape[2] == lora_rank and (num_experts == 1 or lora_b.shape[0] in (1, num_experts)):
         return False
     return lora_b.shape[1] == lora_rank and num_experts in (1, lora_b.shape[2])
 

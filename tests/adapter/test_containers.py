@@ -171,3 +171,8 @@ def test_the_order_of_columns_is_no_question_where_experts_have_an_axis(marker: 
 def test_a_stack_states_its_own_r_and_the_config_must_agree() -> None:
     with pytest.raises(LayoutError, match=r"has r=2, adapter_config\.json says 4"):
         module_of(built("L16", config={"r": 4}))
+
+
+def test_a_lora_b_beside_a_shared_lora_a_has_its_experts_first_if_it_can() -> None:
+    factors = container_of(built("L8", num_experts=2, lora_rank=5)).factors  # lora_B [2, 5, 5]
+    assert [source.experts for source in factors["gate_proj", "lora_B"]] == [(0, 1)]

@@ -306,8 +306,10 @@ def test_wrapper_names_are_left_out_of_the_shards_and_merged_back(tmp_path: Path
     assert contents(tmp_path / "merged") == contents(tmp_path / "wrapped")
 
 
-@pytest.mark.parametrize("lora_rank", [2, 4])
-@pytest.mark.parametrize(("layout", "mixtral"), [("L8", True), ("L10", False), ("L14", False)])
+@pytest.mark.parametrize(
+    ("layout", "mixtral", "lora_rank"),
+    [("L8", True, 2), ("L10", False, 2), ("L10", False, 4), ("L14", False, 2), ("L14", False, 4)],
+)
 def test_stacks_with_experts_last_in_lora_b_give_the_same_shards(
     layout: str, mixtral: bool, lora_rank: int, tmp_path: Path
 ):
