@@ -24,6 +24,7 @@ from lorashard.adapter.layout import AdapterLayout, detect_layout
 from lorashard.adapter.notice import refuse_notice
 from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.pickled import PickledTensors
+from lorashard.adapter.several_files import refuse_several_files
 from lorashard.errors import AdapterError, UnsupportedAdapterError
 from lorashard.header import Header
 from lorashard.storage.local import ByteSource, LocalFile, WatchedFile, watch_file
@@ -179,6 +180,7 @@ def _opened_local(directory: Path) -> Iterator[AdapterSource]:
     config = watch_file(directory / CONFIG_NAME)
     if not (directory / WEIGHTS_NAME).is_file():
         read_small_file(directory, CONFIG_NAME)  # what is wrong with that is said first
+        refuse_several_files(directory)
         raise _no_weights(directory)
     with closing(LocalFile(directory / WEIGHTS_NAME)) as weights:
         yield _read_local(directory, config, weights)
@@ -198,6 +200,7 @@ def _read_remote(folder: RemoteFolder) -> AdapterSource:
     weights = folder.file(WEIGHTS_NAME)
     config_bytes = read_small_file(folder, CONFIG_NAME)
     if weights is None:
+        refuse_several_files(folder)
         raise _no_weights(folder)
     raw, header = read_header(weights)
     refuse_notice(folder, header.tensors)

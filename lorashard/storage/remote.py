@@ -136,6 +136,13 @@ class RemoteFolder:
 
     def folders(self) -> list[str]:
         """Names of the folders in it, sorted. Raises AdapterError if it is not a folder itself."""
+        return self._names("directory")
+
+    def files(self) -> list[str]:
+        """The same for the files in it."""
+        return self._names("file")
+
+    def _names(self, kind: str) -> list[str]:
         try:
             entries = self.fs.ls(self.path, detail=True)
         except FileNotFoundError as err:
@@ -144,7 +151,7 @@ class RemoteFolder:
             ) from err
         except Exception as err:
             raise access_error(self.text, err) from err
-        names = [e["name"].rstrip("/") for e in entries if e.get("type") == "directory"]
+        names = [e["name"].rstrip("/") for e in entries if e.get("type") == kind]
         return sorted(name.rpartition("/")[2] for name in names)
 
 
