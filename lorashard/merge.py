@@ -7,12 +7,8 @@ the one that `split` recorded.
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Sequence
 from pathlib import Path
-
-from blake3 import blake3
 
 from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.adapter.read import is_plain_adapter
@@ -27,10 +23,9 @@ from lorashard.shards.directory import (
 )
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.replan import CheckedShards, check_shards
-from lorashard.storage.local import ByteSource, write_synced
+from lorashard.storage.local import write_synced
 from lorashard.storage.staging import check_target, staged_directory
-from lorashard.writing.blocks import BLOCK_BYTES, Block, CopyBlock, split_into_blocks
-from lorashard.writing.rearrange import restore_block, scratch_bytes, slot_views
+from lorashard.writing.restore import restore_source
 
 
 def merge_shards(
@@ -78,33 +73,9 @@ def _write_adapter(shards: CheckedShards, out: Path, *, force: bool, progress: P
 def _write_weights(shards: CheckedShards, path: Path, progress: Progress) -> str:
     """Write the source's weights file; returns its BLAKE3 in hex."""
     header = shards.manifest.source.header
-    digest = blake3(header)
     with opened_files(shards.files) as files, path.open("xb") as out:
         out.write(header)
-        buffer = mmap.mmap(-1, BLOCK_BYTES)
-        for block in split_into_blocks(shards.plan.reads):
-            size = block.end - block.begin
-            if len(buffer) < size:
-                buffer = mmap.mmap(-1, size)
-            data = memoryview(buffer)[:size]
-            _read_block(block, data, files)
-            out.write(data)
-            digest.update(data)
-            progress(size)
+        digest = restore_source(shards.plan, header, files, out.write, progress)
         out.flush()
         os.fsync(out.fileno())
-    return digest.hexdigest()
-
-
-def _read_block(block: Block, data: memoryview, files: Sequence[ByteSource]) -> None:
-    """Fill `data` with a block of the source, from the slots in the shard files."""
-    if isinstance(block, CopyBlock):
-        for copy in block.copies:
-            target = copy.targets[0]  # all copies of a redundant expert are equal
-            piece = data[copy.begin - block.begin : copy.end - block.begin]
-            files[target.file].read_into(piece, target.offset)
-        return
-    scratch = memoryview(bytearray(scratch_bytes(block)))
-    for targets, view in slot_views(block, scratch):
-        files[targets[0].file].read_into(view, targets[0].offset)
-    restore_block(block, scratch, data)
+    return digest

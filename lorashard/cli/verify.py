@@ -29,6 +29,7 @@ def verify(
     quiet: opt.Quiet = False,
 ) -> None:
     """Check a shard directory, or some of its ranks: structure, placement, digests and values."""
+    from lorashard.adapter.config import WEIGHTS_NAME  # noqa: PLC0415
     from lorashard.shards.directory import locate_shards, needed_files  # noqa: PLC0415
     from lorashard.verify.verify import verify_shards  # noqa: PLC0415
 
@@ -39,6 +40,8 @@ def verify(
     sizes = [file.digest.size_bytes for name, file in manifest.files.items() if name in needed]
     if against is not None:
         sizes += [digest.size_bytes for digest in manifest.source.files.values()]
+    elif ep_ranks is None and manifest.dtype is None:
+        sizes.append(manifest.source.files[WEIGHTS_NAME].size_bytes - len(manifest.source.header))
     with render.progress_bar(f"verify {located.place.name}", sum(sizes), quiet=quiet) as bar:
         findings = verify_shards(
             located,
@@ -60,6 +63,8 @@ def verify(
             render.print_line(finding)
     elif not quiet:
         proven = "" if against is None else f", every value equal to {against}"
+        if against is None and ep_ranks is None and manifest.dtype is not None:
+            proven = " (values were cast: only --against proves which expert each one is of)"
         checked = "" if ep_ranks is None else f", ranks {render.ids(ep_ranks)} checked"
         render.print_line(
             f"{shards}: ok, {placement.num_experts} experts on {placement.ep_size} ranks"

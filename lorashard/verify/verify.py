@@ -1,8 +1,10 @@
-"""A shard directory -> what is wrong with it. Reads every byte of it once.
+"""A shard directory -> what is wrong with it.
 
 Checked: that the manifest follows from the config and the source header in it, each file's
-structure and digest, and that no value is infinite or NaN. `against` proves the values themselves,
-with code of its own (reference/).
+structure and digest, that no value is infinite or NaN, and that each expert's data is where the
+placement says, as the source's digest shows. The digests of the files and that of the source are of
+the same bytes in two orders, so they are read twice. `against` proves the values themselves, with
+code of its own (reference/).
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ from lorashard.shards.directory import (
     local_shards,
     locate_shards,
     needed_files,
+    opened_files,
     shard_directory_names,
 )
 from lorashard.shards.manifest import Manifest, ShardFile, format_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME
+from lorashard.shards.plan import ShardPlan
 from lorashard.shards.replan import (
+    RebuiltPlan,
     describe_wrong_digest,
     find_contradictions,
     is_own_config,
@@ -49,6 +54,7 @@ from lorashard.storage.remote import Location, RemoteFolder, local_copy, locate
 from lorashard.storage.small_files import read_small_file
 from lorashard.storage.torch_import import import_torch
 from lorashard.verify.reference.compare import compare_with_source
+from lorashard.writing.restore import find_misplaced, restore_source
 
 _STEP = 2 * 2**20
 _READERS = 2
@@ -80,10 +86,12 @@ def verify_shards(
         )
     manifest = located.manifest
     with local_shards(located, ep_ranks) as directory:
-        findings = [*_check_manifest(manifest, directory)]
+        findings, rebuilt = _check_manifest(manifest, directory)
         needed = manifest.files if ep_ranks is None else needed_files(manifest, ep_ranks, directory)
         findings.extend(_check_files(manifest, directory, needed, progress))
         findings.extend(_find_unexpected_files(manifest, directory))
+        if ep_ranks is None and against is None and rebuilt is not None and not findings:
+            findings.extend(_check_placed_data(manifest, rebuilt.plan, directory, progress))
         if against is not None and findings:
             findings.append(f"{against}: not compared, because the shards are damaged already")
         elif against is not None:
@@ -111,19 +119,21 @@ def _local_adapter(place: Location) -> AbstractContextManager[Path]:
     return local_copy(place, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME))
 
 
-def _check_manifest(manifest: Manifest, shards: Path) -> Iterator[str]:
+def _check_manifest(manifest: Manifest, shards: Path) -> tuple[list[str], RebuiltPlan | None]:
     """What is wrong with the config, and with the manifest as far as the config is right."""
     rebuilt = None
+    findings = []
     try:
         config_bytes = read_small_file(shards, CONFIG_NAME)
         if is_own_config(manifest, config_bytes):
             rebuilt = rebuild_plan(manifest, config_bytes, shards)
         else:
-            yield describe_wrong_digest(shards, CONFIG_NAME)
+            findings.append(describe_wrong_digest(shards, CONFIG_NAME))
     except LorashardError as err:
-        yield err.message
-    for contradiction in find_contradictions(manifest, rebuilt):
-        yield f"{MANIFEST_NAME}: {contradiction}"
+        findings.append(err.message)
+    found = find_contradictions(manifest, rebuilt)
+    findings.extend(f"{MANIFEST_NAME}: {contradiction}" for contradiction in found)
+    return findings, rebuilt
 
 
 def _check_files(
@@ -142,6 +152,27 @@ def _check_files(
         checks = [pool.submit(_check_bytes, manifest, shards, name, progress) for name in readable]
         for check in checks:
             yield from check.result()
+
+
+def _check_placed_data(
+    manifest: Manifest, plan: ShardPlan, shards: Path, progress: Progress
+) -> Iterator[str]:
+    """Whether each expert's data is where the placement says, by the source's digest.
+
+    That does not follow from values that were cast: of them, only copies are compared.
+    """
+    names = tuple(manifest.files)
+    with opened_files([shards / name for name in names]) as files:
+        for target, fault in find_misplaced(plan, files):
+            yield f"{names[target.file]}: what begins at byte {target.offset} {fault}"
+        if manifest.dtype is not None:
+            return
+        digest = restore_source(plan, manifest.source.header, files, len, progress)
+    if digest != manifest.source.files[WEIGHTS_NAME].blake3:
+        yield (
+            f"{MANIFEST_NAME}: with this placement, the shards hold another adapter than the one "
+            "whose digest is recorded; experts would be served in each other's place"
+        )
 
 
 def _find_unexpected_files(manifest: Manifest, shards: Path) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 
-from lorashard import SplitRequest, split_adapter, verify_shards
+from lorashard import LayoutOptions, SplitRequest, reshard_shards, split_adapter, verify_shards
 from lorashard.errors import AdapterError, LorashardError, ManifestError, ShardError
+from lorashard.shards.directory import read_manifest
 from tests.tiny import (
     MODULE,
     RANK_FILES,
@@ -64,7 +67,9 @@ def test_right_shards_have_no_fault(tmp_path: Path, save: Callable[[Path], Path]
 def test_progress_adds_up_to_the_bytes_of_all_files(shards: Path) -> None:
     seen: list[int] = []
     verify_shards(shards, progress=seen.append)
-    assert sum(seen) == sum((shards / name).stat().st_size for name in FILES)
+    source = read_manifest(shards).source
+    data = source.files["adapter_model.safetensors"].size_bytes - len(source.header)
+    assert sum(seen) == sum((shards / name).stat().st_size for name in FILES) + data
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -281,3 +286,76 @@ def test_a_damaged_config_does_not_hide_what_is_wrong_with_the_manifest(shards: 
     findings = verify_shards(shards)
     assert "adapter_config.json: BLAKE3 differs" in findings[0]
     assert any("puts 3 experts on rank 1" in finding for finding in findings)
+
+
+def split_by_map(
+    tmp_path: Path, ranks: list[list[int]], dtype: str | None = None, **layers: list[list[int]]
+) -> Path:
+    """An explicit placement; `layers` by the layer's number."""
+    expert_map = tmp_path / "map.json"
+    expert_map.write_text(json.dumps({"ranks": ranks} | ({"layers": layers} if layers else {})))
+    request = SplitRequest(ep_size=2, expert_map=expert_map, dtype=dtype)
+    adapter = save_adapter(tmp_path / "mapped", per_expert_tensors(layers=2))
+    split_adapter(adapter, tmp_path / "explicit", request)
+    return tmp_path / "explicit"
+
+
+def test_a_placement_that_is_not_that_of_the_data_is_found(tmp_path: Path) -> None:
+    shards = split_by_map(tmp_path, [[0, 1], [2, 3]])
+    assert verify_shards(shards) == ()
+    edit_manifest(shards, lambda m: m["placement"].update(ranks=[[1, 0], [2, 3]]))
+    assert one_finding(shards).startswith(
+        "lorashard.json: with this placement, the shards hold ano"
+    )
+    reshard_shards(shards, tmp_path / "laundered", 1)
+    assert one_finding(tmp_path / "laundered").startswith("lorashard.json: with this placement")
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_a_redundant_expert_that_is_another_is_found(tmp_path: Path, dtype: str | None) -> None:
+    shards = split_by_map(tmp_path, [[0, 1], [2, 3, 0]], dtype)
+    assert verify_shards(shards) == ()
+    edit_manifest(shards, lambda m: m["placement"]["ranks"][1].__setitem__(2, 1))
+    findings = verify_shards(shards)
+    assert findings
+    assert any("differs from another copy of the same expert" in finding for finding in findings)
+
+
+def test_an_untrained_expert_that_is_not_zero_is_found(tmp_path: Path) -> None:
+    tensors = {name: t for name, t in per_expert_tensors().items() if ".experts.3." not in name}
+    adapter = save_adapter(tmp_path / "part", tensors)
+    options = LayoutOptions(num_experts=4)
+    split_adapter(adapter, tmp_path / "shards", SplitRequest(2, options=options))
+    shards = tmp_path / "shards"
+    assert verify_shards(shards) == ()
+    path = shards / RANK_FILES[1]
+    content = bytearray(path.read_bytes())
+    content[-1] = 0x3F
+    path.write_bytes(content)
+    edit_manifest(
+        shards, lambda m: m["files"][RANK_FILES[1]].update(blake3=blake3(content).hexdigest())
+    )
+    assert "is not zero, though nothing of the source belongs there" in one_finding(shards)
+
+
+def test_every_flipped_bit_of_an_explicit_placement_is_noticed(tmp_path: Path) -> None:
+    ranks = [[0, 1, 3], [2, 3]]
+    layers = {"0": [[3, 2, 1], [1, 0]]}
+    shards = split_by_map(tmp_path, ranks, **layers)
+    assert verify_shards(shards) == ()
+    path = shards / "lorashard.json"
+    raw = path.read_bytes()
+    begin = raw.index(b'"placement"')
+    section = raw[begin : raw.index(b"}", raw.index(b'"layers"', begin)) + 1]
+    passed = []
+    for position, bit in itertools.product(range(len(section)), range(8)):
+        changed = bytearray(raw)
+        changed[begin + position] ^= 1 << bit
+        path.write_bytes(changed)
+        try:
+            findings = verify_shards(shards)
+        except ManifestError:
+            continue
+        if not findings and json.loads(changed) != json.loads(raw):
+            passed.append(bytes(changed[begin + position - 10 : begin + position + 10]))
+    assert passed == []

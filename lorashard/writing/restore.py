@@ -1,0 +1,86 @@
+"""Shard files -> the source's bytes, block by block: the plan of a split run backwards.
+
+`merge` writes these bytes; `verify` only digests them, which proves that each expert's data is where
+the placement says.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+
+from blake3 import blake3
+
+from lorashard.progress import Progress
+from lorashard.shards.plan import CopyRange, ShardPlan, Target
+from lorashard.storage.digests import STEP_BYTES
+from lorashard.storage.local import ByteSource
+from lorashard.writing.blocks import BLOCK_BYTES, Block, CopyBlock, split_into_blocks
+from lorashard.writing.rearrange import restore_block, scratch_bytes, slot_views
+
+
+def restore_source(
+    plan: ShardPlan,
+    header: bytes,
+    files: Sequence[ByteSource],
+    write: Callable[[memoryview], object],
+    progress: Progress,
+) -> str:
+    """Give `write` the source's data, front to back, in blocks; returns the source's BLAKE3 in hex.
+
+    Only if nothing was cast. header: the source's bytes before its data. files: the shard files, in
+    the plan's order. progress: called with the size in bytes of each block.
+    """
+    digest = blake3(header)
+    buffer = mmap.mmap(-1, BLOCK_BYTES)
+    for block in split_into_blocks(plan.reads):
+        size = block.end - block.begin
+        if len(buffer) < size:
+            buffer = mmap.mmap(-1, size)
+        data = memoryview(buffer)[:size]
+        _read_block(block, data, files)
+        write(data)
+        digest.update(data)
+        progress(size)
+    return digest.hexdigest()
+
+
+def find_misplaced(plan: ShardPlan, files: Sequence[ByteSource]) -> Iterator[tuple[Target, str]]:
+    """Where the data is not what the plan says, as far as the shards themselves show it.
+
+    That is where copies of an expert differ, and where an untrained expert is not zero.
+    """
+    for op in plan.reads:
+        size = op.end - op.begin if isinstance(op, CopyRange) else op.slot_bytes
+        for targets in (op.targets,) if isinstance(op, CopyRange) else op.targets:
+            for other in targets[1:]:
+                if any(a != b for a, b in _steps(size, files, targets[0], other)):
+                    yield other, "differs from another copy of the same expert"
+    for zero in plan.zeros:
+        if any(any(data) for (data,) in _steps(zero.size_bytes, files, zero.target)):
+            yield zero.target, "is not zero, though nothing of the source belongs there"
+
+
+def _read_block(block: Block, data: memoryview, files: Sequence[ByteSource]) -> None:
+    """Fill `data` with a block of the source, from the slots in the shard files."""
+    if isinstance(block, CopyBlock):
+        for copy in block.copies:
+            target = copy.targets[0]  # `find_misplaced` compares the others
+            piece = data[copy.begin - block.begin : copy.end - block.begin]
+            files[target.file].read_into(piece, target.offset)
+        return
+    scratch = memoryview(bytearray(scratch_bytes(block)))
+    for targets, view in slot_views(block, scratch):
+        files[targets[0].file].read_into(view, targets[0].offset)
+    restore_block(block, scratch, data)
+
+
+def _steps(
+    size: int, files: Sequence[ByteSource], *places: Target
+) -> Iterator[tuple[bytearray, ...]]:
+    """The bytes of several places, side by side."""
+    for begin in range(0, size, STEP_BYTES):
+        pieces = tuple(bytearray(min(STEP_BYTES, size - begin)) for _ in places)
+        for piece, place in zip(pieces, places):
+            files[place.file].read_into(memoryview(piece), place.offset + begin)
+        yield pieces

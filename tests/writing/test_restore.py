@@ -1,0 +1,47 @@
+"""The source's bytes from its shards, and data that is not where the plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blake3 import blake3
+
+from lorashard import SplitRequest, split_adapter
+from lorashard.shards.directory import locate_shards, opened_files
+from lorashard.shards.replan import CheckedShards, check_shards
+from lorashard.writing.restore import find_misplaced, restore_source
+from tests.tiny import RANK_FILES, per_expert_tensors, save_adapter, save_fused
+
+
+def checked(adapter: Path, out: Path, **options: object) -> CheckedShards:
+    split_adapter(adapter, out, SplitRequest(ep_size=2, **options))  # type: ignore[arg-type]
+    return check_shards(locate_shards(out))
+
+
+def test_the_bytes_and_the_digest_are_those_of_the_source(tmp_path: Path) -> None:
+    for save in (save_adapter, save_fused):
+        adapter = save(tmp_path / save.__name__)
+        shards = checked(adapter, tmp_path / f"{save.__name__}-shards")
+        header, written, sizes = shards.manifest.source.header, bytearray(), list[int]()
+        with opened_files(shards.files) as files:
+            digest = restore_source(shards.plan, header, files, written.extend, sizes.append)
+        source = (adapter / "adapter_model.safetensors").read_bytes()
+        assert header + written == source
+        assert digest == blake3(source).hexdigest()
+        assert sum(sizes) == len(written)
+
+
+def test_a_copy_that_differs_is_found_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text('{"ranks": [[0, 1], [2, 3, 0]]}')
+    adapter = save_adapter(tmp_path / "a", per_expert_tensors())
+    shards = checked(adapter, tmp_path / "out", expert_map=tmp_path / "map.json")
+    with opened_files(shards.files) as files:
+        assert list(find_misplaced(shards.plan, files)) == []
+    path = tmp_path / "out" / RANK_FILES[1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # the last slot is the copy of expert 0
+    path.write_bytes(content)
+    with opened_files(shards.files) as files:
+        ((target, fault),) = find_misplaced(shards.plan, files)
+    assert (target.file, fault) == (2, "differs from another copy of the same expert")
+    assert 0 < target.offset < len(content)
