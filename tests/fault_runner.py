@@ -36,7 +36,7 @@ TIMEOUT_S = 30
 def fail_at(action: str, at: int, calls: list[str], reached: Callable[[], None]) -> None:
     """Make the `at`-th of all `calls` together, counted from 1, act.
 
-    calls: names in os, or "exchange", the one system call that os lacks.
+    calls: names in os, or "exchange", which os lacks. "rename" is also the one that replaces nothing.
     """
     counter, lock = itertools.count(1), threading.Lock()
 
@@ -60,6 +60,8 @@ def fail_at(action: str, at: int, calls: list[str], reached: Callable[[], None])
     for name in calls:
         home = staging if name == "exchange" else os
         setattr(home, name, failing(getattr(home, name)))
+        if name == "rename":
+            staging.rename_to_free = failing(staging.rename_to_free)
 
 
 def record_calls(log: Any) -> None:
@@ -71,7 +73,7 @@ def record_calls(log: Any) -> None:
             log.write(json.dumps([call, inode, path and str(path)]).encode() + b"\n")
             log.flush()
 
-    fsync, rename, exchange = os.fsync, os.rename, staging.exchange
+    fsync, rename = os.fsync, os.rename
 
     def recorded_fsync(fd: int) -> None:
         fsync(fd)
@@ -82,14 +84,19 @@ def record_calls(log: Any) -> None:
         rename(source, target)
         write("rename", inode, target)
 
-    def recorded_exchange(one: Any, other: Any) -> bool:
-        inode = Path(one).stat().st_ino
-        done = exchange(one, other)
-        if done:
-            write("rename", inode, other)
-        return done
+    def recorded(original: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+        def call(one: Any, other: Any) -> bool:
+            inode = Path(one).stat().st_ino
+            done = original(one, other)
+            if done:
+                write("rename", inode, other)
+            return done
 
-    os.fsync, os.rename, staging.exchange = recorded_fsync, recorded_rename, recorded_exchange
+        return call
+
+    os.fsync, os.rename = recorded_fsync, recorded_rename
+    staging.exchange = recorded(staging.exchange)
+    staging.rename_to_free = recorded(staging.rename_to_free)
 
 
 def run_job(job: dict[str, Any], stderr: int, reached: Callable[[], None], log: Any) -> None:

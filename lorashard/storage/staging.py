@@ -26,7 +26,7 @@ from lorashard.storage.locked_directory import (
     locked_directory,
     remove_directory,
 )
-from lorashard.storage.syscalls import exchange
+from lorashard.storage.syscalls import exchange, rename_to_free
 from lorashard.storage.targets import (
     explained_write_errors,
     made_parents,
@@ -67,10 +67,12 @@ def staged_directory(
         try:
             yield staging
             sync_directory(staging)
+            # Again, because something may have appeared there during the work.
+            check_target(target, force=force, replaceable=replaceable)
             if staging.parent == target:
                 _move_files(staging, target, last)
             else:
-                _rename(staging, target)
+                _rename(staging, target, force=force)
         finally:
             locked.remove()
 
@@ -126,15 +128,31 @@ def _clear_leftovers(staging: LockedDirectory, target: Path) -> None:
         os.rename(aside, target)
 
 
-def _rename(staging: Path, target: Path) -> None:
+def _rename(staging: Path, target: Path, *, force: bool) -> None:
     """Put `staging` in the place of `target`; an old target is swapped out in the same instant."""
     if target.is_dir():
         staging.chmod(target.stat().st_mode & 0o7777)
-    if not os.path.lexists(target) or not os.listdir(target):
-        os.rename(staging, target)
-    else:
+    if not os.path.lexists(target):
+        try:
+            if not rename_to_free(staging, target):
+                os.rename(staging, target)
+        except FileExistsError as err:
+            raise _appeared(target) from err
+    elif not os.listdir(target):
+        os.rename(staging, target)  # fails if something has been put into it since
+    elif force:
         _replace(staging, target)
+    else:
+        raise _appeared(target)
     sync_directory(target.parent)
+
+
+def _appeared(target: Path) -> OutputExistsError:
+    return OutputExistsError(
+        target,
+        reason="appeared while it was being written",
+        hint="lorashard leaves it alone. Choose another place with -o.",
+    )
 
 
 def _replace(staging: Path, target: Path) -> None:

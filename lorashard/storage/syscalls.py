@@ -1,7 +1,7 @@
-"""Three Linux system calls that Python does not offer.
+"""Linux system calls that Python does not offer.
 
 In: an open file descriptor, or two paths. On a system without the call, `reserve` only sets the
-size, `start_writeback` does nothing, and `exchange` returns False.
+size, `start_writeback` does nothing, `exchange` and `rename_to_free` return False.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_RENAME_NOREPLACE = 1  # linux/fs.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
 
@@ -45,7 +46,23 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Swap two directories atomically; False if the file system cannot, and nothing has changed."""
+    return _renameat2(one, other, _RENAME_EXCHANGE) == 0
+
+
+def rename_to_free(old: Path, new: Path) -> bool:
+    """Rename unless `new` exists; False if the file system cannot tell, and nothing has changed.
+
+    Raises FileExistsError.
+    """
+    code = _renameat2(old, new, _RENAME_NOREPLACE)
+    if code == errno.EEXIST:
+        raise FileExistsError(code, os.strerror(code), str(new))
+    return code == 0
+
+
+def _renameat2(old: Path, new: Path, flags: int) -> int:
+    """0, or the number of the error."""
     if not hasattr(_libc, "renameat2"):
-        return False
-    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return int(_libc.renameat2(*arguments)) == 0
+        return errno.ENOSYS
+    done = _libc.renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags)
+    return 0 if done == 0 else ctypes.get_errno()

@@ -252,3 +252,25 @@ def test_the_current_directory_is_a_target_or_a_shard_error(tmp_path: Path, spel
     done = subprocess.run(command, check=False, cwd=tmp_path / "here", env=environment)
     assert done.returncode in (0, 5)
     assert set(os.listdir(tmp_path)) == {"adapter", "here"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("before", ["absent", "empty"])
+def test_what_appears_during_the_work_is_never_touched(
+    target: Path, force: bool, before: str
+) -> None:
+    if before == "empty":
+        target.mkdir()
+    with pytest.raises(OutputExistsError), staged(target, force=force) as staging:  # noqa: PT012
+        fill(staging, b"new")
+        target.mkdir(exist_ok=True)
+        (target / "thesis.txt").write_bytes(b"three years")
+    assert contents(target) == FOREIGN
+    assert os.listdir(target.parent) == ["out"]
+
+
+def test_a_finished_target_that_appears_during_the_work_needs_force(target: Path) -> None:
+    with pytest.raises(OutputExistsError, match="exists"), staged(target) as staging:  # noqa: PT012
+        fill(staging, b"new")
+        make(target, {"data": b"other", "last": b""})
+    assert contents(target)["data"] == b"other"

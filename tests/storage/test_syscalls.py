@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorashard.storage.syscalls import exchange, reserve, start_writeback
+from lorashard.storage.syscalls import exchange, rename_to_free, reserve, start_writeback
 from tests.tiny import contents, mounted_tmpfs
 
 
@@ -59,3 +59,14 @@ def test_an_exchange_that_is_not_possible_changes_nothing(tmp_path: Path) -> Non
     (tmp_path / "one").mkdir()
     assert not exchange(tmp_path / "one", tmp_path / "none")
     assert os.listdir(tmp_path) == ["one"]
+
+
+def test_a_rename_to_a_free_name_never_replaces(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    if not rename_to_free(tmp_path / "one", tmp_path / "new"):
+        pytest.skip("this file system cannot")
+    assert sorted(os.listdir(tmp_path)) == ["new", "two"]
+    with pytest.raises(FileExistsError):
+        rename_to_free(tmp_path / "new", tmp_path / "two")
+    assert sorted(os.listdir(tmp_path)) == ["new", "two"]
