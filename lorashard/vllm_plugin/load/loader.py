@@ -100,6 +100,7 @@ class AdapterLoader:
         limit = int(manager.lora_config.max_cpu_loras or manager.lora_config.max_loras) + 2
         self.regions = RegionPool(limit, manager.device, self._threads)
         self.last_report: LoadReport | None = None
+        self.has_loaded = False  # set once all ranks have agreed on a load
         self._model_names = read_model_names(manager)
 
     def from_local_checkpoint(

@@ -38,6 +38,12 @@ def attached_loader(worker_manager: Any) -> AdapterLoader | None:
     return loader
 
 
+def agreeing_group(worker_manager: Any) -> Any | None:
+    """The ranks that load an adapter together: those of expert parallelism, or None."""
+    loader = attached_loader(worker_manager)
+    return tensor_parallel_group() if loader is not None and loader.ep_size > 1 else None
+
+
 def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     """WorkerLoRAManager._load_adapter: all ranks load with the stand-in, or none keeps the adapter.
 
@@ -46,16 +52,16 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
-        loader = attached_loader(self)
-        group = tensor_parallel_group() if loader is not None and loader.ep_size > 1 else None
         model = load_together(
             partial(_load_with_stand_in, original, self, lora_request),
-            group,
+            agreeing_group(self),
             partial(_version, self),
         )
         loader = attached_loader(self)
-        if loader is not None and loader.last_report is not None:
-            report_load(loader.last_report, lora_request)
+        if loader is not None:
+            loader.has_loaded = True
+            if loader.last_report is not None:
+                report_load(loader.last_report, lora_request)
         return model
 
     return load_adapter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorashard.vllm_plugin.patches import (
     activations,
+    adapter_adding,
     adapter_loading,
     engine_start,
     expert_parallel,
@@ -35,6 +36,26 @@ PATCHES: tuple[Patch, ...] = (
         since="0.16.0",
         until=None,
         wrap=adapter_loading.wrap_load_adapter,
+    ),
+    *(
+        Patch(
+            module=_MANAGERS,
+            owner=owner,
+            method="add_adapter",
+            parameters=("self", request),
+            why="If an adapter that all ranks have loaded cannot be activated on one of them, the "
+            "ranks differ in what they have, and the next request waits for ever.",
+            how="After a load under expert parallelism the ranks agree once more, and take the "
+            "adapter out again if one has failed.",
+            upstream=f"{_SOURCE}/lora/worker_manager.py#L{line}",
+            since="0.16.0",
+            until=None,
+            wrap=adapter_adding.wrap_add_adapter,
+        )
+        for owner, request, line in (
+            ("WorkerLoRAManager", "adapter_request", 224),
+            ("LRUCacheWorkerLoRAManager", "lora_request", 288),
+        )
     ),
     *(
         Patch(

@@ -301,10 +301,16 @@ VLLM = {
             def _load_adapter(self, lora_request):
                 return lora_request
 
+            def add_adapter(self, adapter_request):
+                return True
+
             def create_lora_manager(self, model, vllm_config=None):
                 return model
 
         class LRUCacheWorkerLoRAManager(WorkerLoRAManager):
+            def add_adapter(self, lora_request):
+                return True
+
             def create_lora_manager(self, model, vllm_config=None):
                 return model
     """,

@@ -1,0 +1,78 @@
+"""An adapter that cannot be activated on one rank is kept on none: two workers, vLLM's own manager."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.tiny import REPO
+from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+
+# Rank 1 fails at each of `FAULTS` in turn, once, while adapter 1 is being added; then the next
+# request for it comes. Adapter 2 was there before and stays.
+WORKER = """
+import os, sys
+from datetime import timedelta
+from pathlib import Path
+rank, folder, repo = {rank}, Path({folder!r}), {repo!r}
+sys.path.insert(0, repo)
+import torch.distributed as dist
+dist.init_process_group("gloo", init_method=f"file://{{folder}}/rendezvous", rank=rank,
+                        world_size=2, timeout=timedelta(seconds=60))
+from types import SimpleNamespace
+from tests.vllm_plugin import patched
+from vllm.distributed import parallel_state
+parallel_state._TP = SimpleNamespace(world_size=2, cpu_group=dist.new_group([0, 1]))
+if rank == 0:
+    patched.split_adapter(patched.plain(), folder / "shards", patched.SplitRequest(2))
+dist.barrier()
+
+def fails_once(manager, name):
+    def failing(*arguments, **options):
+        delattr(manager, name)
+        raise RuntimeError("CUDA out of memory")
+    setattr(manager, name, failing)
+
+answers = {{}}
+for fault in ("activate_adapter", "add_adapter", "_create_merged_loras_inplace"):
+    engine = patched.engine_of(ep_rank=rank)
+    before = patched.load(engine, folder / "shards", 2)
+    if rank == 1:
+        fails_once(engine._adapter_manager, fault)
+    failed = patched.load(engine, folder / "shards", 1)
+    kept = sorted(engine.list_adapters())
+    dist.barrier()
+    after = [patched.load(engine, folder / "shards", number) for number in (1, 2, 1)]
+    answers[fault] = [before, failed, kept, after, sorted(engine.list_adapters())]
+dist.barrier()
+answer(answers)
+"""
+
+
+@cache
+def workers(release: str, folder: str) -> list[Any]:
+    def run(rank: int) -> Any:
+        script = WORKER.format(rank=rank, folder=folder, repo=str(REPO))
+        return run_in_release(release, script, timeout_s=200)
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(run, range(2)))
+
+
+@pytest.mark.parametrize("release", PLUGIN_RELEASES)
+def test_an_adapter_that_one_rank_cannot_add_is_kept_on_none_and_can_be_asked_for_again(
+    release: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    answers = workers(release, str(tmp_path_factory.mktemp("workers")))
+    for rank, found in enumerate(answers):
+        assert len(found) == 3
+        for fault, (before, failed, kept, after, at_the_end) in found.items():
+            assert before == "loaded", fault
+            assert "CUDA out of memory" in failed, fault
+            assert failed.startswith("RuntimeError" if rank == 1 else "ValueError: Another rank")
+            assert kept == [2], fault
+            assert after == ["loaded"] * 3, fault
+            assert at_the_end == [1, 2], fault
