@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorashard import SplitRequest, split_adapter
+
 REPO = Path(__file__).parents[1]
 E, R, H, I = 4, 2, 8, 6  # noqa: E741 - experts, lora_rank, hidden and intermediate size
 MODULE = "model.layers.0.mlp.experts"
@@ -114,6 +116,17 @@ def flip_bit(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
+
+
+def split_wrongly_placed(directory: Path, dtype: str | None = None) -> Path:
+    """Shards whose placement was edited: experts 0 and 1 of rank 0 in each other's place."""
+    expert_map, shards = directory / "map.json", directory / "misplaced"
+    expert_map.write_text('{"ranks": [[0, 1], [2, 3]]}')
+    adapter = save_adapter(directory / "source")
+    split_adapter(adapter, shards, SplitRequest(2, expert_map=expert_map, dtype=dtype))
+    placement = json.loads((shards / "lorashard.json").read_text())["placement"]
+    edit_json(shards / "lorashard.json", placement=placement | {"ranks": [[1, 0], [2, 3]]})
+    return shards
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -39,12 +39,14 @@ def reshard(
     from lorashard.shards.directory import locate_shards  # noqa: PLC0415
     from lorashard.shards.names import REPLICATED_NAME  # noqa: PLC0415
     from lorashard.storage.remote import RemoteFolder  # noqa: PLC0415
+    from lorashard.writing.restore import proof_bytes  # noqa: PLC0415
 
     opt.refuse_two_placements(placement, expert_map)
     located = locate_shards(shards)
     place = located.place
     target = _default_target(place, ep_size) if out is None else out
     total = sum(file.digest.size_bytes for file in located.manifest.files.values())
+    total += proof_bytes(located.manifest)
     with render.progress_bar(f"reshard {place.name}", total, quiet=quiet) as bar:
         manifest = reshard_shards(
             located,

@@ -29,9 +29,9 @@ def verify(
     quiet: opt.Quiet = False,
 ) -> None:
     """Check a shard directory, or some of its ranks: structure, placement, digests and values."""
-    from lorashard.adapter.config import WEIGHTS_NAME  # noqa: PLC0415
     from lorashard.shards.directory import locate_shards, needed_files  # noqa: PLC0415
     from lorashard.verify.verify import verify_shards  # noqa: PLC0415
+    from lorashard.writing.restore import proof_bytes  # noqa: PLC0415
 
     ep_ranks = opt.chosen_ranks(ep_rank, node_ranks) or None
     located = locate_shards(shards)
@@ -40,8 +40,8 @@ def verify(
     sizes = [file.digest.size_bytes for name, file in manifest.files.items() if name in needed]
     if against is not None:
         sizes += [digest.size_bytes for digest in manifest.source.files.values()]
-    elif ep_ranks is None and manifest.dtype is None:
-        sizes.append(manifest.source.files[WEIGHTS_NAME].size_bytes - len(manifest.source.header))
+    elif ep_ranks is None:
+        sizes.append(proof_bytes(manifest))
     with render.progress_bar(f"verify {located.place.name}", sum(sizes), quiet=quiet) as bar:
         findings = verify_shards(
             located,

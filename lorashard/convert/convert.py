@@ -1,8 +1,9 @@
 """Shards -> a plain PEFT adapter in the layout of choice, with every expert's weight change exact.
 
 What is converted is what the shards hold, so cast shards will do. First every shard file is digested,
-and must have the digest in the manifest. Then the new file is written front to back, and each tensor
-is read from wherever its slots are. So the shards are read twice.
+and must have the digest in the manifest; and each expert's data must be where the placement says. Then
+the new file is written front to back, and each tensor is read from wherever its slots are. So the
+shards are read two or three times.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from lorashard.storage.local import ByteSource, write_all, write_synced
 from lorashard.storage.remote import Location, RemoteFile, locate
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.writing.blocks import BLOCK_BYTES
+from lorashard.writing.restore import describe_misplaced, proof_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,9 @@ class PreparedConversion:
 
     @property
     def progress_bytes(self) -> int:
-        """What `write_conversion` reports in total: the shards digested, the adapter written."""
-        return sum(file.size_bytes for file in self.plan.files) + self.conversion.size_bytes
+        """What `write_conversion` reports: shards digested, placement proven, adapter written."""
+        shard_bytes = sum(file.size_bytes for file in self.plan.files)
+        return shard_bytes + proof_bytes(self.manifest) + self.conversion.size_bytes
 
 
 def convert_shards(
@@ -139,6 +142,7 @@ def write_conversion(
     ) as staging:
         with opened_files(prepared.files) as files:
             _check_digests(prepared, files, progress)
+            _check_placed_data(prepared, files, progress)
             _write_weights(prepared, files, staging / WEIGHTS_NAME, progress)
         write_synced(staging / CONFIG_NAME, prepared.conversion.config)
 
@@ -153,6 +157,14 @@ def _check_digests(
             findings.append(describe_wrong_digest(prepared.shards, planned.name))
     if findings:
         raise VerificationError(str(prepared.shards), tuple(findings))
+
+
+def _check_placed_data(
+    prepared: PreparedConversion, files: Sequence[ByteSource], progress: Progress
+) -> None:
+    findings = tuple(describe_misplaced(prepared.manifest, prepared.plan, files, progress))
+    if findings:
+        raise VerificationError(str(prepared.shards), findings)
 
 
 def _write_weights(

@@ -2,7 +2,8 @@
 
 The manifest keeps the source's header, so the plan of the old files can be made again, and from it
 that of the new ones. Each old file is read once, front to back, and must have the digest in the
-manifest before the new directory appears. The result is what `split` of the source would write.
+manifest before the new directory appears; and the new files must give the source's digest, which
+proves the old placement, too. The result is what `split` of the source would write.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from lorashard.shards.directory import (
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.placement import place_experts
-from lorashard.shards.plan import build_plan
+from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.shards.replan import CheckedShards, check_shards, describe_wrong_digest
 from lorashard.storage.local import ByteSource, write_synced
+from lorashard.storage.remote import RemoteFolder
 from lorashard.storage.small_files import read_json
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.version import __version__
 from lorashard.vllm_options import Strategy
 from lorashard.writing.execute import write_files
+from lorashard.writing.restore import describe_misplaced, find_misplaced
 
 
 def reshard_shards(
@@ -57,7 +60,8 @@ def reshard_shards(
     shards: a directory, or hf://owner/name[@revision] or another URL, which is streamed.
     expert_map: a JSON file with an explicit placement; it takes precedence over `strategy`.
     out: may be `shards` itself with `force`; it is then replaced in one instant.
-    progress: called with bytes of the old files done since the last call.
+    progress: called with bytes done since the last call: those of the old files, then, to prove the
+    old placement, those of the source (`proof_bytes`).
     Raises PlacementError, ShardError if the shards are not what `split` wrote, or AdapterError for
     a remote place that does not answer, or changes while it is read.
     """
@@ -78,6 +82,7 @@ def reshard_shards(
             placement=placement,
             files=describe_files(new_plan, digests),
         )
+        _check_placed_data(old, manifest, new_plan, staging, progress)
         write_synced(staging / CONFIG_NAME, old.config_bytes)
         write_notice(staging)
         write_manifest(staging, manifest)
@@ -105,6 +110,27 @@ def _move_bytes(
     if findings:
         raise VerificationError(str(old.place), findings)
     return digests
+
+
+def _check_placed_data(
+    old: CheckedShards, new: Manifest, plan: ShardPlan, staging: Path, progress: Progress
+) -> None:
+    """Raise VerificationError if the old data was not where the old placement says.
+
+    The new files have the same fault as the old ones, and are here and in the page cache. Copies
+    that are dropped are not in them: those are compared in the old files, if these are local.
+    """
+    findings: list[str] = []
+    if not isinstance(old.place, RemoteFolder):
+        with opened_files(old.files) as files:
+            for target, fault in find_misplaced(old.plan, files):
+                name = old.plan.files[target.file].name
+                findings.append(f"{name}: what begins at byte {target.offset} {fault}")
+    if not findings:
+        with opened_files([staging / file.name for file in plan.files]) as files:
+            findings.extend(describe_misplaced(new, plan, files, progress))
+    if findings:
+        raise VerificationError(str(old.place), tuple(findings))
 
 
 class _OldFiles:

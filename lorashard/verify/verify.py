@@ -40,7 +40,6 @@ from lorashard.shards.directory import (
 )
 from lorashard.shards.manifest import Manifest, ShardFile, format_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME
-from lorashard.shards.plan import ShardPlan
 from lorashard.shards.replan import (
     RebuiltPlan,
     describe_wrong_digest,
@@ -54,7 +53,7 @@ from lorashard.storage.remote import Location, RemoteFolder, local_copy, locate
 from lorashard.storage.small_files import read_small_file
 from lorashard.storage.torch_import import import_torch
 from lorashard.verify.reference.compare import compare_with_source
-from lorashard.writing.restore import find_misplaced, restore_source
+from lorashard.writing.restore import describe_misplaced
 
 _STEP = 2 * 2**20
 _READERS = 2
@@ -91,7 +90,8 @@ def verify_shards(
         findings.extend(_check_files(manifest, directory, needed, progress))
         findings.extend(_find_unexpected_files(manifest, directory))
         if ep_ranks is None and against is None and rebuilt is not None and not findings:
-            findings.extend(_check_placed_data(manifest, rebuilt.plan, directory, progress))
+            with opened_files([directory / name for name in manifest.files]) as files:
+                findings.extend(describe_misplaced(manifest, rebuilt.plan, files, progress))
         if against is not None and findings:
             findings.append(f"{against}: not compared, because the shards are damaged already")
         elif against is not None:
@@ -152,27 +152,6 @@ def _check_files(
         checks = [pool.submit(_check_bytes, manifest, shards, name, progress) for name in readable]
         for check in checks:
             yield from check.result()
-
-
-def _check_placed_data(
-    manifest: Manifest, plan: ShardPlan, shards: Path, progress: Progress
-) -> Iterator[str]:
-    """Whether each expert's data is where the placement says, by the source's digest.
-
-    That does not follow from values that were cast: of them, only copies are compared.
-    """
-    names = tuple(manifest.files)
-    with opened_files([shards / name for name in names]) as files:
-        for target, fault in find_misplaced(plan, files):
-            yield f"{names[target.file]}: what begins at byte {target.offset} {fault}"
-        if manifest.dtype is not None:
-            return
-        digest = restore_source(plan, manifest.source.header, files, len, progress)
-    if digest != manifest.source.files[WEIGHTS_NAME].blake3:
-        yield (
-            f"{MANIFEST_NAME}: with this placement, the shards hold another adapter than the one "
-            "whose digest is recorded; experts would be served in each other's place"
-        )
 
 
 def _find_unexpected_files(manifest: Manifest, shards: Path) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Shard files -> the source's bytes, block by block: the plan of a split run backwards.
 
-`merge` writes these bytes; `verify` only digests them, which proves that each expert's data is where
-the placement says.
+`merge` writes these bytes; `verify`, `reshard` and `convert` only digest them, which proves that each
+expert's data is where the placement says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from blake3 import blake3
 
+from lorashard.adapter.config import WEIGHTS_NAME
 from lorashard.progress import Progress
+from lorashard.shards.manifest import Manifest
+from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.plan import CopyRange, ShardPlan, Target
 from lorashard.storage.digests import STEP_BYTES
 from lorashard.storage.local import ByteSource
@@ -43,6 +46,33 @@ def restore_source(
         digest.update(data)
         progress(size)
     return digest.hexdigest()
+
+
+def proof_bytes(manifest: Manifest) -> int:
+    """What `describe_misplaced` reports as progress, in total."""
+    if manifest.dtype is not None:
+        return 0
+    return manifest.source.files[WEIGHTS_NAME].size_bytes - len(manifest.source.header)
+
+
+def describe_misplaced(
+    manifest: Manifest, plan: ShardPlan, files: Sequence[ByteSource], progress: Progress
+) -> Iterator[str]:
+    """Whether each expert's data is where the placement says, by the source's digest.
+
+    That does not follow from values that were cast: of them, only copies are compared.
+    plan: rebuilt from `manifest`. progress: called with the source's bytes done since the last call.
+    """
+    for target, fault in find_misplaced(plan, files):
+        yield f"{plan.files[target.file].name}: what begins at byte {target.offset} {fault}"
+    if manifest.dtype is not None:
+        return
+    digest = restore_source(plan, manifest.source.header, files, len, progress)
+    if digest != manifest.source.files[WEIGHTS_NAME].blake3:
+        yield (
+            f"{MANIFEST_NAME}: with this placement, the shards hold another adapter than the one "
+            "whose digest is recorded; experts would be served in each other's place"
+        )
 
 
 def find_misplaced(plan: ShardPlan, files: Sequence[ByteSource]) -> Iterator[tuple[Target, str]]:

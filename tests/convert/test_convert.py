@@ -19,6 +19,7 @@ from torch import Tensor
 from lorashard import SplitRequest, convert_shards, split_adapter, verify_shards
 from lorashard.convert.tensor_blocks import read_tensor_blocks
 from lorashard.errors import AdapterError, LayoutError, ManifestError, ShardError, VerificationError
+from lorashard.writing.restore import proof_bytes
 from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, Spec, build
 from tests.coded_values import bits
 from tests.conversions import (
@@ -32,7 +33,15 @@ from tests.conversions import (
 from tests.goldens import check_golden
 from tests.imports import RUN, imported_by
 from tests.strategies import rank_lists, specs
-from tests.tiny import MODULE, RANK_FILES, contents, edit_json, flip_bit, run_cli
+from tests.tiny import (
+    MODULE,
+    RANK_FILES,
+    contents,
+    edit_json,
+    flip_bit,
+    run_cli,
+    split_wrongly_placed,
+)
 
 CASES = [Spec(layout) for layout in LAYOUTS] + [Spec(x, gated=False) for x in NON_GATED_LAYOUTS]
 CASES += [Spec("L1", lora_ranks={1: 0})]
@@ -212,7 +221,17 @@ def test_progress_adds_up_to_what_is_digested_and_written(shards: Path, tmp_path
     assert sum(seen) == prepared.progress_bytes
     size = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
     (shards / "adapter_model.safetensors").unlink()  # the notice is not read
-    assert sum(seen) == size + sum(f.stat().st_size for f in shards.glob("*.safetensors"))
+    proven = proof_bytes(prepared.manifest)
+    assert proven > 0
+    assert sum(seen) == size + proven + sum(f.stat().st_size for f in shards.glob("*.safetensors"))
+
+
+def test_a_placement_that_is_not_that_of_the_data_is_refused(tmp_path: Path) -> None:
+    shards = split_wrongly_placed(tmp_path)
+    for layout in PEFT_LAYOUTS:
+        with pytest.raises(VerificationError, match="with this placement, the shards hold another"):
+            convert_shards(shards, tmp_path / "out", layout)
+        assert not (tmp_path / "out").exists()
 
 
 def test_converting_needs_no_torch(shards: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lorashard import LayoutOptions, SplitRequest, merge_shards, reshard_shards, split_adapter
 from lorashard.errors import ManifestError, PlacementError, ShardError, VerificationError
 from lorashard.writing.blocks import split_into_blocks
+from lorashard.writing.restore import proof_bytes
 from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, Adapter, Spec, build
 from tests.bench.generate import write_adapter
 from tests.bench.measure import run_command
@@ -35,6 +36,7 @@ from tests.tiny import (
     per_expert_tensors,
     save_adapter,
     save_pickled,
+    split_wrongly_placed,
 )
 
 CASES = [Spec(layout) for layout in LAYOUTS] + [Spec(x, gated=False) for x in NON_GATED_LAYOUTS]
@@ -181,10 +183,35 @@ def test_shards_of_a_pickle_keep_what_is_said_of_it(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "3")
 
 
-def test_progress_adds_up_to_the_bytes_of_all_old_files(shards: Path, tmp_path: Path) -> None:
+def test_progress_adds_up_to_all_old_files_and_the_proof(shards: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    reshard_shards(shards, tmp_path / "out", 3, progress=seen.append)
-    assert sum(seen) == sum((shards / name).stat().st_size for name in FILES)
+    manifest = reshard_shards(shards, tmp_path / "out", 3, progress=seen.append)
+    proven = proof_bytes(manifest)
+    assert proven > 0
+    assert sum(seen) == sum((shards / name).stat().st_size for name in FILES) + proven
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_placement_that_is_not_that_of_the_data_is_refused(tmp_path: Path, remote: bool) -> None:
+    shards = split_wrongly_placed(tmp_path)
+    place = shards.as_uri() if remote else shards
+    with pytest.raises(VerificationError, match="with this placement, the shards hold another"):
+        reshard_shards(place, tmp_path / "out", 1)
+    assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_copies_that_differ_are_refused(tmp_path: Path, dtype: str | None) -> None:
+    (tmp_path / "map.json").write_text('{"ranks": [[0, 1], [2, 3, 0]]}')
+    request = SplitRequest(2, expert_map=tmp_path / "map.json", dtype=dtype)
+    shards = tmp_path / "redundant"
+    split_adapter(save_adapter(tmp_path / "adapter"), shards, request)
+    reshard_shards(shards, tmp_path / "right", 1)
+    placement = json.loads((shards / "lorashard.json").read_text())["placement"]
+    edit_json(shards / "lorashard.json", placement=placement | {"ranks": [[0, 1], [2, 3, 1]]})
+    with pytest.raises(VerificationError, match="differs from another copy of the same expert"):
+        reshard_shards(shards, tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", FILES)
