@@ -8,6 +8,7 @@ because its offsets decide what is read and where it goes.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ MAX_NAME_LENGTH = 4096  # characters; far above any real name
 _POINTER_BEGIN = b"version "
 GIT_LFS_POINTER = "it is a Git LFS pointer; `git lfs pull` or `hf download` fetches the file itself"
 _MAX_NUMBER = 2**63 - 1  # of a shape, an offset, or a tensor's bytes: what a file can have
+_SMALL_BYTES = 2**20  # of a header that is parsed without a look at its form
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _MAX_DIMENSIONS = 64  # PyTorch's own limit
 
 
@@ -122,6 +125,8 @@ def build_header(
 def _decode(raw: bytes, path: str) -> dict[str, object]:
     if not raw.startswith(b"{"):
         raise HeaderError(path, "the header does not start with '{'")
+    if len(raw) > _SMALL_BYTES and not _may_be_a_table(raw):
+        raise HeaderError(path, "the header is not a table of tensors")
     try:
         parsed = json.loads(raw.decode("utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError) as err:
@@ -129,6 +134,23 @@ def _decode(raw: bytes, path: str) -> dict[str, object]:
     if not isinstance(parsed, dict):
         raise HeaderError(path, "the header is not a JSON object")
     return parsed
+
+
+def _may_be_a_table(raw: bytes) -> bool:
+    """Whether it has no more lists and objects than its texts and tensors can be meant for.
+
+    Before it is parsed: `[],` are 3 bytes, which become more than 60 of memory.
+    """
+    num_tensors = raw.count(b'"data_offsets"')
+    if raw.count(b"[") <= 2 * num_tensors and raw.count(b"{") <= num_tensors + 2:
+        return True
+    num_lists, num_objects, num_texts = raw.count(b"["), raw.count(b"{"), 0
+    for match in _STRING.finditer(raw):  # a name or the metadata may have brackets
+        num_texts += 1
+        num_lists -= match[0].count(b"[")
+        num_objects -= match[0].count(b"{")
+    # A tensor has a name, three fields, a dtype and two lists.
+    return num_lists <= 2 * num_objects and num_objects <= num_texts // 5 + 2
 
 
 def _refuse_duplicate_keys(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -336,3 +337,25 @@ def test_no_depth_of_nesting_ends_in_a_recursion_error():
         raw = f'{{"__metadata__":{{"x":"y"}},"a":{nested}}}'.encode()
         with pytest.raises(HeaderError):
             parse_header(raw, 8 + len(raw), "a")
+
+
+@pytest.mark.parametrize("unit", [b"[],", b"{},", b'"x",[],'])
+def test_lists_and_objects_without_end_are_refused_before_they_take_memory(unit: bytes):
+    raw = b'{"a":[' + unit * (4 * 2**20 // len(unit)) + b"0]}"
+    tracemalloc.start()
+    reason = refusal(raw, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reason == "the header is not a table of tensors"
+    assert peak < len(raw)
+
+
+@pytest.mark.parametrize("bracket", ["[", "{", '"[]{', "\\"])
+def test_brackets_in_many_names_and_in_the_metadata_do_no_harm(bracket: str):
+    names = [f"layers.{bracket}{n}.weight" for n in range(20_000)]
+    metadata = {"recipe": json.dumps([{"a": []}] * 100)}
+    raw, entries = build_header([(name, "F32", (2,)) for name in names], metadata)
+    assert len(raw) > 2**20
+    header = parse(raw[8:], 8 * len(names))
+    assert header.tensors == entries
+    assert header.metadata == metadata

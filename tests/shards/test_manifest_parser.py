@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -264,6 +265,26 @@ def test_a_source_header_cut_short_is_refused():
 def test_a_source_header_that_unpacks_without_end_is_refused():
     bomb = packed(bytes(101 * 10**6))
     assert "too large or cut short" in refusal(change("source/header", bomb)).message
+
+
+@pytest.mark.parametrize("megabytes", [17, 99])
+def test_a_source_header_that_packs_as_no_header_does_is_refused(megabytes):
+    bomb = packed(b'{"a":[' + b"[]," * (megabytes * 1_000_000 // 3) + b"0]}")
+    tracemalloc.start()
+    assert "too large or cut short" in refusal(change("source/header", bomb)).message
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    tracemalloc.stop()
+
+
+def test_a_source_header_of_many_tensors_is_read_back():
+    names = (f"model.layers.{n}.mlp.experts.{e}.up_proj" for n in range(60) for e in range(2304))
+    table = {
+        name: {"dtype": "BF16", "shape": [16, 7168], "data_offsets": [i * 229376, -~i * 229376]}
+        for i, name in enumerate(names)
+    }
+    header = json.dumps(table).encode()
+    assert len(header) > 16 * 2**20
+    assert parse_manifest(change("source/header", packed(header)), "m").source.header == header
 
 
 def test_a_source_header_that_is_not_packed_is_refused():
