@@ -90,6 +90,12 @@ def rebuild_plan(manifest: Manifest, config_bytes: bytes, place: Location) -> Re
     """
     path = f"{place}/{MANIFEST_NAME}"
     header_bytes = manifest.source.header
+    recorded_size = manifest.source.files[CONFIG_NAME].size_bytes
+    if len(config_bytes) != recorded_size:
+        raise ManifestError(
+            path,
+            f"source.files gives {CONFIG_NAME} {recorded_size} bytes, it has {len(config_bytes)}",
+        )
     try:
         config = parse_config(config_bytes, f"{place}/{CONFIG_NAME}")
         size = manifest.source.files[WEIGHTS_NAME].size_bytes

@@ -152,6 +152,15 @@ def test_a_source_that_cannot_be_read_is_said_not_to_be_described(
         rebuild_plan(spoil(locate_shards(shards).manifest), config, shards)
 
 
+def test_another_size_of_the_config_is_refused(shards: Path) -> None:
+    size = (shards / "adapter_config.json").stat().st_size
+    edit(shards, lambda m: m["source"]["files"]["adapter_config.json"].update(size=size + 1))
+    with pytest.raises(
+        ManifestError, match=f"adapter_config.json {size + 1} bytes, it has {size}[.]"
+    ):
+        check_shards(locate_shards(shards))
+
+
 def test_an_edited_config_is_refused_with_its_name(shards: Path) -> None:
     edit_json(shards / "adapter_config.json", lora_alpha=64)
     with pytest.raises(VerificationError) as refusal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -365,3 +365,47 @@ def test_every_flipped_bit_of_an_explicit_placement_is_noticed(tmp_path: Path) -
         if not findings and json.loads(changed) != json.loads(raw):
             passed.append(bytes(changed[begin + position - 10 : begin + position + 10]))
     assert passed == []
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of everything in a document that is neither an object nor a list."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from leaves(inner, (*path, key))
+    else:
+        yield path
+
+
+def changed(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1 if isinstance(value, int) else value * 2
+    return "x" if value is None else value + "x"
+
+
+FREE_LEAVES = {("lorashard_version",), ("source", "repo"), ("source", "revision")}
+
+
+@pytest.mark.parametrize("save", [save_adapter, save_fused])
+def test_every_changed_leaf_of_the_manifest_is_noticed(
+    tmp_path: Path, save: Callable[[Path], Path]
+) -> None:
+    shards = tmp_path / "shards"
+    split_adapter(save(tmp_path / "adapter"), shards, SplitRequest(ep_size=2))
+    content = (shards / "lorashard.json").read_text()
+    passed = set()
+    for path in leaves(json.loads(content)):
+        document = json.loads(content)
+        place = document
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = changed(place[path[-1]])
+        (shards / "lorashard.json").write_text(json.dumps(document))
+        try:
+            if not verify_shards(shards):
+                passed.add(path)
+        except ManifestError:
+            continue
+    assert passed == FREE_LEAVES
