@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 class _Dtype(NamedTuple):
     """size: bytes of an element. torch: its name there. exponent: see EXPONENT_BITS.
 
-    The last two are for floats only.
+    The last two are for the floats that LoRA factors are stored in.
     """
 
     size: int
@@ -25,6 +25,9 @@ _DTYPES: Mapping[str, _Dtype] = {
     "F8_E5M2": _Dtype(1, "float8_e5m2", 0x7C),
     # It has no infinity, and a NaN has every bit but the sign set, so the mantissa is in the mask.
     "F8_E4M3": _Dtype(1, "float8_e4m3fn", 0x7F),
+    "F8_E8M0": _Dtype(1),
+    "F8_E4M3FNUZ": _Dtype(1),
+    "F8_E5M2FNUZ": _Dtype(1),
     "I16": _Dtype(2),
     "U16": _Dtype(2),
     "F16": _Dtype(2, "float16", 0x7C00),
@@ -32,6 +35,7 @@ _DTYPES: Mapping[str, _Dtype] = {
     "I32": _Dtype(4),
     "U32": _Dtype(4),
     "F32": _Dtype(4, "float32", 0x7F80_0000),
+    "C64": _Dtype(8),
     "F64": _Dtype(8, "float64", 0x7FF0_0000_0000_0000),
     "I64": _Dtype(8),
     "U64": _Dtype(8),

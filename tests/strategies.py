@@ -17,6 +17,7 @@ from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, ONE_TENSOR_PER_EXPERT, Ad
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 COMMON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

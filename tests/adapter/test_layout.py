@@ -238,8 +238,10 @@ def test_a_tensor_of_another_kind_is_refused(name: str, feature: str):
         layout_of(with_tensor(built(), name, 6))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool], ids=str)
-def test_a_factor_of_integers_is_refused(dtype: torch.dtype):
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fnuz], ids=str
+)
+def test_a_factor_that_is_no_usual_float_is_refused(dtype: torch.dtype):
     with pytest.raises(LayoutError, match="a LoRA factor cannot have dtype"):
         layout_of(with_tensor(built(), f"{EXPERTS}.1.up_proj.lora_A.weight", 2, 6, dtype=dtype))
 

@@ -37,7 +37,7 @@ from tests.adapters import (
 )
 from tests.coded_values import bits
 from tests.strategies import rank_lists, specs
-from tests.tiny import contents
+from tests.tiny import contents, per_expert_tensors, save_adapter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CASES = [Spec(layout) for layout in LAYOUTS] + [Spec(x, gated=False) for x in NON_GATED_LAYOUTS]
@@ -353,3 +353,19 @@ def test_experts_and_modules_without_a_rank_are_zeros_and_merged_back(tmp_path: 
     reshard_shards(shards, again, 4)
     merge_shards(again, merged)
     assert contents(merged) == contents(source)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu]
+)
+def test_a_full_weight_of_any_dtype_is_carried_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    bits = torch.arange(64, dtype=torch.uint8).view(dtype).reshape(2, -1)
+    tensors = per_expert_tensors() | {"base_model.model.score.weight": bits}
+    adapter = save_adapter(tmp_path / "adapter", tensors)
+    split_adapter(adapter, tmp_path / "shards", SplitRequest(ep_size=2))
+    assert verify_shards(tmp_path / "shards") == ()
+    assert verify_shards(tmp_path / "shards", against=adapter) == ()
+    merge_shards(tmp_path / "shards", tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(adapter)
