@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from blake3 import blake3
+from safetensors.torch import save_file
 
 from lorashard import LayoutOptions, SplitRequest, reshard_shards, split_adapter, verify_shards
 from lorashard.errors import (
@@ -409,3 +410,33 @@ def test_every_changed_leaf_of_the_manifest_is_noticed(
         except ManifestError:
             continue
     assert passed == FREE_LEAVES
+
+
+def test_another_adapter_is_one_finding_with_the_first_difference(tmp_path: Path) -> None:
+    right, wrong = (
+        save_adapter(tmp_path / str(seed), per_expert_tensors(seed, layers=3)) for seed in (0, 1)
+    )
+    shards = tmp_path / "shards"
+    split_adapter(right, shards, SplitRequest(ep_size=2))
+    assert verify_shards(shards, against=right) == ()
+    finding = one_finding(shards, against=wrong)
+    assert finding.startswith(
+        f"{wrong}: not the adapter that the shards were split from, as its BLAKE3 shows. The first "
+        "difference is: "
+    )
+    assert ".safetensors: " in finding
+
+
+def test_a_source_that_was_saved_again_with_the_same_values_is_proven(tmp_path: Path) -> None:
+    tensors = per_expert_tensors()
+    split_adapter(save_adapter(tmp_path / "a", tensors), tmp_path / "out", SplitRequest(ep_size=2))
+    again = save_adapter(tmp_path / "again", tensors)
+    save_file(tensors, again / "adapter_model.safetensors", {"format": "pt", "step": "9"})
+    assert verify_shards(tmp_path / "out", against=again) == ()
+
+
+def test_every_difference_from_the_source_itself_is_found(shards: Path, adapter: Path) -> None:
+    edit_manifest(
+        shards, lambda d: d["placement"].update(strategy="explicit", ranks=[[1, 0], [3, 2]])
+    )
+    assert len(verify_shards(shards, against=adapter)) > 1
