@@ -41,7 +41,7 @@ from lorashard.shards.directory import (
     shard_directory_names,
 )
 from lorashard.shards.manifest import Manifest, ShardFile, format_manifest
-from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME
+from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.shards.replan import (
     RebuiltPlan,
     describe_wrong_digest,
@@ -128,6 +128,13 @@ def _is_source(manifest: Manifest, adapter: Path) -> bool:
     name = next((name for name in names if (adapter / name).exists()), WEIGHTS_NAME)
     recorded = manifest.source.files.get(name)
     return recorded is not None and has_digest(adapter / name, recorded)
+
+
+def find_held_ranks(manifest: Manifest, directory: Path) -> tuple[int, ...]:
+    """The ep ranks whose file is in a local directory, as `pull` leaves it."""
+    ep_size = manifest.placement.ep_size
+    names = (rank_file_name(ep_rank, ep_size) for ep_rank in range(ep_size))
+    return tuple(ep_rank for ep_rank, name in enumerate(names) if (directory / name).exists())
 
 
 def _local_adapter(place: Location) -> AbstractContextManager[Path]:

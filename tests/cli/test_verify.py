@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lorashard import SplitRequest, split_adapter
 from tests.goldens import check_golden
 from tests.tiny import RANK_FILES, flip_bit, run_cli
 
@@ -35,3 +36,29 @@ def test_a_sound_directory_is_said_to_be_one(shards: Path, adapter: Path) -> Non
     )  # fmt: skip
     assert "every value equal to" in run_cli("verify", shards, "--against", adapter).stdout
     assert run_cli("verify", shards, "-q").stdout == ""
+
+
+def test_a_directory_of_some_ranks_is_said_to_be_one(adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "four"
+    split_adapter(adapter, out, SplitRequest(ep_size=4))
+    absent = [out / f"ep-0000{ep_rank}-of-00004.safetensors" for ep_rank in (0, 3)]
+    for path in absent:
+        path.unlink()
+    done = run_cli("verify", out)
+    assert done.returncode == 5
+    assert done.stdout == "".join(f"{path}: No such file or directory.\n" for path in absent)
+    assert done.stderr == (
+        f"error: {out}: 2 of 4 rank files are not here, only what ranks 1-2 need.\n"
+        "  After a `pull` of these ranks that is right, and --node-ranks 1-2 verifies it. Otherwise "
+        "copy the whole directory again.\n"
+    )
+    assert run_cli("verify", out, "--node-ranks", "1-2").returncode == 0
+    (out / "ep-00001-of-00004.safetensors").unlink()
+    assert "rank 2 needs" in (stderr := run_cli("verify", out).stderr)
+    assert "and --ep-rank 2 verifies it" in stderr
+
+
+def test_a_directory_of_some_ranks_that_is_damaged_is_said_to_be_that(shards: Path) -> None:
+    (shards / RANK_FILES[1]).unlink()
+    flip_bit(shards / RANK_FILES[0], -2)
+    assert "Do not serve this directory" in run_cli("verify", shards).stderr
