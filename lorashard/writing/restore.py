@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from blake3 import blake3
 
 from lorashard.adapter.config import WEIGHTS_NAME
+from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.progress import Progress
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME
-from lorashard.shards.plan import CopyRange, ShardPlan, Target
+from lorashard.shards.plan import CopyRange, Rearrange, ShardPlan, Target
 from lorashard.storage.digests import STEP_BYTES
 from lorashard.storage.local import ByteSource
 from lorashard.writing.blocks import BLOCK_BYTES, Block, CopyBlock, split_into_blocks
@@ -78,7 +80,8 @@ def describe_misplaced(
 def find_misplaced(plan: ShardPlan, files: Sequence[ByteSource]) -> Iterator[tuple[Target, str]]:
     """Where the data is not what the plan says, as far as the shards themselves show it.
 
-    That is where copies of an expert differ, and where an untrained expert is not zero.
+    That is where copies of an expert differ, and where an untrained expert, or the rest of a smaller
+    r, is not zero.
     """
     for op in plan.reads:
         size = op.end - op.begin if isinstance(op, CopyRange) else op.slot_bytes
@@ -86,9 +89,36 @@ def find_misplaced(plan: ShardPlan, files: Sequence[ByteSource]) -> Iterator[tup
             for other in targets[1:]:
                 if any(a != b for a, b in _steps(size, files, targets[0], other)):
                     yield other, "differs from another copy of the same expert"
+    for target in _find_filled_zeros(plan, files):
+        yield target, "is not zero, though nothing of the source belongs there"
+
+
+def _find_filled_zeros(plan: ShardPlan, files: Sequence[ByteSource]) -> Iterator[Target]:
     for zero in plan.zeros:
-        if any(any(data) for (data,) in _steps(zero.size_bytes, files, zero.target)):
-            yield zero.target, "is not zero, though nothing of the source belongs there"
+        steps = _steps(zero.size_bytes, files, zero.target)
+        if any(data.count(0) != len(data) for (data,) in steps):
+            yield zero.target
+    for op in plan.reads:
+        if isinstance(op, Rearrange) and (op.rows, op.cols) != (op.slot_rows, op.slot_cols):
+            for place in chain.from_iterable(op.targets):
+                if not _is_padded_with_zeros(op, place, files):
+                    yield place
+
+
+def _is_padded_with_zeros(op: Rearrange, place: Target, files: Sequence[ByteSource]) -> bool:
+    """Whether a slot is zero where the factor, of a smaller r, does not fill it."""
+    import numpy as np  # noqa: PLC0415 - plain copies do not need it
+
+    row_bytes = op.slot_cols * ELEMENT_SIZE[op.dtype]
+    step = max(1, STEP_BYTES // row_bytes)
+    for first in range(0, op.slot_rows, step):
+        buffer = bytearray(min(step, op.slot_rows - first) * row_bytes)
+        files[place.file].read_into(memoryview(buffer), place.offset + first * row_bytes)
+        rows = np.frombuffer(buffer, np.uint8).reshape(-1, row_bytes)
+        filled = max(0, op.rows - first)
+        if rows[filled:].any() or rows[:filled, op.cols * ELEMENT_SIZE[op.dtype] :].any():
+            return False
+    return True
 
 
 def _read_block(block: Block, data: memoryview, files: Sequence[ByteSource]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from blake3 import blake3
 
 from lorashard import SplitRequest, split_adapter
 from lorashard.shards.directory import locate_shards, opened_files
+from lorashard.shards.plan import Target
 from lorashard.shards.replan import CheckedShards, check_shards
 from lorashard.writing.restore import find_misplaced, restore_source
-from tests.tiny import RANK_FILES, per_expert_tensors, save_adapter, save_fused
+from tests.tiny import MODULE, RANK_FILES, per_expert_tensors, save_adapter, save_fused
 
 
 def checked(adapter: Path, out: Path, **options: object) -> CheckedShards:
@@ -45,3 +47,31 @@ def test_a_copy_that_differs_is_found_where_it_is(tmp_path: Path) -> None:
         ((target, fault),) = find_misplaced(shards.plan, files)
     assert (target.file, fault) == (2, "differs from another copy of the same expert")
     assert 0 < target.offset < len(content)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_the_rest_of_a_smaller_r_is_zero(tmp_path: Path, dtype: str | None) -> None:
+    tensors = per_expert_tensors()
+    small = ".mlp.experts.3."
+    for name in [name for name in tensors if small in name]:
+        tensor = tensors[name]
+        tensors[name] = (tensor[:1] if "lora_A" in name else tensor[:, :1]).contiguous()
+    patterns = {f"{MODULE}.3.{name}": 1 for name in ("gate_proj", "up_proj", "down_proj")}
+    adapter = save_adapter(tmp_path / "a", tensors, rank_pattern=patterns)
+    shards = checked(adapter, tmp_path / "out", dtype=dtype)
+    path = tmp_path / "out" / RANK_FILES[1]
+    right = path.read_bytes()
+    assert misplaced(shards) == []
+    for entry in shards.plan.files[2].tensors:
+        assert right[entry.end - 1] == 0
+        content = bytearray(right)
+        content[entry.end - 1] = 1
+        path.write_bytes(content)
+        ((target, fault),) = misplaced(shards)
+        assert entry.begin <= target.offset < entry.end
+        assert fault == "is not zero, though nothing of the source belongs there"
+
+
+def misplaced(shards: CheckedShards) -> list[tuple[Target, str]]:
+    with opened_files(shards.files) as files:
+        return list(find_misplaced(shards.plan, files))
