@@ -126,14 +126,14 @@ def _unpack_header(text: str) -> bytes:
 def _parse_options(info: Mapping[str, Any]) -> LayoutOptions:
     # A later lorashard may record more options; those that change the layout change the digests.
     counts = {
-        name: None if info.get(name) is None else _natural(info[name])
+        name: None if _field(info, name) is None else _natural(info[name])
         for name in ("num_experts", "hidden_size", "intermediate_size")
     }
     return LayoutOptions(
         **counts,
-        gate_up=_one_of(info.get("gate_up"), (None, *get_args(GateUp))),
-        lora_b_layout=_one_of(info.get("lora_b_layout"), (None, *get_args(LoraBLayout))),
-        orientation=_one_of(info.get("orientation"), (None, *get_args(Orientation))),
+        gate_up=_one_of(_field(info, "gate_up"), (None, *get_args(GateUp))),
+        lora_b_layout=_one_of(_field(info, "lora_b_layout"), (None, *get_args(LoraBLayout))),
+        orientation=_one_of(_field(info, "orientation"), (None, *get_args(Orientation))),
     )
 
 

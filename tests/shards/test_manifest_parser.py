@@ -244,6 +244,13 @@ def test_a_source_without_one_of_its_files_is_refused(name: str):
     assert "source names no" in refusal(change("source/files", files)).message
 
 
+@pytest.mark.parametrize("name", sorted(document()["options"]))
+def test_an_option_that_is_missing_is_not_taken_for_null(name: str):
+    options = document()["options"]
+    del options[name]
+    assert f"the field '{name}' is missing" in refusal(change("options", options)).message
+
+
 def packed(header: bytes) -> str:
     return base64.b64encode(zlib.compress(header, 9)).decode()
 
