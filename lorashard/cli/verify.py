@@ -35,17 +35,18 @@ def verify(
 ) -> None:
     """Check a shard directory, or some of its ranks: structure, placement, digests and values."""
     from lorashard.shards.directory import locate_shards, needed_files  # noqa: PLC0415
-    from lorashard.verify.verify import verify_shards  # noqa: PLC0415
+    from lorashard.verify.verify import proves_placement, verify_shards  # noqa: PLC0415
     from lorashard.writing.restore import proof_bytes  # noqa: PLC0415
 
     ep_ranks = opt.chosen_ranks(ep_rank, node_ranks) or None
     located = locate_shards(shards)
     manifest, placement = located.manifest, located.manifest.placement
     needed = manifest.files if ep_ranks is None else needed_files(manifest, ep_ranks, shards)
+    proves_all = proves_placement(manifest, ep_ranks)
     sizes = [file.digest.size_bytes for name, file in manifest.files.items() if name in needed]
     if against is not None:
         sizes += [digest.size_bytes for digest in manifest.source.files.values()]
-    elif ep_ranks is None:
+    elif proves_all:
         sizes.append(proof_bytes(manifest))
     with render.progress_bar(f"verify {located.place.name}", sum(sizes), quiet=quiet) as bar:
         findings = verify_shards(
@@ -68,7 +69,7 @@ def verify(
             render.print_line(finding)
     elif not quiet:
         proven = "" if against is None else f", every value equal to {against}"
-        if against is None and ep_ranks is None and manifest.dtype is not None:
+        if against is None and proves_all and manifest.dtype is not None:
             proven = " (values were cast: only --against proves which expert each one is of)"
         checked = "" if ep_ranks is None else f", ranks {render.ids(ep_ranks)} checked"
         render.print_line(

@@ -92,7 +92,8 @@ def verify_shards(
         needed = manifest.files if ep_ranks is None else needed_files(manifest, ep_ranks, directory)
         findings.extend(_check_files(manifest, directory, needed, progress))
         findings.extend(_find_unexpected_files(manifest, directory))
-        if ep_ranks is None and against is None and rebuilt is not None and not findings:
+        proven = against is None and proves_placement(manifest, ep_ranks)
+        if proven and rebuilt is not None and not findings:
             with opened_files([directory / name for name in manifest.files]) as files:
                 findings.extend(describe_misplaced(manifest, rebuilt.plan, files, progress))
         if against is not None and findings:
@@ -128,6 +129,11 @@ def _is_source(manifest: Manifest, adapter: Path) -> bool:
     name = next((name for name in names if (adapter / name).exists()), WEIGHTS_NAME)
     recorded = manifest.source.files.get(name)
     return recorded is not None and has_digest(adapter / name, recorded)
+
+
+def proves_placement(manifest: Manifest, ep_ranks: Sequence[int] | None) -> bool:
+    """Whether these are all ranks, which it takes to prove that the placement is the data's."""
+    return ep_ranks is None or set(ep_ranks) == set(range(manifest.placement.ep_size))
 
 
 def find_held_ranks(manifest: Manifest, directory: Path) -> tuple[int, ...]:

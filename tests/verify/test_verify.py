@@ -314,6 +314,8 @@ def test_a_placement_that_is_not_that_of_the_data_is_found(tmp_path: Path) -> No
     assert one_finding(shards).startswith(
         "lorashard.json: with this placement, the shards hold ano"
     )
+    assert one_finding(shards, ep_ranks=[1, 0]) == one_finding(shards)
+    assert verify_shards(shards, ep_ranks=[1]) == ()
     with pytest.raises(VerificationError, match="with this placement"):
         reshard_shards(shards, tmp_path / "laundered", 1)
 
