@@ -23,7 +23,8 @@ from lorashard.cli import (
     split,
     verify,
 )
-from lorashard.errors import LorashardError
+from lorashard.cli.system_errors import better_hint, describe
+from lorashard.errors import AdapterError, LorashardError
 from lorashard.version import __version__
 
 app = typer.Typer(
@@ -82,10 +83,12 @@ def main() -> NoReturn:
             render.say("interrupted")
         raise
     except LorashardError as err:
-        _fail(err.message, err.hint, err.exit_code)
+        _fail(err.message, better_hint(err) or err.hint, err.exit_code)
     except Exception as err:
         if os.environ.get("LORASHARD_DEBUG"):
             raise
+        if isinstance(err, OSError) and (described := describe(err)):
+            _fail(*described, AdapterError.exit_code)
         _fail(
             f"unexpected {type(err).__name__}: {err}",
             "Please report this. Set LORASHARD_DEBUG=1 to see where it happened.",

@@ -145,8 +145,8 @@ def manifest_bytes(directory: Location) -> bytes:
     except AdapterError as err:
         raise ManifestError(path, _TOO_LARGE) from err
     except OSError as err:
-        if err.errno == errno.EINVAL:
-            raise ManifestError(path, str(err.strerror)) from err
+        if err.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise ManifestError(path, f"cannot be read ({err.strerror})") from err
         reason = "not a finished shard directory" if directory.is_dir() else "no such directory"
         raise ManifestError(path, reason) from err
 

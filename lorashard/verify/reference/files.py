@@ -38,9 +38,9 @@ class SafetensorsFile:
         open_file: Any = safe_open  # its stub has no types
         self.name = path.name
         try:
+            self._file = path.open("rb", buffering=0)  # it says why not, safe_open does not
             with open_file(path, framework="pt", device="cpu"):
                 pass
-            self._file = path.open("rb", buffering=0)
         except (OSError, SafetensorError) as err:
             raise AdapterError(f"{path}: {err}.", hint="Copy or download it again.") from err
         (length,) = struct.unpack("<Q", self._file.read(8))
