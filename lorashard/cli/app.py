@@ -77,7 +77,10 @@ def main() -> NoReturn:
             signal.signal(number, _exit_on_signal)
     render.settle_streams()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except SystemExit as err:
         if err.code == 128 + signal.SIGINT:  # Typer's, for Ctrl-C
             render.say("interrupted")

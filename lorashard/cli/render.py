@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lorashard.errors import LorashardError
+
 SHOW_PROGRESS_AFTER_S = 1.0
 COUNTED_FROM_R = " (counted from r; --model checks it)"
 _LEAST_WIDTH = 80
@@ -47,11 +49,40 @@ def print_result(result: Mapping[str, Any], place: object, *, as_json: bool, qui
 
 def settle_streams() -> None:
     """Make stdout and stderr usable, whatever the shell made of them."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        is_terminal, encoding = sys.stdout.isatty(), sys.stdout.encoding
+        output = io.BufferedWriter(_Output(sys.stdout.fileno(), "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(output, encoding=encoding, line_buffering=is_terminal)
     sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class _Output(io.FileIO):
+    """Standard output. A reader that has gone away, such as `head`, changes nothing for the command."""
+
+    def write(self, data: Any, /) -> int:
+        """Write, or drop the data if nobody reads it. Raises LorashardError if the disk is full."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            self._drop_the_rest()
+            return len(data)
+        except OSError as err:
+            self._drop_the_rest()
+            _PRINTED.append("nothing")
+            raise LorashardError(
+                f"The output cannot be written ({err.strerror}).",
+                hint="Whatever the command has written elsewhere is complete.",
+            ) from err
+
+    def _drop_the_rest(self) -> None:
+        """Send what is still buffered nowhere, so that the end of the program does not fail on it."""
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
 
 
 def print_line(text: str) -> None:

@@ -109,3 +109,34 @@ def test_the_hint_follows_from_the_cause(number: int, part: str | None) -> None:
     error.__cause__ = OSError(number, os.strerror(number))
     hint = better_hint(error)
     assert hint is None if part is None else part in (hint or "")
+
+
+def to(folder: Path, command: str) -> tuple[int, str]:
+    """Run a shell line in which L is lorashard; the exit code of lorashard, and its stderr."""
+    program = f'L() {{ "{sys.executable}" -m lorashard "$@"; }}; set -o pipefail; {command}'
+    done = subprocess.run(
+        ["bash", "-c", program], cwd=folder, env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_goes_away_changes_no_exit_code(folder: Path) -> None:
+    assert to(folder, "L inspect s | head -n 0") == (0, "")
+    (folder / "s" / RANK_FILES[0]).write_bytes(b"short")
+    code, told = to(folder, "L verify s | head -n 0")
+    assert code == 5
+    assert told.startswith("error: s:")
+
+
+def test_a_full_disk_under_stdout_is_told_and_what_was_split_stays(folder: Path) -> None:
+    for options in ("", "--json"):
+        code, told = to(folder, f"L split a --ep-size 2 -o out{options} {options} > /dev/full")
+        assert code == 1
+        assert "error: The output cannot be written (No space left on device)." in told
+        assert "Traceback" not in told
+        assert (folder / f"out{options}" / "lorashard.json").exists()
+
+
+def test_closed_streams_do_no_harm(folder: Path) -> None:
+    assert to(folder, "L split a --ep-size 2 -o out >&- 2>&-")[0] == 0
