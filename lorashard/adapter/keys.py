@@ -151,6 +151,15 @@ def clean_name(name: str) -> str:
     return name
 
 
+def is_unsloth_alias(module: str) -> bool:
+    """Whether a module has the name under which Unsloth keeps fused experts: `moe`, for `experts`.
+
+    unsloth-zoo saving_utils.py; Gemma 4's block in transformers 4 is called that.
+    """
+    parts = module.removesuffix(".base_layer").split(".")
+    return parts[-1] == "moe"
+
+
 def parse_key(name: str, num_dims: int) -> ParsedKey:
     """Say what a tensor name means. Expert ids are integers, never strings to sort by."""
     name = clean_name(name)

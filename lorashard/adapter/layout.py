@@ -16,7 +16,14 @@ from lorashard.adapter.containers import (
     is_untrained,
     read_container,
 )
-from lorashard.adapter.keys import ExpertKey, LoraKey, UnknownKey, clean_name, parse_key
+from lorashard.adapter.keys import (
+    ExpertKey,
+    LoraKey,
+    UnknownKey,
+    clean_name,
+    is_unsloth_alias,
+    parse_key,
+)
 from lorashard.adapter.modules import ExpertModule, build_module
 from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.rank_evidence import check_count_from_r, check_shared_pairs
@@ -176,6 +183,12 @@ def _check_replicated_rank(key: LoraKey, entry: TensorEntry, config: LoraConfig)
     """
     lora_rank = entry.shape[0] if key.matrix == "lora_A" else entry.shape[1]
     expected = config.rank_of(key.module)
+    if is_unsloth_alias(key.module) and lora_rank not in (expected, 0):
+        raise LayoutError(
+            f"{entry.name} {list(entry.shape)}: `moe` is Unsloth's name for `experts`, under which PEFT "
+            "has the factors of all experts.",
+            hint="Rename the tensors, `.moe.` to `.moe.experts.`, or save the adapter again with PEFT.",
+        )
     # A router that is a bare parameter is matched with the parameter's name at the end.
     if lora_rank not in (expected, config.rank_of(f"{key.module}.weight")):
         raise LayoutError(
@@ -232,7 +245,8 @@ def _count_experts(
             raise LayoutError(
                 f"{factor.entry.name} has expert {factor.experts[-1]}, but the model has "
                 f"{num_experts} experts.",
-                hint="Is --model the base model of this adapter?",
+                hint="Is --model the base model of this adapter? If the model has two banks of experts "
+                "in one list (ERNIE-4.5-VL: text, then vision), lorashard does not read them.",
             )
     if num_experts > MAX_EXPERTS or (router_rows is not None and num_experts > router_rows):
         limit = "more than any model has"

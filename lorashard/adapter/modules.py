@@ -244,7 +244,8 @@ def _build_stack(
             raise LayoutError(
                 f"{source.entry.name} is {source.entry.dtype} with {own} features, "
                 f"{first.entry.name} is {first.entry.dtype} with {features}.",
-                hint="All experts of one projection must have one shape and dtype.",
+                hint="All experts of one projection must have one shape and dtype. Two banks of experts "
+                "in one list (ERNIE-4.5-VL: text, then vision) are not read; vLLM keeps them apart.",
             )
     rows, cols = (lora_rank, features) if matrix == "lora_A" else (features, lora_rank)
     dtype = first.entry.dtype

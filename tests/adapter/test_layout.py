@@ -378,3 +378,20 @@ def test_a_module_beside_the_experts_with_r_0_is_left_out():
     names = [entry.name for entry in layout_of(adapter).replicated]
     assert len(names) == 4
     assert not any("q_proj" in name for name in names)
+
+
+@pytest.mark.parametrize("projection", ["moe.base_layer", "moe"])
+def test_unsloth_s_name_for_experts_is_told(projection: str):
+    name = f"base_model.model.model.language_model.layers.0.{projection}.lora_A.weight"
+    adapter = with_tensor(built("L1"), name, 8, 6)
+    message = refusal(with_tensor(adapter, name.replace("lora_A", "lora_B"), 6, 8))
+    assert "`moe` is Unsloth's name for `experts`" in message
+    assert "`.moe.` to `.moe.experts.`" in message
+
+
+def test_two_banks_of_experts_are_told():
+    narrower = with_tensor(built("L1"), f"{EXPERTS}.3.up_proj.lora_B.weight", 2, 2)
+    assert "Two banks of experts in one list (ERNIE-4.5-VL" in refusal(narrower)
+    more = built("L1")
+    with pytest.raises(LayoutError, match="two banks of experts"):
+        layout_of(replace(more, options={"num_experts": 2}))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.adapter.config import WEIGHTS_NAME
-from lorashard.adapter.keys import ExpertKey, parse_key
+from lorashard.adapter.keys import ExpertKey, LoraKey, is_unsloth_alias, parse_key
 from lorashard.adapter.layout import AdapterLayout, detect_layout
 from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.read import AdapterSource, opened_adapter
@@ -91,11 +91,14 @@ def open_with_experts(path: Path, stack: ExitStack) -> AdapterSource | None:
 
 def has_experts(tensors: Sequence[TensorEntry]) -> bool:
     """Whether any tensor is an expert's, or at least has a name that says so."""
-    return any(
-        "experts" in entry.name.split(".")
-        or isinstance(parse_key(entry.name, len(entry.shape)), ExpertKey)
-        for entry in tensors
-    )
+    return any(_names_experts(entry) for entry in tensors)
+
+
+def _names_experts(entry: TensorEntry) -> bool:
+    if "experts" in entry.name.split("."):
+        return True
+    key = parse_key(entry.name, len(entry.shape))
+    return isinstance(key, ExpertKey) or (isinstance(key, LoraKey) and is_unsloth_alias(key.module))
 
 
 def _own_and_other_experts(layout: AdapterLayout, local_experts: LocalExperts) -> Placement:
