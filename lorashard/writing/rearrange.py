@@ -104,7 +104,10 @@ def _views(block: RearrangeBlock, source: memoryview, scratch: memoryview) -> tu
 
 
 def _cast(data: memoryview, op: Rearrange) -> memoryview:
-    """The block in the dtype of the slots. Raises LayoutError if a value is too large for that."""
+    """The block in the dtype of the slots.
+
+    Raises LayoutError if a value is too large for that, or all of them are too small.
+    """
     if op.dtype == op.source_dtype:
         return data
     torch = import_torch("--dtype")
@@ -122,6 +125,13 @@ def _cast(data: memoryview, op: Rearrange) -> memoryview:
         if len(too_large):
             raise LayoutError(
                 f"A value is too large for {op.dtype}: {float(too_large[0]):g}.",
+                hint="Use --dtype bfloat16 or float32, or leave --dtype out.",
+            )
+    if not after.any():
+        largest = float(before.to(torch.float64).abs().max()) if count else 0.0
+        if largest:
+            raise LayoutError(
+                f"All values of a factor become 0 in {op.dtype}; the largest of them is {largest:g}.",
                 hint="Use --dtype bfloat16 or float32, or leave --dtype out.",
             )
     return memoryview(cast)

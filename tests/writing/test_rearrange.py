@@ -155,3 +155,14 @@ def test_an_infinity_of_the_source_stays_one(source: str, dtype: str, value: flo
 def test_nan_stays_nan(source: str, dtype: str) -> None:
     result = cast(filled(float("nan"), source), source, dtype)
     assert torch.isnan(result).nonzero().tolist() == [[17]]
+
+
+def test_a_factor_that_a_cast_would_make_zero_is_refused() -> None:
+    small = torch.zeros(E * R * C)
+    small[:3] = torch.tensor([1e-10, -3e-10, 2e-11])
+    with pytest.raises(LayoutError, match="become 0 in F16; the largest of them is 3e-10"):
+        cast(small, "F32", "F16")
+    assert cast(small, "F32", "BF16")[1] != 0
+    assert not cast(torch.zeros(E * R * C), "F32", "F16").any()
+    small[4] = 1.0
+    assert cast(small, "F32", "F16")[:5].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0]
