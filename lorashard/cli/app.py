@@ -23,8 +23,8 @@ from lorashard.cli import (
     split,
     verify,
 )
-from lorashard.cli.system_errors import better_hint, describe
 from lorashard.errors import AdapterError, LorashardError
+from lorashard.storage.system_errors import better_hint, describe
 from lorashard.version import __version__
 
 app = typer.Typer(

@@ -63,7 +63,7 @@ def is_batch(names: Sequence[str]) -> bool:
 def read_list(lines: Iterable[str]) -> Iterator[str]:
     """The adapters of a list, one per line; skips empty lines and those that begin with #."""
     for line in lines:
-        text = line.strip()
+        text = line.strip().replace("\0", "\\0")  # which no name has, and no pattern can
         if text and not text.startswith("#"):
             yield text
 

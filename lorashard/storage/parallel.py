@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from lorashard.errors import LorashardError
+from lorashard.errors import AdapterError, LorashardError
 from lorashard.progress import Progress
+from lorashard.storage.system_errors import describe
 
 J = TypeVar("J")
 T = TypeVar("T")
@@ -69,6 +70,10 @@ def _run_one(job: J, work: Callable[[J, Progress], T], progress: Progress) -> Ou
     except LorashardError as err:
         return Outcome(job, None, err)
     except Exception as err:  # noqa: BLE001 - a bug in one job must not end the others
+        if isinstance(err, OSError) and (described := describe(err)):
+            refused = AdapterError(described[0], hint=described[1])
+            refused.__cause__ = err
+            return Outcome(job, None, refused)
         unexpected = LorashardError(f"{job}: unexpected {type(err).__name__}: {err}")
         unexpected.__cause__ = err  # where it happened, for LORASHARD_DEBUG=1
         return Outcome(job, None, unexpected)

@@ -160,8 +160,8 @@ Location = Path | RemoteFolder
 
 def is_remote(text: str) -> bool:
     """Whether a name is a URL, or looks like a Hub id while there is no such local path or parent."""
-    path = Path(text)
-    could_be_local = path.exists() or path.parent.exists()
+    # These do not raise for what no file can be called, or nobody may look at.
+    could_be_local = os.path.exists(text) or os.path.exists(os.path.dirname(text) or ".")  # noqa: PTH110, PTH120
     return "://" in text or (looks_like_hub_id(text) and not could_be_local)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lorashard import SplitRequest, split_adapter
-from lorashard.cli.system_errors import better_hint, describe
 from lorashard.errors import ShardError
+from lorashard.storage.system_errors import better_hint, describe
 from tests.tiny import RANK_FILES, REPO, save_adapter
 
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, capability.h
@@ -140,3 +140,18 @@ def test_a_full_disk_under_stdout_is_told_and_what_was_split_stays(folder: Path)
 
 def test_closed_streams_do_no_harm(folder: Path) -> None:
     assert to(folder, "L split a --ep-size 2 -o out >&- 2>&-")[0] == 0
+
+
+def test_a_current_folder_that_is_gone_is_told(folder: Path) -> None:
+    (folder / "gone").mkdir()
+    code, told = to(folder, "cd gone && rmdir ../gone && L split ../a --ep-size 2 -o x")
+    assert code == 3
+    assert "The current folder does not exist any more." in told
+
+
+def test_a_line_of_a_list_that_is_no_name_fails_alone(folder: Path) -> None:
+    (folder / "list").write_bytes(b"a\nq\0b\n" + b"z" * 5000 + b"\n")
+    code, told = to(folder, "L split --from list --ep-size 2 -o out")
+    assert code == 3
+    assert "unexpected" not in told
+    assert (folder / "out" / "a-ep2" / "lorashard.json").exists()

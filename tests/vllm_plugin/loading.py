@@ -227,7 +227,7 @@ def all_layouts() -> dict[str, dict[str, Any]]:
 
 
 def refused() -> dict[str, str]:
-    """Adapters that must not load -> the message of each."""
+    """Adapters that must not load -> the message of each; "loaded" for one that does."""
     messages = {}
 
     def load(name: str, path: Path, **options: Any) -> None:
@@ -240,6 +240,8 @@ def refused() -> dict[str, str]:
             good = adapter_of("L1").write(Path(tempfile.mkdtemp()))
             if not options:
                 assert engine.add_adapter(harness.request(engine, good, "good", 2))
+        else:
+            messages[name] = "loaded"
 
     built = adapter_of("L1")
     plain = built.write(FOLDER / "refused")

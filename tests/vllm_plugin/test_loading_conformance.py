@@ -58,11 +58,12 @@ REFUSALS = {
     "swapped": "was written as ep-00001-of-00002.safetensors",
     "missing": "ep-00000-of-00002.safetensors: cannot be read (No such file",
     "config": "not the file that the shards were made from",
+    "flipped, header checks": "loaded",
     "flipped": "its bytes are not those that were written",
     "forged placement": "the placement puts 5 experts on rank 0",
     "wrong model": "the adapter has 8 experts",
     "wrong size": "has 16 features",
-    "r too large": "9",
+    "r too large": "r=9 for model.layers.0.mlp.experts, but the engine has room for 8",
     "stray": "extra_proj.lora_A.weight: no module of the model takes this tensor",
     "strict": "split for 4 ranks",
 }
@@ -71,8 +72,12 @@ REFUSALS = {
 def test_what_is_damaged_or_foreign_is_refused_and_the_engine_lives_on(release: str) -> None:
     messages = findings(release)["refused"]
     assert set(messages) == set(REFUSALS)
+    # Since 0.30 vLLM itself compares the r of patterns, before the plugin reads the adapter.
+    by_vllm = messages["r too large"] == "LoRA rank 9 is greater than max_lora_rank 8."
+    assert not by_vllm or tuple(map(int, release.split("."))) >= (0, 30)
     for name, part in REFUSALS.items():
-        assert part in messages[name], name
+        if name != "r too large" or not by_vllm:
+            assert part in messages[name], name
 
 
 ENGINE_REFUSALS = {

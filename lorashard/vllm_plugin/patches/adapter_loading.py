@@ -7,6 +7,7 @@ a stand-in takes the place of that class; everything else stays vLLM's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,9 @@ from lorashard.vllm_plugin.patches.apply import broken_patches
 from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
 from lorashard.vllm_plugin.patches.refusals import enforce
 
+_SPLIT_OPTION = re.compile(
+    r"--(?:model|num-experts|orientation|lora-b-layout|allow-pickle|dtype|expert-map)\b"
+)
 _LOADER = "_lorashard_loader"  # an attribute of vLLM's WorkerLoRAManager
 
 
@@ -85,12 +89,22 @@ def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, reque
         return original(worker_manager, request)
     except LorashardError as err:
         _count_failure(worker_manager)
-        raise ValueError(f"LoRA adapter {request.lora_name!r}: {err}") from err
+        raise ValueError(f"LoRA adapter {request.lora_name!r}: {_for_a_server(err)}") from err
     except Exception:
         _count_failure(worker_manager)
         raise
     finally:
         worker_manager._lora_model_cls = lora_model_class  # noqa: SLF001
+
+
+def _for_a_server(error: LorashardError) -> str:
+    """The error's text, for somebody who has typed no lorashard command."""
+    if not _SPLIT_OPTION.search(str(error)):
+        return str(error)
+    return (
+        f"{error}\n  That is an option of `lorashard split`, not of `vllm serve`: split the adapter "
+        "with it, and serve the directory that this writes."
+    )
 
 
 def _count_failure(worker_manager: Any) -> None:

@@ -37,3 +37,27 @@ def test_every_failure_is_counted_once_whatever_its_kind(
     assert str(error.args[0]) in str(caught.value)
     assert counted == [0]
     assert manager._lora_model_cls == "vLLM's"
+
+
+@pytest.mark.parametrize(
+    ("hint", "is_explained"),
+    [
+        ("Use --num-experts or --model.", True),
+        ("The adapter has --orientation to tell.", True),
+        ("Start vLLM with --max-lora-rank 32.", False),
+        ("Copy the directory again.", False),
+        (None, False),
+    ],
+)
+def test_an_option_of_split_is_called_that_in_a_server_s_answer(
+    hint: str | None, is_explained: bool
+) -> None:
+    def original(_manager: Any, _request: Any) -> Any:
+        raise ShardError("what is wrong", hint=hint)
+
+    manager = SimpleNamespace(_lora_model_cls="vLLM's")
+    with pytest.raises(ValueError, match="what is wrong") as caught:
+        adapter_loading.wrap_load_adapter(original)(manager, REQUEST)
+    assert (
+        "an option of `lorashard split`, not of `vllm serve`" in str(caught.value)
+    ) is is_explained

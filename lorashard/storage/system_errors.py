@@ -24,9 +24,19 @@ _HINTS = {
 def describe(error: OSError) -> tuple[str, str] | None:
     """What happened where, and what to do; None if it is no matter of files and their system."""
     hint = _HINTS.get(error.errno or 0)
+    if error.filename is None and error.errno == errno.ENOENT and not _has_current_folder():
+        return "The current folder does not exist any more.", "Change to another one."
     if hint is None or error.filename is None:
         return None
     return f"{os.fsdecode(error.filename)}: {os.strerror(error.errno or 0)}.", hint
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109 - what Path.cwd calls
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def better_hint(error: BaseException) -> str | None:
