@@ -5,6 +5,7 @@ The pickle is held in memory once; no file is written.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from blake3 import blake3
 from lorashard.dtypes import ELEMENT_SIZE, TORCH_DTYPES
 from lorashard.errors import AdapterError, HeaderError
 from lorashard.header import GIT_LFS_POINTER, build_header
-from lorashard.storage.local import watch_file
+from lorashard.storage.local import open_regular, watch_file
 from lorashard.storage.small_files import is_git_lfs_pointer
 from lorashard.storage.torch_import import import_torch
 
@@ -87,12 +88,17 @@ class PickledTensors:
 
 def _load(path: Path) -> Mapping[str, torch.Tensor]:
     torch = import_torch("reading a pickle")
-    with path.open("rb") as file:
-        if is_git_lfs_pointer(file.read(64)):
-            raise AdapterError(f"{path}: {GIT_LFS_POINTER}.")
     try:
-        # Not mmap=True: a trainer that writes the file again would then kill this process (SIGBUS).
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        file = os.fdopen(open_regular(path), "rb")
+    except OSError as err:
+        raise AdapterError(f"{path}: {err.strerror}.", hint="Check the path.") from err
+    try:
+        with file:
+            is_pointer = is_git_lfs_pointer(file.read(64))
+            file.seek(0)
+            # Not mmap=True: a trainer that writes the file again would then kill this process
+            # (SIGBUS).
+            loaded = None if is_pointer else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as err:
         # A damaged pickle can raise anything. torch's own message recommends weights_only=False,
         # so it is not shown.
@@ -100,6 +106,8 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
             f"{path}: cannot be read as plain tensors ({type(err).__name__}).",
             hint="Save the adapter again with safe_serialization=True.",
         ) from err
+    if is_pointer:
+        raise AdapterError(f"{path}: {GIT_LFS_POINTER}.")
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and torch.is_tensor(value) and _is_plain(value)
         for name, value in loaded.items()

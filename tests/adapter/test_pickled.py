@@ -141,6 +141,14 @@ def test_tensors_that_safetensors_cannot_hold_are_refused(tmp_path: Path, odd: d
         split_adapter(adapter, tmp_path / "out", REQUEST)
 
 
+def test_a_pipe_in_place_of_the_pickle_is_refused_at_once(tmp_path: Path) -> None:
+    adapter = save_pickled(tmp_path / "adapter")
+    (adapter / "adapter_model.bin").unlink()
+    os.mkfifo(adapter / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="a pipe or a device, not a file"):
+        split_adapter(adapter, tmp_path / "out", REQUEST)
+
+
 def test_no_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     split_adapter(save_pickled(tmp_path / "adapter"), tmp_path / "out", REQUEST)

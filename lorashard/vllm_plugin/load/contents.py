@@ -62,8 +62,9 @@ class AdapterContents:
     """What one adapter has for this engine.
 
     dense: the tensors beside the experts, entries of the replicated source. gate_up_known: False
-    if "concatenated" is only assumed, so that the model decides. version: the manifest's BLAKE3 in
-    hex, the same on all ranks that read the same version; empty for a plain adapter.
+    if "concatenated" is only assumed, so that the model decides. version: the same on all
+    ranks that read the same version: the manifest's BLAKE3 in hex, or that of a plain adapter's
+    config and header.
     """
 
     config: LoraConfig

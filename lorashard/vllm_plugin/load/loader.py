@@ -49,7 +49,7 @@ class LoadReport:
     """What one load did. advice: what to run instead, on the rank that gives it for all.
 
     num_left_to_mtp: modules of a block for multi-token prediction, which vLLM serves without LoRA.
-    version: of what was read, to be compared between ranks; empty for a plain adapter.
+    version: of what was read, to be compared between ranks.
     """
 
     path: str

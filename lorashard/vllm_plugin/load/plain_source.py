@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from lorashard.adapter.config import WEIGHTS_NAME
 from lorashard.adapter.keys import ExpertKey, LoraKey, is_unsloth_alias, parse_key
 from lorashard.adapter.layout import AdapterLayout, detect_layout
@@ -69,6 +71,7 @@ def open_plain_adapter(
         modules=module_contents(layout, placement),
         dense=_dense(plan.files[0], layout),
         sources=_PlainSources(*images),
+        version=blake3(source.config_bytes + source.header).hexdigest(),
     )
 
 

@@ -72,7 +72,7 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _version(worker_manager: Any) -> bytes:
-    """The digest of the last load's manifest; empty if it was not a shard directory's."""
+    """The version of what the loader read last; empty if vLLM itself loaded the adapter."""
     loader = attached_loader(worker_manager)
     report = loader.last_report if loader is not None else None
     return b"" if report is None else bytes.fromhex(report.version)

@@ -47,8 +47,22 @@ for fault in ("activate_adapter", "add_adapter", "_create_merged_loras_inplace")
     dist.barrier()
     after = [patched.load(engine, folder / "shards", number) for number in (1, 2, 1)]
     answers[fault] = [before, failed, kept, after, sorted(engine.list_adapters())]
+if rank == 0:
+    for number in (0, 1):
+        dtype = (None, "float32")[number]
+        request = patched.SplitRequest(2, dtype=dtype)
+        patched.split_adapter(patched.plain(), folder / f"version{{number}}", request)
+        other = patched.adapter_of("L1")
+        other.config["lora_alpha"] = 16 + number
+        other.write(folder / f"plain{{number}}")
 dist.barrier()
-answer(answers)
+engine = patched.engine_of(ep_rank=rank)
+differing = []
+for kind in ("version", "plain"):
+    differing += [patched.load(engine, folder / f"{{kind}}{{rank}}", 3), sorted(engine.list_adapters())]
+differing.append(patched.load(engine, folder / "shards", 3))
+dist.barrier()
+answer([answers, differing])
 """
 
 
@@ -62,12 +76,17 @@ def workers(release: str, folder: str) -> list[Any]:
         return list(threads.map(run, range(2)))
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {release: str(tmp_path_factory.mktemp("workers")) for release in PLUGIN_RELEASES}
+
+
 @pytest.mark.parametrize("release", PLUGIN_RELEASES)
 def test_an_adapter_that_one_rank_cannot_add_is_kept_on_none_and_can_be_asked_for_again(
-    release: str, tmp_path_factory: pytest.TempPathFactory
+    release: str, folders: dict[str, str]
 ) -> None:
-    answers = workers(release, str(tmp_path_factory.mktemp("workers")))
-    for rank, found in enumerate(answers):
+    answers = workers(release, folders[release])
+    for rank, (found, _) in enumerate(answers):
         assert len(found) == 3
         for fault, (before, failed, kept, after, at_the_end) in found.items():
             assert before == "loaded", fault
@@ -76,3 +95,14 @@ def test_an_adapter_that_one_rank_cannot_add_is_kept_on_none_and_can_be_asked_fo
             assert kept == [2], fault
             assert after == ["loaded"] * 3, fault
             assert at_the_end == [1, 2], fault
+
+
+@pytest.mark.parametrize("release", PLUGIN_RELEASES)
+def test_ranks_that_read_different_versions_keep_none(
+    release: str, folders: dict[str, str]
+) -> None:
+    for _, differing in workers(release, folders[release]):
+        shards, kept, plain, still_kept, same = differing
+        for outcome in (shards, plain):
+            assert outcome.startswith("ValueError: The ranks have read different versions")
+        assert (kept, still_kept, same) == ([], [], "loaded")
