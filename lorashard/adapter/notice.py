@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lorashard.errors import AdapterError
 from lorashard.header import TensorEntry, build_header
+from lorashard.storage.locked_directory import has_content
 from lorashard.storage.remote import Location
 
 # vLLM takes what is before `.lora_A` for a module's name. So there is no dot in it, and nothing that
@@ -31,10 +32,7 @@ NOTICE: bytes = build_header([(NOTICE_TENSOR, "F32", (1, 1))], {"format": "pt"})
 
 def is_notice(path: Path) -> bool:
     """Whether a local file is the notice, byte for byte."""
-    try:
-        return path.is_file() and path.stat().st_size == len(NOTICE) and path.read_bytes() == NOTICE
-    except OSError:
-        return False
+    return has_content(path, NOTICE)
 
 
 def refuse_notice(place: Location, tensors: Sequence[TensorEntry]) -> None:
