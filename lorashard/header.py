@@ -23,7 +23,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 MAX_NAME_LENGTH = 4096  # characters; far above any real name
 # What `git clone` without git-lfs leaves in the place of a file. As a length it is beyond any file.
-_POINTER_BEGIN = b"version "
+GIT_LFS_BEGIN = b"version https://git-lfs"
 GIT_LFS_POINTER = "it is a Git LFS pointer; `git lfs pull` or `hf download` fetches the file itself"
 _MAX_NUMBER = 2**63 - 1  # of a shape, an offset, or a tensor's bytes: what a file can have
 _SMALL_BYTES = 2**20  # of a header that is parsed without a look at its form
@@ -63,7 +63,7 @@ def header_length(prefix: bytes, file_size: int, path: str) -> int:
     """How many bytes of JSON follow the 8-byte `prefix`. Raises HeaderError if that cannot be."""
     if len(prefix) < LENGTH_BYTES:
         raise HeaderError(path, f"{file_size} bytes are too few for a header")
-    if prefix.startswith(_POINTER_BEGIN):
+    if prefix.startswith(GIT_LFS_BEGIN[:LENGTH_BYTES]):
         raise HeaderError(path, GIT_LFS_POINTER)
     (length,) = struct.unpack("<Q", prefix[:LENGTH_BYTES])
     if length > MAX_HEADER_BYTES:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.errors import AdapterError
-from lorashard.header import GIT_LFS_POINTER
+from lorashard.header import GIT_LFS_BEGIN, GIT_LFS_POINTER
 from lorashard.storage.local import open_regular
 from lorashard.storage.remote import Location, RemoteFolder
 
 MAX_SMALL_FILE_BYTES = 16 * 2**20
-_POINTER_BEGIN = b"version https://git-lfs"
 _MAX_DEPTH = 100  # far above any real file
 
 
@@ -65,7 +64,7 @@ def load_writable_json(raw: bytes) -> Any:
 
 def is_git_lfs_pointer(raw: bytes) -> bool:
     """Whether a file that begins like this is what `git clone` without git-lfs leaves of it."""
-    return raw.startswith(_POINTER_BEGIN)
+    return raw.startswith(GIT_LFS_BEGIN)
 
 
 def _load_json(raw: bytes) -> Any:
