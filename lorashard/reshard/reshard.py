@@ -42,7 +42,7 @@ from lorashard.storage.staging import check_target, staged_directory
 from lorashard.version import __version__
 from lorashard.vllm_options import Strategy
 from lorashard.writing.execute import write_files
-from lorashard.writing.restore import describe_misplaced, find_misplaced
+from lorashard.writing.restore import describe_misplaced, describe_slots
 
 
 def reshard_shards(
@@ -123,9 +123,7 @@ def _check_placed_data(
     findings: list[str] = []
     if not isinstance(old.place, RemoteFolder):
         with opened_files(old.files) as files:
-            for target, fault in find_misplaced(old.plan, files):
-                name = old.plan.files[target.file].name
-                findings.append(f"{name}: what begins at byte {target.offset} {fault}")
+            findings.extend(describe_slots(old.plan, files))
     if not findings:
         with opened_files([staging / file.name for file in plan.files]) as files:
             findings.extend(describe_misplaced(new, plan, files, progress))

@@ -65,8 +65,7 @@ def describe_misplaced(
     That does not follow from values that were cast: of them, only copies are compared.
     plan: rebuilt from `manifest`. progress: called with the source's bytes done since the last call.
     """
-    for target, fault in find_misplaced(plan, files):
-        yield f"{plan.files[target.file].name}: what begins at byte {target.offset} {fault}"
+    yield from describe_slots(plan, files)
     if manifest.dtype is not None:
         return
     digest = restore_source(plan, manifest.source.header, files, len, progress)
@@ -75,6 +74,12 @@ def describe_misplaced(
             f"{MANIFEST_NAME}: with this placement, the shards hold another adapter than the one "
             "whose digest is recorded; experts would be served in each other's place"
         )
+
+
+def describe_slots(plan: ShardPlan, files: Sequence[ByteSource]) -> Iterator[str]:
+    """The findings of `find_misplaced`, one sentence each."""
+    for target, fault in find_misplaced(plan, files):
+        yield f"{plan.files[target.file].name}: what begins at byte {target.offset} {fault}"
 
 
 def find_misplaced(plan: ShardPlan, files: Sequence[ByteSource]) -> Iterator[tuple[Target, str]]:
