@@ -45,6 +45,7 @@ ELEMENT_SIZE: Mapping[str, int] = {name: dtype.size for name, dtype in _DTYPES.i
 # Wider dtypes come first in a file, so that every tensor is aligned to its element size.
 FILE_ORDER: Mapping[str, int] = {name: place for place, name in enumerate(reversed(tuple(_DTYPES)))}
 TORCH_DTYPES: Mapping[str, str] = {n: d.torch for n, d in _DTYPES.items() if d.torch is not None}
+FROM_TORCH: Mapping[str, str] = {torch: name for name, torch in TORCH_DTYPES.items()}
 # The bits that are all set in an infinity and in a NaN, and in no other value.
 EXPONENT_BITS: Mapping[str, int] = {
     name: dtype.exponent for name, dtype in _DTYPES.items() if dtype.exponent is not None
@@ -52,7 +53,4 @@ EXPONENT_BITS: Mapping[str, int] = {
 FLOAT_DTYPES = frozenset(TORCH_DTYPES)
 # What `--dtype` takes, by torch's name, and what safetensors calls it.
 CastDtype = Literal["float32", "float16", "bfloat16"]
-CAST_DTYPES: Mapping[str, str] = {
-    torch: next(name for name in TORCH_DTYPES if TORCH_DTYPES[name] == torch)
-    for torch in get_args(CastDtype)
-}
+CAST_DTYPES: Mapping[str, str] = {torch: FROM_TORCH[torch] for torch in get_args(CastDtype)}

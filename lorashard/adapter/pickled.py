@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from lorashard.dtypes import ELEMENT_SIZE, TORCH_DTYPES
+from lorashard.dtypes import ELEMENT_SIZE, FROM_TORCH
 from lorashard.errors import AdapterError, HeaderError
 from lorashard.header import GIT_LFS_POINTER, build_header
 from lorashard.storage.local import open_regular, watch_file
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import torch
 
     Bytes = npt.NDArray[np.uint8]
-
-_NAMES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
 
 
 class PickledTensors:
@@ -137,7 +135,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def _dtype_name(name: str, tensor: torch.Tensor, path: Path) -> str:
     """What safetensors calls the dtype of a tensor: torch.int64 -> I64."""
     dtype = str(tensor.dtype).removeprefix("torch.")
-    known = _NAMES.get(dtype, dtype.upper().replace("UINT", "U").replace("INT", "I"))
+    known = FROM_TORCH.get(dtype, dtype.upper().replace("UINT", "U").replace("INT", "I"))
     if known not in ELEMENT_SIZE:
         raise AdapterError(
             f"{path}: tensor {name!a} has dtype {dtype}, which is no adapter's.",

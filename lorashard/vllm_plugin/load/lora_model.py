@@ -12,7 +12,7 @@ from typing import Any
 
 from lorashard.adapter.config import LoraConfig
 from lorashard.adapter.keys import LoraKey, parse_key
-from lorashard.dtypes import TORCH_DTYPES
+from lorashard.dtypes import FROM_TORCH, TORCH_DTYPES
 from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
 from lorashard.vllm_options import smallest_max_lora_rank
@@ -99,5 +99,4 @@ def tensor_in(region: Any, entry: TensorEntry, begin: int) -> Any:
 
 def safetensors_dtype(dtype: Any) -> str:
     """A torch dtype by its name in safetensors files: torch.bfloat16 -> BF16."""
-    name = str(dtype).removeprefix("torch.")
-    return next(known for known, torch_name in TORCH_DTYPES.items() if torch_name == name)
+    return FROM_TORCH[str(dtype).removeprefix("torch.")]
