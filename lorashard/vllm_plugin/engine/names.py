@@ -48,14 +48,11 @@ def read_model_names(manager: Any) -> ModelNames:
     dense.update([short for name in dense for short in text_names(name)])
     if getattr(manager, "is_pooling_model", False):
         dense.update([name.removeprefix("model.") for name in dense])
-    module_names = [name for name, _ in manager.model.named_modules()]
+    named = list(manager.model.named_modules())
+    module_names = [name for name, _ in named]
     return ModelNames(
         frozenset(dense),
-        tuple(
-            f"{name}."
-            for name, module in manager.model.named_modules()
-            if type(module).__name__ == "PPMissingLayer"
-        ),
+        tuple(f"{name}." for name, module in named if type(module).__name__ == "PPMissingLayer"),
         {short: name for name in manager.modules for short in text_names(name)},
         any(map(_is_in_mtp_block, module_names)),
         _mtp_layers(getattr(manager.model, "config", None), module_names),
@@ -98,13 +95,14 @@ class ModuleNames:
         return str(name)
 
     def is_left_to_mtp(self, module: str) -> bool:
-        """Whether a module is in a block for multi-token prediction that this model does not have.
+        """Whether a module, or a tensor, is in a block for multi-token prediction that is not here.
 
         vLLM runs such a block as a draft model of its own, without LoRA (vLLM 53361).
         """
         if not self._model.has_mtp and _is_in_mtp_block(module):
             return True
-        return not self._model.mtp_layers.isdisjoint(_NUMBERED.findall(module))
+        numbered = self._model.mtp_layers
+        return bool(numbered) and not numbered.isdisjoint(_NUMBERED.findall(module))
 
     def is_elsewhere(self, module: str) -> bool:
         """Whether a module is on another pipeline stage, or the model leaves it out."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, Union
 
 from lorashard.adapter.config import LoraConfig
-from lorashard.adapter.keys import LoraKey, Projection, parse_key
+from lorashard.adapter.keys import Projection
 from lorashard.header import TensorEntry
 from lorashard.shards.placement import Ranks
 from lorashard.storage.local import ByteSource
@@ -76,10 +76,9 @@ class AdapterContents:
     version: str = ""
 
     @property
-    def module_names(self) -> Iterator[str]:
-        """The names of all modules with LoRA, experts first."""
+    def lora_names(self) -> Iterator[str]:
+        """One name for each module with LoRA: of the experts containers, and of other lora_A."""
         yield from (module.name for module in self.modules)
         for entry in self.dense:
-            key = parse_key(entry.name, len(entry.shape))
-            if isinstance(key, LoraKey) and key.matrix == "lora_A":
-                yield key.module
+            if ".lora_A" in entry.name or ".lora_embedding_A" in entry.name:
+                yield entry.name

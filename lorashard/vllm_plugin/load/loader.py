@@ -198,7 +198,7 @@ class AdapterLoader:
             ep_rank=self.ep_rank,
             ep_size=self.ep_size,
             advice=outcome.advice if outcome.gives_advice else None,
-            num_left_to_mtp=sum(map(names.is_left_to_mtp, contents.module_names)),
+            num_left_to_mtp=sum(map(names.is_left_to_mtp, contents.lora_names)),
             version=contents.version,
         )
         return model
