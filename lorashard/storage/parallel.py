@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lorashard.errors import AdapterError, LorashardError
 from lorashard.progress import Progress
 from lorashard.storage.system_errors import describe
+
+# A signal may reach another thread than the one that waits, which then sleeps on until it wakes by
+# itself. Python runs the handler in the main thread only.
+WAKE_S = 0.1
 
 J = TypeVar("J")
 T = TypeVar("T")
@@ -50,8 +54,11 @@ def run_concurrently(
     with ThreadPoolExecutor(workers, thread_name_prefix="lorashard-batch") as pool:
         futures = [pool.submit(_run_one, job, work, raise_if_cancelled) for job in jobs]
         try:
-            for future in as_completed(futures):
-                finished(future.result())
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=WAKE_S, return_when=FIRST_COMPLETED)
+                for future in done:
+                    finished(future.result())
         except BaseException:
             cancelled.set()
             pool.shutdown(cancel_futures=True)

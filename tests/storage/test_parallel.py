@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 import traceback
@@ -97,6 +98,22 @@ def test_an_interruption_ends_running_jobs_and_starts_no_more() -> None:
             ("first", "endless", "endless", "never"), work, workers=2, finished=finished
         )
     assert "never" not in started
+
+
+def test_a_signal_that_another_thread_gets_interrupts_at_once() -> None:
+    def work(_name: str, progress: Progress) -> None:
+        time.sleep(0.2)  # until the main thread waits
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # not to the thread that waits
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+            progress(1)
+        completed.append(True)
+
+    completed: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_concurrently(("long",), work, workers=1, finished=lambda _: None)
+    assert completed == []
 
 
 def test_what_finished_raises_is_raised_and_not_recorded() -> None:
