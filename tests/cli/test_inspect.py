@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.adapters import Spec, build
 from tests.goldens import check_golden
 from tests.tiny import RANK_FILES, run_cli, save_fused
 
@@ -26,6 +27,18 @@ def test_inspect_says_that_experts_are_counted_from_r(tmp_path: Path) -> None:
 
 def test_inspect_of_shards_is_an_interface(shards: Path, tmp_path: Path) -> None:
     check_golden("inspect_shards", run_cli("inspect", shards, "--json").stdout, tmp_path)
+
+
+def test_what_is_said_of_a_few_of_many_experts_is_an_interface(tmp_path: Path) -> None:
+    trained = (0, *range(50, 90), 127)
+    spec = Spec("L1", num_experts=128, experts=trained, lora_ranks={60: 1, 127: 3}, extras=True)
+    adapter, shards = build(spec).write(tmp_path / "adapter"), tmp_path / "shards"
+    of_adapter = run_cli("inspect", adapter, "--num-experts", 128, "--json")
+    check_golden("inspect_few_experts", of_adapter.stdout, tmp_path)
+    split = run_cli("split", adapter, "--num-experts", 128, "--ep-size", 3, "-o", shards, "--json")
+    check_golden("split_few_experts", split.stdout, tmp_path)
+    of_shards = run_cli("inspect", shards, "--json")
+    check_golden("inspect_few_experts_shards", of_shards.stdout, tmp_path)
 
 
 def test_inspect_shows_the_module_and_its_experts(adapter: Path) -> None:

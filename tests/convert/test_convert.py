@@ -83,6 +83,24 @@ def has_several_scalings(module: Mapping[str, Any]) -> bool:
     return len(down) > 1 or len(set().union(*trained.values())) > 1
 
 
+PARTIAL = Spec("L1", num_experts=128, experts=(0, *range(50, 90), 127), lora_ranks={60: 1})
+
+
+@pytest.mark.parametrize("layout", PEFT_LAYOUTS)
+@pytest.mark.parametrize(
+    "spec", [PARTIAL, *(Spec(name, num_experts=128) for name in LAYOUTS)], ids=lambda s: s.layout
+)
+def test_each_layout_is_converted_at_the_size_of_a_real_model(
+    tmp_path: Path, spec: Spec, layout: str
+) -> None:
+    if layout == "fused":  # holds one scaling for all experts
+        spec = replace(spec, lora_ranks={})
+    work = Work(tmp_path, build(replace(spec, fill="random", extras=True))).split()
+    work.convert(layout)
+    assert wrong_pairs(work, layout) == []
+    assert_same_deltas(deltas(work.shards), deltas(work.split_again()))
+
+
 @given(
     data=st.data(), layout=st.sampled_from(PEFT_LAYOUTS), block_bytes=st.sampled_from([None, 1, 40])
 )

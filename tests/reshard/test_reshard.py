@@ -100,6 +100,17 @@ def test_each_layout_goes_from_placement_to_placement(
     Chain(tmp_path, adapter, dtype).check(asks)
 
 
+PARTIAL = Spec("L1", num_experts=128, experts=(0, *range(50, 90), 127), lora_ranks={60: 1, 127: 3})
+
+
+@pytest.mark.parametrize(
+    "spec", [PARTIAL, *(Spec(layout, num_experts=128) for layout in LAYOUTS)], ids=case_name
+)
+def test_each_layout_is_resharded_at_the_size_of_a_real_model(tmp_path: Path, spec: Spec) -> None:
+    chain = Chain(tmp_path, build(replace(spec, extras=True)))
+    chain.check([Ask(8), Ask(3, "round_robin"), Ask(2)])
+
+
 @st.composite
 def asks(draw: st.DrawFn, num_experts: int, num_layers: int) -> Ask:
     ep_size = draw(st.integers(1, 10))

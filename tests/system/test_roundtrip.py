@@ -272,6 +272,18 @@ def rank_0(job: Job) -> str:
     return f"ep-00000-of-{job.ep_size:05d}.safetensors"
 
 
+# 160 experts do not divide by 3.
+@pytest.mark.parametrize("strategy", ["linear", "round_robin"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_split_and_merged_at_the_size_of_a_real_model(layout: str, strategy: str):
+    spec = Spec(layout, num_experts=160, extras=True, fill="random")
+    with carried_out(Job(spec, strategy=strategy)) as done:
+        assert wrong_slots(done) == []
+        assert verify_shards(done.shards, against=done.source) == ()
+        merge_shards(done.shards, done.shards.parent / "merged")
+        assert_same_adapter(done)
+
+
 # Real models have 64 to 512 experts, and a partial adapter leaves most of them out.
 @pytest.mark.parametrize("num_experts", [64, 128, 512])
 def test_an_adapter_that_trains_a_few_of_many_experts_is_split_proven_and_merged(

@@ -37,6 +37,7 @@ from tests.vllm_plugin.harness_selfcheck import (  # noqa: E402
 )
 
 FOLDER = Path(tempfile.mkdtemp())
+CUTS = tuple(itertools.product((1, 2, 3, 8), ("linear", "round_robin")))
 FORMS = ("plain", "own shards", "shards for 3 ranks")
 PROJECTIONS_OF = {"L4-gate_up": ("gate_proj", "up_proj"), "L4-down": ("down_proj",)}
 
@@ -83,9 +84,11 @@ def expected_of(built: Adapter) -> dict[Any, Any]:
     return expected
 
 
-def engines(num_experts: int, **options: Any) -> Iterator[tuple[Any, int, str, str]]:
-    """Every rank of every ep size and strategy."""
-    for ep_size, strategy in itertools.product((1, 2, 3, 8), ("linear", "round_robin")):
+def engines(
+    num_experts: int, cuts: tuple[tuple[int, str], ...], **options: Any
+) -> Iterator[tuple[Any, int, str, str]]:
+    """Every rank of every cut: an ep size and a strategy."""
+    for ep_size, strategy in cuts:
         for ep_rank in range(ep_size):
             engine = harness.make_engine(
                 **SIZES | {"num_experts": num_experts},
@@ -96,12 +99,15 @@ def engines(num_experts: int, **options: Any) -> Iterator[tuple[Any, int, str, s
             yield engine, ep_size, strategy, where
 
 
-def every_layout(wrapper: str, num_experts: int, *, gated: bool) -> dict[str, Any]:
+def every_layout(
+    wrapper: str, num_experts: int, *, gated: bool, cuts: tuple[tuple[int, str], ...] = CUTS
+) -> dict[str, Any]:
     """How many loads were looked at, what is wrong, and the largest difference of any delta."""
     wrong: list[str] = []
     checked, largest = 0, 0.0
     layouts = [name for name in LAYOUTS if gated or name in NON_GATED_LAYOUTS]
-    for engine, ep_size, strategy, where in engines(num_experts, wrapper=wrapper, gated=gated):
+    ranks = engines(num_experts, cuts, wrapper=wrapper, gated=gated)
+    for engine, ep_size, strategy, where in ranks:
         numbers = itertools.count(1)
         for layout, form in itertools.product(layouts, FORMS):
             if form == "plain" and ep_size == 1:
@@ -174,6 +180,11 @@ def partly_trained() -> list[str]:
         "up only": {"projections": ("up_proj",)},
         "odd ranks": {"lora_ranks": {0: 1, 3: 3}},
         "some experts, up only": {"experts": (0, 2), "projections": ("up_proj",)},
+        "some of 128": {
+            "num_experts": 128,
+            "experts": (0, *range(30, 90), 127),
+            "lora_ranks": {60: 1},
+        },
     }
     for (name, trained), wrapper in itertools.product(variants.items(), ("2d", "3d")):
         built = adapter_of("L1", **trained)
@@ -185,8 +196,9 @@ def partly_trained() -> list[str]:
             expected[module, expert] = {p: delta * factor for p, delta in deltas.items()}
         for ep_rank in range(2):
             engine = harness.make_engine(
-                **SIZES, wrapper=wrapper, ep_rank=ep_rank, module_names=modules()
-            )
+                **SIZES | {"num_experts": built.spec.num_experts},
+                wrapper=wrapper, ep_rank=ep_rank, module_names=modules(),
+            )  # fmt: skip
             engine.add_adapter(harness.request(engine, path))
             slot = harness.slot_of(engine)
             limit = 1e-2 if name == "odd ranks" else 1e-6  # 2 / 3 is not a bf16 number
@@ -223,6 +235,7 @@ def all_layouts() -> dict[str, dict[str, Any]]:
         "2d": every_layout("2d", 8, gated=True),
         "3d uneven": every_layout("3d", 7, gated=True),
         "2d non-gated uneven": every_layout("2d", 7, gated=False),
+        "2d of a real size": every_layout("2d", 160, gated=True, cuts=((3, "round_robin"),)),
     }
 
 

@@ -40,6 +40,7 @@ def test_every_layout_on_every_rank(release: str) -> None:
         "2d": 1558,
         "3d uneven": 1558,
         "2d non-gated uneven": 410,
+        "2d of a real size": 171,
     }
     assert max(kind["largest_difference"] for kind in found.values()) <= 1e-6
 
