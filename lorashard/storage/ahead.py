@@ -6,9 +6,9 @@ In: a function that fetches a range of bytes. Out: `read_into`, for a reader tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from lorashard.storage.parallel import WAKE_S
+from lorashard.storage.parallel import result_of
 
 WINDOW_BYTES = 8 * 2**20
 # Windows being fetched at once, while one more is read. The Hub takes two requests for a window, one
@@ -42,9 +42,7 @@ class FetchAhead:
         while done < len(buffer):
             number, skip = divmod(offset + done - self._begin, self._window_bytes)
             self._request_from(number)
-            while not wait([self._windows[number]], timeout=WAKE_S).done:
-                pass  # a signal's handler has run, if one is due
-            window = self._windows[number].result()
+            window = result_of(self._windows[number])
             piece = memoryview(window)[skip : skip + len(buffer) - done]
             buffer[done : done + len(piece)] = piece
             done += len(piece)

@@ -1,4 +1,4 @@
-"""Run jobs concurrently. A failure is recorded, and the others continue.
+"""Run jobs concurrently: `run_concurrently` records failures, and the other jobs continue.
 
 In: jobs and a function to call for each. Out: one `Outcome` for each job, in the order of the jobs.
 """
@@ -6,8 +6,9 @@ In: jobs and a function to call for each. Out: one `Outcome` for each job, in th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -17,7 +18,7 @@ from lorashard.storage.system_errors import describe
 
 # A signal may reach another thread than the one that waits, which then sleeps on until it wakes by
 # itself. Python runs the handler in the main thread only.
-WAKE_S = 0.1
+_WAKE_S = 0.1
 
 J = TypeVar("J")
 T = TypeVar("T")
@@ -45,25 +46,45 @@ def run_concurrently(
     interrupted. finished: called in this thread as each job ends; if it raises, the other jobs are
     cancelled.
     """
+    with cancellable_pool(workers) as (pool, progress):
+        futures = [pool.submit(_run_one, job, work, progress) for job in jobs]
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=_WAKE_S, return_when=FIRST_COMPLETED)
+            for future in done:
+                finished(future.result())
+    return tuple(future.result() for future in futures)
+
+
+@contextmanager
+def cancellable_pool(
+    workers: int, progress: Progress = lambda _: None
+) -> Iterator[tuple[ThreadPoolExecutor, Progress]]:
+    """Threads, and a Progress for what they run: it ends them if the block ends with an exception.
+
+    progress: called by that one.
+    """
     cancelled = threading.Event()
 
-    def raise_if_cancelled(_: int) -> None:
+    def advance(done: int) -> None:
         if cancelled.is_set():
             raise _CancelledError
+        progress(done)
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="lorashard-batch") as pool:
-        futures = [pool.submit(_run_one, job, work, raise_if_cancelled) for job in jobs]
+    with ThreadPoolExecutor(workers, thread_name_prefix="lorashard") as pool:
         try:
-            pending = set(futures)
-            while pending:
-                done, pending = wait(pending, timeout=WAKE_S, return_when=FIRST_COMPLETED)
-                for future in done:
-                    finished(future.result())
+            yield pool, advance
         except BaseException:
             cancelled.set()
             pool.shutdown(cancel_futures=True)
             raise
-    return tuple(future.result() for future in futures)
+
+
+def result_of(future: Future[T]) -> T:
+    """The result of a future, for a thread that signals must be able to interrupt."""
+    while not wait([future], timeout=_WAKE_S).done:
+        pass
+    return future.result()
 
 
 class _CancelledError(BaseException):

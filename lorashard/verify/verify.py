@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Container, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import islice
 from math import prod
@@ -42,6 +41,7 @@ from lorashard.shards.directory import (
 )
 from lorashard.shards.manifest import Manifest, ShardFile, format_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
+from lorashard.shards.plan import ShardPlan
 from lorashard.shards.replan import (
     RebuiltPlan,
     describe_wrong_digest,
@@ -51,6 +51,7 @@ from lorashard.shards.replan import (
 )
 from lorashard.storage.digests import read_in_steps
 from lorashard.storage.local import LocalFile
+from lorashard.storage.parallel import cancellable_pool, result_of
 from lorashard.storage.remote import Location, RemoteFolder, local_copy, locate
 from lorashard.storage.small_files import read_small_file
 from lorashard.storage.torch_import import import_torch
@@ -90,12 +91,15 @@ def verify_shards(
     with local_shards(located, ep_ranks) as directory:
         findings, rebuilt = _check_manifest(manifest, directory)
         needed = manifest.files if ep_ranks is None else needed_files(manifest, ep_ranks, directory)
-        findings.extend(_check_files(manifest, directory, needed, progress))
-        findings.extend(_find_unexpected_files(manifest, directory))
-        proven = against is None and proves_placement(manifest, ep_ranks)
-        if proven and rebuilt is not None and not findings:
-            with opened_files([directory / name for name in manifest.files]) as files:
-                findings.extend(describe_misplaced(manifest, rebuilt.plan, files, progress))
+        readable, unreadable = _check_headers(manifest, directory, needed)
+        findings.extend(unreadable)
+        unexpected = tuple(_find_unexpected_files(manifest, directory))
+        is_proven = against is None and proves_placement(manifest, ep_ranks)
+        plan = rebuilt.plan if rebuilt and is_proven and not (findings or unexpected) else None
+        damaged, misplaced = _check_data(manifest, directory, readable, plan, progress)
+        findings.extend((*damaged, *unexpected))
+        if not findings:  # data that is damaged is that of another adapter anyway
+            findings.extend(misplaced)
         if against is not None and findings:
             findings.append(f"{against}: not compared, because the shards are damaged already")
         elif against is not None:
@@ -166,22 +170,47 @@ def _check_manifest(manifest: Manifest, shards: Path) -> tuple[list[str], Rebuil
     return findings, rebuilt
 
 
-def _check_files(
-    manifest: Manifest, shards: Path, needed: Container[str], progress: Progress
-) -> Iterator[str]:
-    """What is wrong with the shard files: their headers, their values, their digests."""
-    readable = []
+def _check_headers(
+    manifest: Manifest, shards: Path, needed: Container[str]
+) -> tuple[list[str], list[str]]:
+    """The shard files whose headers are right, and what is wrong with the others."""
+    readable, findings = [], []
     for name, recorded in manifest.files.items():
         if name in needed or (shards / name).exists():
             try:
                 check_file(shards / name, recorded)
                 readable.append(name)
             except ShardError as err:
-                yield err.message
-    with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        checks = [pool.submit(_check_bytes, manifest, shards, name, progress) for name in readable]
-        for check in checks:
-            yield from check.result()
+                findings.append(err.message)
+    return readable, findings
+
+
+def _check_data(
+    manifest: Manifest,
+    shards: Path,
+    readable: Sequence[str],
+    plan: ShardPlan | None,
+    progress: Progress,
+) -> tuple[list[str], tuple[str, ...]]:
+    """What is wrong with the bytes of the `readable` files, and what is in the wrong place.
+
+    Both read the same bytes, in different orders, at the same time.
+    plan: to find what is in the wrong place, which takes all files; None: that is not looked for.
+    """
+    with cancellable_pool(_READERS, progress) as (pool, advance):
+        proof = pool.submit(_find_misplaced, manifest, shards, plan, advance)
+        checks = [pool.submit(_check_bytes, manifest, shards, name, advance) for name in readable]
+        damaged = [finding for check in checks for finding in result_of(check)]
+        return damaged, () if damaged else result_of(proof)
+
+
+def _find_misplaced(
+    manifest: Manifest, shards: Path, plan: ShardPlan | None, progress: Progress
+) -> tuple[str, ...]:
+    if plan is None:
+        return ()
+    with opened_files([shards / name for name in manifest.files]) as files:
+        return tuple(describe_misplaced(manifest, plan, files, progress))
 
 
 def _find_unexpected_files(manifest: Manifest, shards: Path) -> Iterator[str]:
