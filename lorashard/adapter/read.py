@@ -124,13 +124,18 @@ def find_adapter(path: Path) -> Path:
         raise AdapterError(
             f"{path} {problem}.", hint=f"An adapter is a directory with {CONFIG_NAME} in it."
         )
-    if (path / CONFIG_NAME).is_file():
+    if is_no_folder(path / CONFIG_NAME):
         return path
     # PEFT saves an adapter that is not called "default" into a sub-folder of its name.
-    named = sorted(child for child in path.iterdir() if (child / CONFIG_NAME).is_file())
+    named = sorted(child for child in path.iterdir() if is_no_folder(child / CONFIG_NAME))
     if len(named) == 1:
         return named[0]
     raise _no_adapter(path, named)
+
+
+def is_no_folder(path: Path) -> bool:
+    """Whether something has this name: a file, or a pipe or device, which is told when it is read."""
+    return path.exists() and not path.is_dir()
 
 
 def find_remote_adapter(folder: RemoteFolder) -> RemoteFolder:
@@ -178,7 +183,7 @@ def read_model_facts(model: Location) -> ModelFacts:
 @contextmanager
 def _opened_local(directory: Path) -> Iterator[AdapterSource]:
     config = watch_file(directory / CONFIG_NAME)
-    if not (directory / WEIGHTS_NAME).is_file():
+    if not is_no_folder(directory / WEIGHTS_NAME):
         read_small_file(directory, CONFIG_NAME)  # what is wrong with that is said first
         refuse_several_files(directory)
         raise _no_weights(directory)

@@ -8,18 +8,21 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TextIO
 
 from lorashard.adapter.config import CONFIG_NAME
+from lorashard.adapter.read import is_no_folder
 from lorashard.errors import AdapterError, ShardError
 from lorashard.shards.directory import claims_to_be_shards
 from lorashard.shards.names import directory_name
 from lorashard.storage.hub import last_name, translating_errors
 from lorashard.storage.remote import RemoteFolder, is_remote, locate
 
+_MAX_LIST_CHARACTERS = 16 * 2**20
 _PATTERN = re.compile(r"[*?\[]")
 _COLLECTION = re.compile(r"(?:hf://|https?://[^/]+/)collections/([^/]+/[^/]+)/?")
 
@@ -60,12 +63,20 @@ def is_batch(names: Sequence[str]) -> bool:
     return len(names) != 1 or any(_COLLECTION.fullmatch(n) or _is_pattern(n) for n in names)
 
 
-def read_list(lines: Iterable[str]) -> Iterator[str]:
-    """The adapters of a list, one per line; skips empty lines and those that begin with #."""
-    for line in lines:
-        text = line.strip().replace("\0", "\\0")  # which no name has, and no pattern can
-        if text and not text.startswith("#"):
-            yield text
+def read_list(file: TextIO) -> tuple[str, ...]:
+    """The adapters of a list, one per line; skips empty lines and those that begin with #.
+
+    Raises AdapterError if it is larger than any list, as a device without end is.
+    """
+    text = file.read(_MAX_LIST_CHARACTERS + 1)
+    if len(text) > _MAX_LIST_CHARACTERS:
+        raise AdapterError(
+            f"{file.name}: more than {_MAX_LIST_CHARACTERS} characters are no list of adapters.",
+            hint="--from reads a text file with one adapter per line.",
+        )
+    # A NUL is in no name, and no pattern can have one.
+    names = (line.strip().replace("\0", "\\0") for line in text.split("\n"))
+    return tuple(name for name in names if name and not name.startswith("#"))
 
 
 def plan_jobs(
@@ -109,7 +120,7 @@ def _match_local(pattern: str) -> list[str]:
 def _is_adapter(path: Path) -> bool:
     if claims_to_be_shards(path):
         return False
-    return (path / CONFIG_NAME).is_file() or any(path.glob(f"*/{CONFIG_NAME}"))
+    return is_no_folder(path / CONFIG_NAME) or any(path.glob(f"*/{CONFIG_NAME}"))
 
 
 def _match_remote(pattern: str) -> list[str]:

@@ -35,6 +35,26 @@ def test_an_adapter_is_read_without_its_tensor_data(tmp_path: Path) -> None:
     assert len(source.header) == source.index.data_begin
 
 
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("adapter_config.json", "adapter_config.json: a pipe or a device, not a file."),
+        ("adapter_model.safetensors", r"cannot be read \(a pipe or a device, not a file\)"),
+    ],
+)
+@pytest.mark.parametrize("place", ["pipe", "/dev/null"])
+def test_a_file_of_an_adapter_that_is_a_pipe_or_a_device_is_told(
+    tmp_path: Path, name: str, error: str, place: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for directory in (tmp_path / "a", tmp_path / "b" / "named"):
+        save_adapter(directory)
+        (directory / name).unlink()
+        (directory / name).symlink_to(tmp_path / place)
+        with pytest.raises(AdapterError, match=error):
+            read_adapter(tmp_path / directory.relative_to(tmp_path).parts[0])
+
+
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="nowhere does not exist"):
         read_adapter(tmp_path / "nowhere")

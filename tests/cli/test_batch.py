@@ -91,6 +91,19 @@ def test_a_list_comes_from_a_file_or_stdin(runs: Path, tmp_path: Path) -> None:
     assert statuses(again.stdout) == {"step-1": "done", "step-2": "done"}
 
 
+def test_a_list_that_has_no_end_is_refused_and_a_pipe_is_read(runs: Path, tmp_path: Path) -> None:
+    options = ("--ep-size", 2, "--json", "-o", tmp_path / "out")
+    done = run_cli("split", "--from", "/dev/zero", *options)
+    assert done.returncode == 3
+    assert "error: /dev/zero: more than 16777216 characters are no list of adapters." in done.stderr
+    command = f'exec "$0" -m lorashard split --from <(echo {runs}/step-1) "$@"'
+    piped = subprocess.run(
+        ["bash", "-c", command, sys.executable, *map(str, options)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert statuses(piped.stdout) == {"step-1": "done"}
+
+
 def test_shards_that_lie_among_the_adapters_are_no_adapters(runs: Path) -> None:
     (runs / "step-broken" / "adapter_config.json").unlink()
     for expected in ("done", "skipped"):

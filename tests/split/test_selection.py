@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,18 @@ def test_a_pattern_a_collection_and_two_names_are_batches(runs: Path) -> None:
 
 
 def test_empty_lines_and_comments_of_a_list_are_skipped() -> None:
-    assert list(read_list(["# two\n", "\n", "  a \n", "b#c"])) == ["a", "b#c"]
+    assert read_list(StringIO("# two\n\n  a \nb#c")) == ("a", "b#c")
+
+
+def test_a_list_without_an_end_is_refused_and_not_read_for_ever() -> None:
+    with Path("/dev/zero").open() as endless, pytest.raises(AdapterError, match="are no list"):
+        read_list(endless)
+
+
+def test_a_config_that_is_a_pipe_is_told_when_a_pattern_matches_its_folder(runs: Path) -> None:
+    (runs / "b" / "adapter_config.json").unlink()
+    os.mkfifo(runs / "b" / "adapter_config.json")
+    assert f"{runs}/b" in find_adapters([f"{runs}/*"])
 
 
 def test_one_adapter_goes_to_the_target_itself_and_a_batch_into_it() -> None:

@@ -94,6 +94,9 @@ def load_source(
 ) -> SafetensorsFile | PickledTensors:
     """Open the adapter's weights. Raises UnsupportedAdapterError for a pickle not allowed."""
     weights, pickled = adapter_dir / "adapter_model.safetensors", adapter_dir / "adapter_model.bin"
+    for path in (weights, pickled):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise AdapterError(f"{path}: a pipe or a device, not a file.", hint="Check the path.")
     if weights.is_file():
         return SafetensorsFile(weights)
     if not pickled.is_file():

@@ -7,6 +7,7 @@ the same factors, element by element, so that no reshape is trusted twice.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -668,6 +669,15 @@ def test_values_under_the_name_of_an_empty_tensor_are_found(tmp_path: Path) -> N
     name = f"{KEY}.w3.lora_A.weight"
     adapter.edit(REPLICATED, lambda tensors: tensors.update({name: torch.ones(2)}))
     assert adapter.findings() == [f"{REPLICATED}: {name} is not a replicated tensor of the source."]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_weights_that_are_a_pipe_are_told_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    adapter = build(tmp_path, per_expert())
+    (adapter.source / "adapter_model.safetensors").unlink()
+    os.mkfifo(adapter.source / name)
+    with pytest.raises(AdapterError, match=f"{name}: a pipe or a device, not a file"):
+        adapter.findings(allow_pickle=True)
 
 
 def test_a_source_without_weights_cannot_be_compared(tmp_path: Path) -> None:
