@@ -27,7 +27,9 @@ GIT_LFS_BEGIN = b"version https://git-lfs"
 GIT_LFS_POINTER = "it is a Git LFS pointer; `git lfs pull` or `hf download` fetches the file itself"
 _MAX_NUMBER = 2**63 - 1  # of a shape, an offset, or a tensor's bytes: what a file can have
 _SMALL_BYTES = 2**20  # of a header that is parsed without a look at its form
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_TEXT = re.compile(rb'"[^"]*"?')  # without escapes; one that does not end goes to the end
+_MAX_COMMAS = 16  # of a tensor of 13 dimensions
+_SPARE_COMMAS = 2**16  # for metadata, and for some tensors of more dimensions
 _MAX_DIMENSIONS = 64  # PyTorch's own limit
 
 
@@ -137,20 +139,26 @@ def _decode(raw: bytes, path: str) -> dict[str, object]:
 
 
 def _may_be_a_table(raw: bytes) -> bool:
-    """Whether it has no more lists and objects than its texts and tensors can be meant for.
+    """Whether it has no more lists, objects and values than a table of its tensors and metadata.
 
-    Before it is parsed: `[],` are 3 bytes, which become more than 60 of memory.
+    Before it is parsed: `[],` are 3 bytes, which become more than 60 of memory. Of the values in a
+    list or an object, each but the first follows a comma.
     """
     num_tensors = raw.count(b'"data_offsets"')
-    if raw.count(b"[") <= 2 * num_tensors and raw.count(b"{") <= num_tensors + 2:
+    num_lists, num_objects, num_commas = raw.count(b"["), raw.count(b"{"), raw.count(b",")
+    few_commas = num_commas <= _MAX_COMMAS * num_tensors + _SPARE_COMMAS
+    if num_lists <= 2 * num_tensors and num_objects <= num_tensors + 2 and few_commas:
         return True
-    num_lists, num_objects, num_texts = raw.count(b"["), raw.count(b"{"), 0
-    for match in _STRING.finditer(raw):  # a name or the metadata may have brackets
+    num_texts = 0
+    # A name or the metadata may have brackets and commas.
+    for match in _TEXT.finditer(raw.replace(b"\\\\", b"").replace(b'\\"', b"")):
         num_texts += 1
         num_lists -= match[0].count(b"[")
         num_objects -= match[0].count(b"{")
+        num_commas -= match[0].count(b",")
     # A tensor has a name, three fields, a dtype and two lists.
-    return num_lists <= 2 * num_objects and num_objects <= num_texts // 5 + 2
+    few_commas = num_commas <= _MAX_COMMAS * num_objects + _SPARE_COMMAS
+    return num_lists <= 2 * num_objects and num_objects <= num_texts // 5 + 2 and few_commas
 
 
 def _refuse_duplicate_keys(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import time
 import tracemalloc
 
 import pytest
@@ -350,7 +351,43 @@ def test_lists_and_objects_without_end_are_refused_before_they_take_memory(unit:
     assert peak < len(raw)
 
 
-@pytest.mark.parametrize("bracket", ["[", "{", '"[]{', "\\"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        entry(f"[{'999,' * 2**18}1]", "[0,4]"),
+        entry("[1]", "[0,4]", name='b":1,"' * 2**18 + "a"),
+        b'{"__metadata__":{"a":""' + b',"a":""' * 2**18 + b"}}",
+        b'{"a":1' + b',"a":1' * 2**18 + b"}",
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,4]' + b',"a":1' * 2**18 + b"}}",
+    ],
+    ids=["shape", "numbers", "metadata", "names", "fields"],
+)
+def test_values_without_end_are_refused_before_they_take_memory(raw: bytes):
+    tracemalloc.start()
+    reason = refusal(raw, 4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reason == "the header is not a table of tensors"
+    assert peak < len(raw)
+
+
+def test_a_text_of_escapes_that_does_not_end_is_refused_in_linear_time():
+    raw = b'{[[[[{{{{"' + b'\\"' * 2**20
+    started = time.process_time()
+    assert refusal(raw, 0) == "the header is not a table of tensors"
+    assert time.process_time() - started < 5  # it was hours
+
+
+def test_a_header_of_many_tensors_and_much_metadata_is_read():
+    tensors = [(f"layers.{n}.weight", "F32", (2, 1, 1)) for n in range(139_216)]
+    metadata = {f"key {n}, with a comma": "a, b, c, " * 9_000 for n in range(500)}
+    raw, entries = build_header(tensors, metadata)
+    header = parse(raw[8:], 8 * len(tensors))
+    assert header.tensors == entries
+    assert header.metadata == metadata
+
+
+@pytest.mark.parametrize("bracket", ["[", "{", '"[]{', "\\", ","])
 def test_brackets_in_many_names_and_in_the_metadata_do_no_harm(bracket: str):
     names = [f"layers.{bracket}{n}.weight" for n in range(20_000)]
     metadata = {"recipe": json.dumps([{"a": []}] * 100)}
