@@ -6,7 +6,7 @@ The page to read first. Nothing is decided here; every stage is one call.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,12 +27,14 @@ from lorashard.shards.manifest import FileDigest, Manifest, SourceInfo
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.placement import Placement, place_experts, strategy_in_vllm
 from lorashard.shards.plan import ShardPlan, build_plan
+from lorashard.split.cast_notes import describe_losses
 from lorashard.storage.local import write_synced
 from lorashard.storage.remote import Location
 from lorashard.storage.small_files import read_json
 from lorashard.storage.staging import staged_directory
 from lorashard.vllm_options import Strategy
 from lorashard.writing.execute import execute_plan
+from lorashard.writing.rearrange import CastLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +94,28 @@ def prepared_split(adapter: Location, request: SplitRequest) -> Iterator[Prepare
 
 
 def write_shards(
-    prepared: PreparedSplit, out: Path, request: SplitRequest, *, force: bool, progress: Progress
+    prepared: PreparedSplit,
+    out: Path,
+    request: SplitRequest,
+    *,
+    force: bool,
+    progress: Progress,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Carry out a prepared split: the directory `out` appears whole or not at all.
 
-    progress: called with source bytes done since the last call. Raises AdapterError or ShardError.
+    progress: called with source bytes done since the last call. note: called at the end, with what
+    a cast has lost. Raises AdapterError or ShardError.
     """
+    losses: list[CastLoss] = []
     source = prepared.source
     with staged_directory(
         out, last=MANIFEST_NAME, force=force, replaceable=holds_only_shards
     ) as staging:
         with source.opened() as weights:
-            digests = execute_plan(prepared.plan, weights, source.header, staging, progress)
+            digests = execute_plan(
+                prepared.plan, weights, source.header, staging, progress, losses.append
+            )
             source_info = _source_info(source, digests.source)
         manifest = make_manifest(
             source_info,
@@ -117,6 +129,8 @@ def write_shards(
         write_synced(staging / CONFIG_NAME, source.config_bytes)
         write_notice(staging)
         write_manifest(staging, manifest)
+    for text in describe_losses(losses, prepared.plan, source.index.tensors):
+        note(text)
     return manifest
 
 

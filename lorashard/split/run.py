@@ -84,7 +84,7 @@ def run_split(
 ) -> SplitResult:
     """Split one adapter; with `resume` only if needed, in a dry run only on paper.
 
-    note: called with each note before any tensor data is read. started: called with the source's
+    note: called with each note, before any tensor data is read, or after a cast. started: called with the source's
     size in bytes before each pass over it. progress: called with bytes done since the last call.
     Raises AdapterError, PlacementError or ShardError.
     """
@@ -92,8 +92,14 @@ def run_split(
     if not resume:  # fail before anything is read
         check_target(out, force=force, replaceable=holds_only_shards)
     with prepared_split(place, request) as prepared:
-        for text in prepared.notes:
+        notes: list[str] = []
+
+        def add_note(text: str) -> None:
+            notes.append(text)
             note(text)
+
+        for text in prepared.notes:
+            add_note(text)
         manifest = None
         if resume:
             started(prepared.source.index.file_size)
@@ -102,8 +108,12 @@ def run_split(
         check_target(out, force=force or skipped, replaceable=holds_only_shards)
         if manifest is None and not dry_run:
             started(prepared.source.index.file_size)
-            manifest = write_shards(prepared, out, request, force=force, progress=progress)
-        return _describe(str(place), out, request, prepared, manifest, skipped, dry_run)
+            manifest = write_shards(
+                prepared, out, request, force=force, progress=progress, note=add_note
+            )
+        return _describe(
+            str(place), out, request, prepared, manifest, skipped, dry_run, tuple(notes)
+        )
 
 
 def _describe(
@@ -114,6 +124,7 @@ def _describe(
     manifest: Manifest | None,
     skipped: bool,
     dry_run: bool,
+    notes: tuple[str, ...],
 ) -> SplitResult:
     layout = prepared.layout
     count_given = request.model is not None or request.options.num_experts is not None
@@ -128,6 +139,6 @@ def _describe(
         num_modules=len(layout.modules),
         placement=prepared.placement,
         file_sizes={file.name: file.size_bytes for file in prepared.plan.files},
-        notes=prepared.notes,
+        notes=notes,
         manifest=manifest,
     )

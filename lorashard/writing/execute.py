@@ -32,7 +32,7 @@ from lorashard.writing.blocks import (
     split_into_blocks,
 )
 from lorashard.writing.digest import BackgroundHasher
-from lorashard.writing.rearrange import rearrange_block, scratch_bytes
+from lorashard.writing.rearrange import CastLoss, rearrange_block, scratch_bytes
 
 _WRITERS = 2
 _BUFFERS = _WRITERS + 2  # one is being read into, one waits
@@ -52,15 +52,17 @@ def execute_plan(
     source_header: bytes,
     directory: Path,
     progress: Progress,
+    on_loss: Callable[[CastLoss], object] = lambda _: None,
 ) -> Digests:
     """Write every file of `plan` into the empty `directory`, synced to disk.
 
     source_header: the source's bytes up to its data, which are read already.
     progress: called with the number of source bytes done since the last call.
+    on_loss: called, in any thread, with what a cast loses of a block.
     Raises what `source` raises, LayoutError for a value that a cast would lose, OSError.
     """
     digest = blake3(source_header)
-    files = write_files(plan, source, directory, progress, digest.update)
+    files = write_files(plan, source, directory, progress, digest.update, on_loss)
     return Digests(digest.hexdigest(), files)
 
 
@@ -70,6 +72,7 @@ def write_files(
     directory: Path,
     progress: Progress,
     on_read: Callable[[memoryview], object] = lambda _: None,
+    on_loss: Callable[[CastLoss], object] = lambda _: None,
 ) -> tuple[str, ...]:
     """The same for a source whose digest is not needed; returns the digests of the files.
 
@@ -81,7 +84,7 @@ def write_files(
             reserve(fd, file.size_bytes)  # bytes that nobody writes stay zero
             write_all(fd, memoryview(file.header), 0)
         hasher = stack.enter_context(BackgroundHasher(fds, plan))
-        _write_blocks(plan, source, fds, hasher, progress, on_read)
+        _write_blocks(plan, source, fds, hasher, progress, on_read, on_loss)
         files = hasher.finish()
         sync_all(fds)
     return files
@@ -103,6 +106,7 @@ def _write_blocks(
     hasher: BackgroundHasher,
     progress: Progress,
     on_read: Callable[[memoryview], object],
+    on_loss: Callable[[CastLoss], object],
 ) -> None:
     buffers = BufferPool(_BUFFERS, BLOCK_BYTES)
     processed = _ProcessedPrefix(hasher.advance)
@@ -116,7 +120,7 @@ def _write_blocks(
                 piece = data[step : step + STEP_BYTES]
                 source.read_into(piece, block.begin + step)
                 on_read(piece)
-            future = pool.submit(_write_block, block, data, fds, scratch)
+            future = pool.submit(_write_block, block, data, fds, scratch, on_loss)
             # Only now may the buffer be reused: `on_read` is done with it too.
             future.add_done_callback(_release(number, block.end, buffer, buffers, processed))
             progress(block.end - block.begin)
@@ -151,7 +155,11 @@ def _drop_finished(futures: list[Future[None]]) -> list[Future[None]]:
 
 
 def _write_block(
-    block: Block, data: memoryview, fds: Sequence[int], scratch: threading.local
+    block: Block,
+    data: memoryview,
+    fds: Sequence[int],
+    scratch: threading.local,
+    on_loss: Callable[[CastLoss], object],
 ) -> None:
     if isinstance(block, CopyBlock):
         for copy in block.copies:
@@ -159,7 +167,7 @@ def _write_block(
             for target in copy.targets:
                 write_all(fds[target.file], piece, target.offset)
         return
-    for targets, view in rearrange_block(block, data, _scratch(block, scratch)):
+    for targets, view in rearrange_block(block, data, _scratch(block, scratch), on_loss):
         for target in targets:
             write_all(fds[target.file], view, target.offset)
 

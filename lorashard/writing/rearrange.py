@@ -8,7 +8,8 @@ Legend: e expert, r row, c column of a factor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +29,31 @@ if TYPE_CHECKING:
 SlotView = tuple[tuple[Target, ...], memoryview]
 
 
+@dataclass(frozen=True, slots=True)
+class CastLoss:
+    """How many values of a block became 0 in a cast, and how many are infinite or NaN.
+
+    begin: of its Rearrange, in bytes from the start of the source.
+    """
+
+    begin: int
+    num_zeroed: int
+    num_not_finite: int
+
+
 def rearrange_block(
-    block: RearrangeBlock, source: memoryview, scratch: memoryview
+    block: RearrangeBlock,
+    source: memoryview,
+    scratch: memoryview,
+    on_loss: Callable[[CastLoss], object] = lambda _: None,
 ) -> Iterator[SlotView]:
     """Yield (targets, bytes) for every slot that the block touches.
 
     source: the block's bytes. scratch: scratch_bytes(block) long; the yielded views point into it.
-    Raises LayoutError if a cast would make a finite value infinite.
+    on_loss: called if a cast has lost values.
+    Raises LayoutError if a cast would make a finite value infinite, or all values 0.
     """
-    source = _cast(source, block.op)
+    source = _cast(source, block.op, on_loss)
     in_source, in_slots = _views(block, source, scratch)
     filled = in_slots[:, : in_source.shape[1], : in_source.shape[2]]
     if filled.shape != in_slots.shape:
@@ -103,7 +120,7 @@ def _views(block: RearrangeBlock, source: memoryview, scratch: memoryview) -> tu
     return in_source.transpose([axes.index(axis) for axis in "erc"]), in_slots
 
 
-def _cast(data: memoryview, op: Rearrange) -> memoryview:
+def _cast(data: memoryview, op: Rearrange, on_loss: Callable[[CastLoss], object]) -> memoryview:
     """The block in the dtype of the slots.
 
     Raises LayoutError if a value is too large for that, or all of them are too small.
@@ -117,21 +134,27 @@ def _cast(data: memoryview, op: Rearrange) -> memoryview:
     cast = bytearray(count * ELEMENT_SIZE[op.dtype])
     before, after = torch.frombuffer(data, dtype=source_dtype), torch.frombuffer(cast, dtype=dtype)
     after.copy_(before)
-    infinite = torch.isinf(after)
-    if infinite.any():
+    num_not_finite = count - int(torch.isfinite(after).count_nonzero())
+    if num_not_finite:
         # float64 holds every value, and torch lacks isfinite for F8_E4M3.
-        values = before.to(torch.float64)[infinite]
+        values = before.to(torch.float64)[torch.isinf(after)]
         too_large = values[torch.isfinite(values)]
         if len(too_large):
             raise LayoutError(
                 f"A value is too large for {op.dtype}: {float(too_large[0]):g}.",
                 hint="Use --dtype bfloat16 or float32, or leave --dtype out.",
             )
-    if not after.any():
+    num_kept = int(after.count_nonzero())
+    if not num_kept:
         largest = float(before.to(torch.float64).abs().max()) if count else 0.0
         if largest:
             raise LayoutError(
                 f"All values of a factor become 0 in {op.dtype}; the largest of them is {largest:g}.",
                 hint="Use --dtype bfloat16 or float32, or leave --dtype out.",
             )
+    num_zeroed = 0
+    if ELEMENT_SIZE[op.source_dtype] > 1:  # those of 8 bits fit into all others
+        num_zeroed = int(before.count_nonzero()) - num_kept
+    if num_zeroed or num_not_finite:
+        on_loss(CastLoss(op.begin, num_zeroed, num_not_finite))
     return memoryview(cast)
