@@ -7,6 +7,7 @@ which are right.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lorashard import SplitRequest, split_adapter
+from lorashard import SplitRequest, convert_shards, split_adapter
 from lorashard.vllm_plugin import register
 
 register()
@@ -34,6 +35,7 @@ from lorashard.vllm_plugin.patches import (  # noqa: E402
     punica,
     warm_up,
 )
+from tests.adapters import Adapter  # noqa: E402
 from tests.vllm_plugin import harness  # noqa: E402
 from tests.vllm_plugin.harness_selfcheck import (  # noqa: E402
     SIZES,
@@ -43,6 +45,7 @@ from tests.vllm_plugin.harness_selfcheck import (  # noqa: E402
 )
 from tests.vllm_plugin.loading import expected_of  # noqa: E402
 
+CONFIG = "adapter_config.json"
 RISK = "LORASHARD_RISK_UNKNOWN_VLLM"
 
 
@@ -64,14 +67,17 @@ def shards() -> Path:
     return out
 
 
-def load(engine: Any, path: Path, lora_id: int = 1) -> str:
-    """ "loaded" if the right values are in the buffers, else what is wrong."""
+def load(engine: Any, path: Path, lora_id: int = 1, adapter: Adapter | None = None) -> str:
+    """ "loaded" if the right values are in the buffers, else what is wrong.
+
+    adapter: what `path` was made from; None = `adapter_of("L1")`.
+    """
     try:
         engine.add_adapter(harness.request(engine, path, f"a{lora_id}", lora_id))
     except Exception as err:  # noqa: BLE001 - the answer
         return f"{type(err).__name__}: {err}"
     slot = harness.slot_of(engine, lora_id)
-    wrong = mismatches(engine, slot, expected_of(adapter_of("L1")))
+    wrong = mismatches(engine, slot, expected_of(adapter or adapter_of("L1")))
     return "; ".join(wrong) or "loaded"
 
 
@@ -126,6 +132,46 @@ def stand_in() -> dict[str, Any]:
         "other attributes": made.from_lora_tensors == LoRAModel.from_lora_tensors,
         "no attribute": hasattr(made, "no_such_thing"),
     }
+
+
+def with_an_expert_of_rank_0() -> Adapter:
+    """As mergekit writes it for an expert that fine-tuning did not change."""
+    names = [
+        f"{module}.5.{p}" for module in modules() for p in ("gate_proj", "up_proj", "down_proj")
+    ]
+    zeros = dict.fromkeys(names, 0)
+    fields = {"rank_pattern": zeros, "alpha_pattern": zeros}
+    return adapter_of("L1", lora_ranks={5: 0}, config=fields)
+
+
+def configurations_refused_by_vllm() -> dict[str, dict[str, str]]:
+    """Loads of adapters whose configuration some releases refuse, by ep size and what it is."""
+    rank_0 = with_an_expert_of_rank_0()
+    no_targets, mlx, not_json = (folder() for _ in range(3))
+    for path in (no_targets, mlx, not_json):
+        adapter_of("L1").write(path)
+    config = json.loads((no_targets / CONFIG).read_text())
+    del config["target_modules"]
+    (no_targets / CONFIG).write_text(json.dumps(config))
+    (mlx / CONFIG).write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 4}}')
+    (mlx / "adapter_model.safetensors").rename(mlx / "adapters.safetensors")
+    (not_json / CONFIG).write_text("[1, 2]")
+    out = folder()
+    split_adapter(rank_0.write(out / "rank 0"), out / "shards", SplitRequest(2))
+    convert_shards(out / "shards", out / "converted", "per_expert")
+    split_adapter(out / "converted", out / "split again", SplitRequest(2))
+    adapters: dict[str, tuple[Path, Adapter | None]] = {
+        name: (out / name, rank_0) for name in ("rank 0", "shards", "converted", "split again")
+    }
+    adapters |= {"no targets": (no_targets, None), "mlx": (mlx, None), "not JSON": (not_json, None)}
+    answers: dict[str, dict[str, str]] = {}
+    for ep_size in (1, 2):
+        engine = engine_of(ep_size=ep_size, max_cpu_loras=len(adapters))
+        answers[str(ep_size)] = {
+            name: load(engine, path, number, adapter).replace(str(path), "PATH")
+            for number, (name, (path, adapter)) in enumerate(adapters.items(), start=1)
+        }
+    return answers
 
 
 def loader_of_an_engine_without_ep() -> list[Any]:
@@ -255,7 +301,7 @@ def dummies() -> dict[str, Any]:
 
 
 CHECKS: tuple[Callable[[], Any], ...] = (
-    class_after_loads, stand_in, loader_of_an_engine_without_ep, contracts_without_ep, contracts,
+    class_after_loads, stand_in, configurations_refused_by_vllm, loader_of_an_engine_without_ep, contracts_without_ep, contracts,
     buffers_at_start, needed, dummies,
 )  # fmt: skip
 

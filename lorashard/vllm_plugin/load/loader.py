@@ -135,7 +135,7 @@ class AdapterLoader:
             return self.experts[name].local_experts if name else ()
 
         contents = open_plain_adapter(
-            path, self._layout_options(), local_experts, stack, self._threads, self.regions.take
+            path, self.layout_options(), local_experts, stack, self._threads, self.regions.take
         )
         return None if contents is None else _OpenedAdapter(path, False, contents)
 
@@ -203,7 +203,7 @@ class AdapterLoader:
         )
         return model
 
-    def _layout_options(self) -> LayoutOptions:
+    def layout_options(self) -> LayoutOptions:
         """What the live layers say of a plain adapter's layout, as far as they agree."""
 
         def agreed(values: Iterator[int]) -> int | None:

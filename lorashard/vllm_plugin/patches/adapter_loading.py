@@ -7,7 +7,6 @@ a stand-in takes the place of that class; everything else stays vLLM's.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,12 +19,12 @@ from lorashard.vllm_plugin.engine.guards import contract_refusal
 from lorashard.vllm_plugin.load.agreement import load_together, tensor_parallel_group
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.patches.apply import broken_patches
+from lorashard.vllm_plugin.patches.explanations import explain_refusal, for_a_server
 from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
 from lorashard.vllm_plugin.patches.refusals import enforce
 
-_SPLIT_OPTION = re.compile(
-    r"--(?:model|num-experts|orientation|lora-b-layout|allow-pickle|dtype|expert-map)\b"
-)
+# What vLLM raises for a configuration that is wrong. An adapter that is not there is another kind.
+_WRONG_CONFIGURATION = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 _LOADER = "_lorashard_loader"  # an attribute of vLLM's WorkerLoRAManager
 
 
@@ -84,27 +83,29 @@ def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, reque
     Raises ValueError, as vLLM does, for an adapter that cannot be loaded.
     """
     lora_model_class = worker_manager._lora_model_cls  # noqa: SLF001
-    worker_manager._lora_model_cls = LoraModelStandIn(worker_manager, lora_model_class)  # noqa: SLF001
+    stand_in = LoraModelStandIn(worker_manager, lora_model_class)
+    worker_manager._lora_model_cls = stand_in  # noqa: SLF001
     try:
         return original(worker_manager, request)
     except LorashardError as err:
         _count_failure(worker_manager)
-        raise ValueError(f"LoRA adapter {request.lora_name!r}: {_for_a_server(err)}") from err
-    except Exception:
+        raise ValueError(f"LoRA adapter {request.lora_name!r}: {for_a_server(err)}") from err
+    except Exception as err:
         _count_failure(worker_manager)
+        if isinstance(err, _WRONG_CONFIGURATION) and not stand_in.was_asked:
+            _raise_explained(err, worker_manager, request)
         raise
     finally:
         worker_manager._lora_model_cls = lora_model_class  # noqa: SLF001
 
 
-def _for_a_server(error: LorashardError) -> str:
-    """The error's text, for somebody who has typed no lorashard command."""
-    if not _SPLIT_OPTION.search(str(error)):
-        return str(error)
-    return (
-        f"{error}\n  That is an option of `lorashard split`, not of `vllm serve`: split the adapter "
-        "with it, and serve the directory that this writes."
-    )
+def _raise_explained(error: Exception, worker_manager: Any, request: Any) -> None:
+    """Raise ValueError with vLLM's text and lorashard's, if lorashard has something to say."""
+    said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    path = Path(str(getattr(request, "lora_path", ""))).expanduser()
+    explanation = explain_refusal(path, said, attached_loader(worker_manager))
+    if explanation is not None:
+        raise ValueError(f"{said}\n  lorashard: {explanation}") from error
 
 
 def _count_failure(worker_manager: Any) -> None:
@@ -117,15 +118,17 @@ class LoraModelStandIn:
 
     It passes `from_local_checkpoint`, all that vLLM uses of the class there (0.33.0
     lora/worker_manager.py:140), to the loader, or to the class itself where there is nothing to do
-    for a loader. Any other attribute is the class's.
+    for a loader. Any other attribute is the class's. was_asked: vLLM has come as far as this.
     """
 
     def __init__(self, worker_manager: Any, lora_model_class: Any) -> None:
         self._worker_manager = worker_manager
         self._lora_model_class = lora_model_class
+        self.was_asked = False
 
     def from_local_checkpoint(self, lora_dir: str, *args: Any, **kwargs: Any) -> Any:
         """The LoRAModel of an adapter; arguments and result are those of vLLM's method."""
+        self.was_asked = True
         loader = _loader_for(Path(lora_dir), self._worker_manager, self._lora_model_class)
         reader = self._lora_model_class if loader is None else loader
         return reader.from_local_checkpoint(lora_dir, *args, **kwargs)

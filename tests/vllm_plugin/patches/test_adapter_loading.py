@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import REPO
-from tests.vllm_plugin.patched_answers import answers
+from tests.vllm_plugin.patched_answers import answers, number
 from tests.vllm_release import PLUGIN_RELEASES, run_in_release
 
 RISK = "LORASHARD_RISK_UNKNOWN_VLLM"
@@ -74,6 +74,54 @@ def test_the_variable_accepts_an_unknown_vllm_and_the_log_says_so(release: str) 
     assert found["accepted"] == "loaded"
     assert f"not refused because {RISK} is set: This vLLM differs" in found["warnings"][0]
     assert "a patch is not in place" in found["warnings"][0]
+
+
+@every_release
+def test_an_r_of_0_that_vllm_refuses_is_explained_with_a_way_out_that_works(release: str) -> None:
+    found = answers(release)["configurations_refused_by_vllm"]
+    for ep_size in ("1", "2"):
+        for form in ("converted", "split again"):
+            assert found[ep_size][form] == "loaded", (ep_size, form)
+    if number(release) < (0, 32):
+        assert found["2"]["rank 0"] == found["1"]["shards"] == found["2"]["shards"] == "loaded"
+        return
+    refused = (
+        "ValueError: LoRA rank for `model.layers.0.mlp.experts.5.down_proj` in `rank_pattern` must "
+        "be a positive integer, got 0."
+    )
+    explained = (
+        "\n  lorashard: modules with r=0 are not trained. Run {}: the configuration that convert "
+        "writes names no r=0. Serve what it writes, or split that."
+    )
+    of_shards = refused + explained.format("`lorashard convert`")
+    assert found["1"] == found["1"] | {"rank 0": refused, "shards": of_shards}
+    of_plain = refused + explained.format("`lorashard split`, then `lorashard convert`")
+    assert found["2"] == found["2"] | {"rank 0": of_plain, "shards": of_shards}
+
+
+@every_release
+def test_what_vllm_says_of_an_unreadable_configuration_is_kept_and_explained(release: str) -> None:
+    found = answers(release)["configurations_refused_by_vllm"]["2"]
+    said, _, explained = found["mlx"].partition("\n  lorashard: ")
+    assert said.startswith("ValueError: Missing required configuration fields: {")
+    assert explained == (
+        "PATH: MLX's own format (adapters.safetensors) is not supported.\n"
+        "  lorashard reads PEFT's format; convert the adapter to that first."
+    )
+    assert found["not JSON"] == (
+        "ValueError: TypeError: list indices must be integers or slices, not str\n"
+        "  lorashard: PATH/adapter_config.json: not a JSON object.\n  Save the adapter again."
+    )
+
+
+@every_release
+def test_vllm_s_text_is_alone_where_lorashard_knows_no_more(release: str) -> None:
+    found = answers(release)["configurations_refused_by_vllm"]
+    for ep_size in ("1", "2"):
+        assert found[ep_size]["no targets"] == (
+            "ValueError: Missing required configuration fields: {'target_modules'}"
+        )
+    assert "lorashard" not in found["1"]["mlx"] + found["1"]["not JSON"]
 
 
 # Two workers of one engine, each a process of its own. On rank 0 the directory of the metrics is
