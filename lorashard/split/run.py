@@ -84,8 +84,9 @@ def run_split(
 ) -> SplitResult:
     """Split one adapter; with `resume` only if needed, in a dry run only on paper.
 
-    note: called with each note, before any tensor data is read, or after a cast. started: called with the source's
-    size in bytes before each pass over it. progress: called with bytes done since the last call.
+    note: called with each note, before any tensor data is read, or after a cast.
+    started: called with the source's size in bytes before each pass over it.
+    progress: called with bytes done since the last call.
     Raises AdapterError, PlacementError or ShardError.
     """
     place = locate(adapter)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Bits = npt.NDArray[np.unsignedinteger[Any]]
+
+# A tile is this long along the fastest axis of either side, so that both move whole cache lines, and
+# as large as leaves room for both sides in the first cache.
+_TILE_SIDE = 128
+_TILE_BYTES = 32 * 2**10
 
 # Bytes of one expert's slot, and where they go: one target for each copy of the expert.
 SlotView = tuple[tuple[Target, ...], memoryview]
@@ -58,14 +64,40 @@ def rearrange_block(
     filled = in_slots[:, : in_source.shape[1], : in_source.shape[2]]
     if filled.shape != in_slots.shape:
         in_slots[:] = 0
-    filled[:] = in_source
+    copy_in_tiles(in_source, filled)
     yield from slot_views(block, scratch)
 
 
 def restore_block(block: RearrangeBlock, scratch: memoryview, source: memoryview) -> None:
     """The inverse: fill `source` with the block's bytes, given its slots in `scratch`."""
     in_source, in_slots = _views(block, source, scratch)
-    in_source[:] = in_slots[:, : in_source.shape[1], : in_source.shape[2]]
+    copy_in_tiles(in_slots[:, : in_source.shape[1], : in_source.shape[2]], in_source)
+
+
+def copy_in_tiles(source: Bits, into: Bits) -> None:
+    """`into[:] = source` for two views whose axes are in memory in different orders.
+
+    numpy's own loop over all of them uses one element of each cache line that it loads: 0.3 GB/s
+    instead of 4. A tile is gathered first, because lines far apart in `source` would take each
+    other's places in the cache.
+    """
+    fastest = {_fastest_axis(source), _fastest_axis(into)}
+    if len(fastest) == 1 or not source.size:
+        into[:] = source
+        return
+    steps = [
+        min(size, _TILE_SIDE) if axis in fastest else 1 for axis, size in enumerate(source.shape)
+    ]
+    (other,) = {0, 1, 2} - fastest
+    steps[other] = max(1, _TILE_BYTES // (source.itemsize * prod(steps)))
+    for begins in product(*map(range, (0, 0, 0), source.shape, steps)):
+        tile = tuple(slice(begin, begin + step) for begin, step in zip(begins, steps))
+        into[tile] = source[tile].copy(order="K")
+
+
+def _fastest_axis(view: Bits) -> int:
+    """The axis along which neighbours are nearest in memory."""
+    return min(range(view.ndim), key=lambda axis: (view.shape[axis] == 1, view.strides[axis]))
 
 
 def slot_views(block: RearrangeBlock, scratch: memoryview) -> Iterator[SlotView]:

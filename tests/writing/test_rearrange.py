@@ -15,6 +15,7 @@ from lorashard.errors import LayoutError
 from lorashard.shards.plan import Rearrange, Target
 from lorashard.writing.blocks import split_into_blocks
 from lorashard.writing.rearrange import (
+    copy_in_tiles,
     rearrange_block,
     restore_block,
     scratch_bytes,
@@ -82,6 +83,25 @@ def test_slots_are_turned_back_into_the_source(axes: str, limit: int) -> None:
             view[:] = slots[targets[0].offset : targets[0].offset + len(view)]
         restore_block(block, scratch, memoryview(source)[block.begin : block.end])
     assert bytes(source) == in_order(axes)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5), (131, 2, 300), (1, 257, 129), (2, 300, 1), (0, 3, 4)])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint64])
+@pytest.mark.parametrize("order", list(permutations((0, 1, 2))))
+def test_a_copy_in_tiles_is_a_copy(
+    order: tuple[int, int, int], kind: type[np.unsignedinteger], shape: tuple[int, int, int]
+) -> None:
+    size = int(np.prod(shape))
+    in_memory = (np.arange(size) % 251).astype(kind).reshape([shape[axis] for axis in order])
+    source = in_memory.transpose(np.argsort(order))
+    wider = np.full((shape[0], shape[1] + 1, shape[2] + 2), 255, kind)
+    copy_in_tiles(source, wider[:, :-1, :-2])
+    assert np.array_equal(wider[:, :-1, :-2], source)
+    assert (wider[:, -1:] == 255).all()
+    assert (wider[:, :, -2:] == 255).all()
+    back = np.zeros_like(in_memory)
+    copy_in_tiles(wider[:, :-1, :-2], back.transpose(np.argsort(order)))
+    assert np.array_equal(back, in_memory)
 
 
 def bits(values: Tensor) -> bytes:
