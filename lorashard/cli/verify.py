@@ -56,12 +56,15 @@ def verify(
             ep_ranks=ep_ranks,
             progress=bar.advance,
         )
+    unproven_cast = against is None and proves_all and manifest.dtype is not None
     if as_json:
+        placement_proven = against is not None or (proves_all and not unproven_cast)
         render.print_json({
             "shards": shards,
             "ok": not findings,
             "against": against,
             "ep_ranks": None if ep_ranks is None else list(ep_ranks),
+            "placement_proven": placement_proven and not findings,
             "findings": list(findings),
         })  # fmt: skip
     elif findings:
@@ -69,7 +72,7 @@ def verify(
             render.print_line(finding)
     elif not quiet:
         proven = "" if against is None else f", every value equal to {against}"
-        if against is None and proves_all and manifest.dtype is not None:
+        if unproven_cast:
             proven = " (values were cast: only --against proves which expert each one is of)"
         checked = "" if ep_ranks is None else f", ranks {render.ids(ep_ranks)} checked"
         render.print_line(

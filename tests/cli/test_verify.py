@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lorashard import SplitRequest, split_adapter
@@ -36,6 +37,26 @@ def test_a_sound_directory_is_said_to_be_one(shards: Path, adapter: Path) -> Non
     )  # fmt: skip
     assert "every value equal to" in run_cli("verify", shards, "--against", adapter).stdout
     assert run_cli("verify", shards, "-q").stdout == ""
+
+
+def test_what_is_not_proven_is_said(shards: Path, adapter: Path, tmp_path: Path) -> None:
+    cast = tmp_path / "cast"
+    split_adapter(adapter, cast, SplitRequest(ep_size=2, dtype="float32"))
+    assert run_cli("verify", cast).stdout == (
+        f"{cast}: ok, 4 experts on 2 ranks (values were cast: only --against proves which expert "
+        "each one is of)\n"
+    )
+    for proven, argv in (
+        (True, [shards]),
+        (True, [shards, "--node-ranks", "0-1"]),
+        (False, [shards, "--ep-rank", 0]),
+        (False, [cast]),
+        (True, [cast, "--against", adapter]),
+    ):
+        done = run_cli("verify", *argv, "--json")
+        assert json.loads(done.stdout)["placement_proven"] is proven, argv
+    flip_bit(shards / RANK_FILES[0], -2)
+    assert json.loads(run_cli("verify", shards, "--json").stdout)["placement_proven"] is False
 
 
 def test_a_directory_of_some_ranks_is_said_to_be_one(adapter: Path, tmp_path: Path) -> None:
