@@ -1,16 +1,18 @@
 """All tensor-parallel workers of an engine load an adapter, or none does.
 
 In: a load, and the group of the workers that must agree. Out: the load's result, or an error on
-every rank. Without this, one damaged file would leave the adapter loaded on the other ranks, and a
+every rank; and which adapters all of them have. Without this, one damaged file would leave the adapter loaded on the other ranks, and a
 second request for the same id would find it there: old bytes on some ranks, new ones on one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_SIGNLESS = 2**63 - 1  # as much of a number as an int64 holds beside the -1 that fills up
 
 
 def load_together(
@@ -70,6 +72,24 @@ def _failures_of_all(failure: str, loaded: int, group: Any) -> tuple[str | None,
     failures: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(failures, failure, group=group)
     return tuple(failures)
+
+
+def held_by_all(numbers: Collection[int], group: Any) -> frozenset[int]:
+    """Those of the numbers, each at least 0, that every rank of the group names.
+
+    All ranks must call this at the same time. What is exchanged has one size on all of them.
+    """
+    import torch
+    import torch.distributed as dist
+
+    own = [number & _SIGNLESS for number in numbers]
+    most = torch.tensor([max(1, len(own))], dtype=torch.int64)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    filled = torch.tensor(own + [-1] * (int(most) - len(own)), dtype=torch.int64)
+    of_each = [torch.empty_like(filled) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_each, filled, group=group)
+    common = set(own).intersection(*(of_one.tolist() for of_one in of_each))
+    return frozenset(number for number in numbers if number & _SIGNLESS in common)
 
 
 def tensor_parallel_group() -> Any | None:

@@ -1,8 +1,9 @@
 """Adding a loaded adapter: on every rank, or on none.
 
-After the load, vLLM merges, registers and activates the adapter, which can still fail on one rank
-alone, for example where the GPU is full. That rank would load the adapter at its next use, and wait
-for the others, which have it already.
+After the load, vLLM evicts another adapter, merges, registers and activates the new one, which can
+still fail on one rank alone, for example where the GPU is full. That rank would load the adapter at
+its next use, and wait for the others, which have it already; or they would load what they have
+evicted, and wait for the rank that has not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from lorashard.vllm_plugin.load.agreement import load_together
+from lorashard.vllm_plugin.load.agreement import held_by_all, load_together
 from lorashard.vllm_plugin.patches.adapter_loading import agreeing_group, attached_loader
 
 
@@ -50,9 +51,21 @@ def _take_out_together(
     except Exception:
         with suppress(Exception):  # what is half there may not be possible to remove as usual
             worker_manager.remove_adapter(adapter_request.lora_int_id)
+        _keep_what_all_have(worker_manager, group)
         raise
     finally:
         del error  # see load_together
+
+
+def _keep_what_all_have(worker_manager: Any, group: Any) -> None:
+    """Remove what this rank still has, and another has evicted already. Never raises."""
+    own: set[int] = set()
+    with suppress(Exception):
+        own = worker_manager.list_adapters()
+    with suppress(Exception):  # the error of the load is the one to raise
+        for number in own - held_by_all(own, group):
+            with suppress(Exception):
+                worker_manager.remove_adapter(number)
 
 
 def _outcome(error: Exception | None) -> bool:

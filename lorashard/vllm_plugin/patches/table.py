@@ -45,8 +45,8 @@ PATCHES: tuple[Patch, ...] = (
             parameters=("self", request),
             why="If an adapter that all ranks have loaded cannot be activated on one of them, the "
             "ranks differ in what they have, and the next request waits for ever.",
-            how="After a load under expert parallelism the ranks agree once more, and take the "
-            "adapter out again if one has failed.",
+            how="After a load under expert parallelism the ranks agree once more; if one has failed, "
+            "they take the adapter out again, and drop what not every rank still has.",
             upstream=f"{_SOURCE}/lora/worker_manager.py#L{line}",
             since="0.16.0",
             until=None,

@@ -24,7 +24,7 @@ SCRIPT = """
 import json, os, sys
 from datetime import timedelta
 import torch.distributed as dist
-from lorashard.vllm_plugin.load.agreement import load_together
+from lorashard.vllm_plugin.load.agreement import held_by_all, load_together
 
 CASES = json.loads(sys.argv[1])
 folder = sys.argv[2]
@@ -45,6 +45,8 @@ def work(rank):
             answers[name] = ["loaded", load_together(load, groups[group], lambda: digest)]
         except Exception as err:
             answers[name] = [type(err).__name__, str(err)]
+    for name, held in json.loads(sys.argv[3]).items():
+        answers[name] = sorted(held_by_all(held[rank], groups["all"]))
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(answers, file)
     dist.barrier()
@@ -76,13 +78,22 @@ CASES: dict[str, tuple[str, list[int], list[int]]] = {
     "no group": ("none", [2], [1]),
     "well again": ("all", [], []),
 }
+# Numbers that each of the four ranks names.
+BEYOND_INT64 = 2**70 + 5
+HELD: dict[str, list[list[int]]] = {
+    "the same": [[3, 1], [1, 3], [3, 1], [1, 3]],
+    "some in common": [[1, 2, 4], [2], [4, 2, 7, 9, 11], [2, 4]],
+    "one has none": [[1, 2], [], [1], [1, 2, 3]],
+    "none at all": [[], [], [], []],
+    "large": [[BEYOND_INT64, 0], [0, BEYOND_INT64], [BEYOND_INT64, 0, 1], [0, BEYOND_INT64]],
+}
 
 
 @cache
 def answers(folder: str) -> list[dict[str, list[str]]]:
     """What each rank got in each case."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(CASES), folder],
+        [sys.executable, "-c", SCRIPT, json.dumps(CASES), folder, json.dumps(HELD)],
         env=os.environ | {
             "PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
         },
@@ -154,6 +165,20 @@ def test_each_group_may_have_a_version_of_its_own(ranks: Any) -> None:
 def test_without_a_group_each_is_on_its_own(ranks: Any) -> None:
     kinds = [rank["no group"][0] for rank in ranks]
     assert kinds == ["loaded", "loaded", "KeyError", "loaded"]
+
+
+@pytest.mark.parametrize(
+    ("case", "common"),
+    [
+        ("the same", [1, 3]),
+        ("some in common", [2]),
+        ("one has none", []),
+        ("none at all", []),
+        ("large", [0, BEYOND_INT64]),
+    ],
+)
+def test_ranks_find_what_all_of_them_have(ranks: Any, case: str, common: list[int]) -> None:
+    assert [rank[case] for rank in ranks] == [common] * 4
 
 
 def test_alone_the_result_and_the_error_are_those_of_the_load() -> None:
