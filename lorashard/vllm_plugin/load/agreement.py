@@ -1,8 +1,9 @@
 """All tensor-parallel workers of an engine load an adapter, or none does.
 
 In: a load, and the group of the workers that must agree. Out: the load's result, or an error on
-every rank; and which adapters all of them have. Without this, one damaged file would leave the adapter loaded on the other ranks, and a
-second request for the same id would find it there: old bytes on some ranks, new ones on one.
+every rank; and which adapters all of them have. Without this, one damaged file would leave the
+adapter loaded on the other ranks, and a second request for the same id would find it there: old
+bytes on some ranks, new ones on one.
 """
 
 from __future__ import annotations
