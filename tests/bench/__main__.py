@@ -2,6 +2,7 @@
 
     python -m tests.bench --scale 0.05            seconds, for a first look
     python -m tests.bench --work /data/bench      minutes and about 20 GB of disk
+    python -m tests.bench --growth                whether twice the bytes cost twice the time
 
 A missed target is marked, but nothing fails: a benchmark is not a test.
 """
@@ -9,13 +10,15 @@ A missed target is marked, but nothing fails: a benchmark is not a test.
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tests.bench.chart import draw_chart
-from tests.bench.machine import describe_machine
+from tests.bench.growth import bench_growth
+from tests.bench.machine import describe_disk, describe_machine
 from tests.bench.models import FORMS, MODELS
 from tests.bench.pull import NETWORKS, PART, bench_pull
 from tests.bench.rows import Row
@@ -38,6 +41,11 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--form", choices=FORMS, help="measure only this form (default: both)")
     parser.add_argument(
         "--only-pull", action="store_true", help="measure only pull; keep the rest of --json's FILE"
+    )
+    parser.add_argument(
+        "--growth",
+        action="store_true",
+        help="measure only how the cost of split grows with bytes, tensors and ranks",
     )
     parser.add_argument("--ep-size", type=int, default=8, help="default: 8")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
@@ -66,7 +74,15 @@ def _to_json(args: argparse.Namespace, rows: Sequence[Row], machine: dict[str, s
         "scale": args.scale,
         "ep_size": args.ep_size,
         "machine": machine,
-        "rows": [{**asdict(row), "is_target_met": row.is_target_met} for row in rows],
+        "rows": [
+            {
+                **asdict(row),
+                "cpu_seconds": row.cpu_seconds,
+                "spread": row.spread,
+                "is_target_met": row.is_target_met,
+            }
+            for row in rows
+        ],
     }
 
 
@@ -78,22 +94,27 @@ def _write_json(file: Path, document: Document, pulls: Document) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _measure_in(args: argparse.Namespace, work: Path) -> tuple[list[Row], list[Row]]:
-    settings = Settings(args.model, args.scale, args.ep_size, args.repeat, work)
-    rows = [] if args.only_pull else _measure(args, settings)
-    return rows, list(bench_pull(settings))
+@contextmanager
+def _work_directory(named: Path | None) -> Iterator[Path]:
+    if named is not None:
+        named.mkdir(parents=True, exist_ok=True)
+        yield named
+        return
+    with tempfile.TemporaryDirectory(prefix="lorashard-bench-") as made:
+        yield Path(made)
 
 
 def main() -> None:
     args = _parse_arguments()
-    if args.work:
-        args.work.mkdir(parents=True, exist_ok=True)
-        rows, pulls = _measure_in(args, args.work)
-    else:
-        with tempfile.TemporaryDirectory(prefix="lorashard-bench-") as work:
-            rows, pulls = _measure_in(args, Path(work))
+    with _work_directory(args.work) as work:
+        machine = describe_machine() | describe_disk(work)
+        settings = Settings(args.model, args.scale, args.ep_size, args.repeat, work)
+        if args.growth:
+            print_table("how the cost grows (medians)", list(bench_growth(settings)), machine)
+            return
+        rows = [] if args.only_pull else _measure(args, settings)
+        pulls = list(bench_pull(settings))
 
-    machine = describe_machine()
     if rows:
         print_table("lorashard against plain tools (medians)", rows, machine)
     print_table("pull of one rank, from a Hub on loopback (medians)", pulls, machine)

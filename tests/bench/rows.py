@@ -33,6 +33,17 @@ class Row:
     size_ratio: float | None = None  # of size_bytes to the rival's, where they differ
 
     @property
+    def cpu_seconds(self) -> float:
+        """User and system time, of all threads: median."""
+        return statistics.median(run.cpu_seconds for run in self.runs)
+
+    @property
+    def spread(self) -> float:
+        """Of the seconds: the slowest run less the fastest, as a part of the median."""
+        seconds = [run.seconds for run in self.runs]
+        return (max(seconds) - min(seconds)) / self.seconds
+
+    @property
     def is_target_met(self) -> bool | None:
         """None without a target."""
         if self.target is None:
@@ -50,7 +61,9 @@ def make_row(
     rival: tuple[str, Sequence[Run]] | None = None,
     target: Target | None = None,
     size_ratio: float | None = None,
+    bytes_of_rival: float = 1.0,
 ) -> Row:
+    """A row from its runs. bytes_of_rival: for each byte of this command, in a ratio for a byte."""
     return Row(
         form=form,
         what=what,
@@ -58,7 +71,7 @@ def make_row(
         peak_rss_bytes=max(run.peak_rss_bytes for run in runs),
         size_bytes=size_bytes,
         rival=rival[0] if rival else None,
-        ratio=median_ratio(runs, rival[1]) if rival else None,
+        ratio=median_ratio(runs, rival[1]) * bytes_of_rival if rival else None,
         target=target,
         runs=tuple(runs),
         size_ratio=size_ratio,

@@ -7,18 +7,21 @@ part begins with an untimed run.
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.generate import write_adapter
+from tests.bench.machine import is_in_memory
 from tests.bench.measure import (
+    Run,
     drop_from_page_cache,
     run_command,
     total_bytes,
     warm_page_cache,
 )
-from tests.bench.models import MODELS, Form, scale_layers
+from tests.bench.models import FORMS, MODELS, Form, scale_layers
 from tests.bench.rounds import Contestant, run_rounds
 from tests.bench.rows import Row, Target, make_row
 
@@ -26,10 +29,15 @@ LORASHARD = (sys.executable, "-m", "lorashard")
 
 # `split` reads, hashes, writes and fsyncs. `cp` returns while the data is still in memory; with a
 # sync it does what split does, without the two digests. A fused lora_B is transposed as well.
-SPLIT_VS_CP = {"per_expert": Target(1.25, "x"), "fused": Target(2.0, "x")}
-# A disk should hide the cost of hashing. Nothing hides it when the files are in memory, so
-# the warm row has no target.
+# In a file system in memory nothing has to be synced, and `cp` alone is the rival.
+SPLIT_VS_CP = {"per_expert": Target(1.5, "x"), "fused": Target(2.0, "x")}
+SPLIT_VS_CP_SYNC = {"per_expert": Target(1.05, "x"), "fused": Target(1.2, "x")}
+REWRITE_VS_CP_SYNC = {"per_expert": Target(1.3, "x"), "fused": Target(1.5, "x")}
+# A disk should hide the cost of hashing.
 VERIFY_COLD_VS_CAT = Target(1.25, "x")
+# `verify` digests the shards, and the source that they hold; its rival the files of both.
+VERIFY_WARM_VS_BLAKE3 = Target(1.3, "x")
+AGAINST_WARM_VS_BLAKE3 = Target(4.0, "x")
 INSPECT_SECONDS = Target(0.5, "s")
 HELP_SECONDS = Target(0.15, "s")
 
@@ -94,9 +102,10 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
     size_bytes = total_bytes([weights])
     for rival in (cp, cp_sync, obvious):
         yield make_row(form, rival.name, runs[rival.name], size_bytes=size_bytes)
+    in_memory = is_in_memory(settings.work)
     for rival, target in (
-        (cp, SPLIT_VS_CP[form]),
-        (cp_sync, None),
+        (cp, SPLIT_VS_CP[form] if in_memory else None),
+        (cp_sync, None if in_memory else SPLIT_VS_CP_SYNC[form]),
         (obvious, None),
     ):
         yield make_row(
@@ -109,12 +118,62 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
         )
 
 
-def _bench_verify(settings: Settings, form: Form, adapter: Path) -> Iterator[Row]:
-    """Compare `verify` with reading the same files, from disk and from memory."""
+@contextmanager
+def _shards_of(settings: Settings, adapter: Path) -> Iterator[Path]:
     shards = settings.work / "shards"
     shutil.rmtree(shards, ignore_errors=True)
     ep_size = ("--ep-size", str(settings.ep_size))
     run_command((*LORASHARD, "split", str(adapter), *ep_size, "-o", str(shards), "-q"))
+    try:
+        yield shards
+    finally:
+        shutil.rmtree(shards)
+
+
+def _bench_rewrites(settings: Settings, form: Form, shards: Path, weights: Path) -> Iterator[Row]:
+    """Compare the commands that read shards and write them anew with a copy of the weights."""
+    out = settings.work / "rewritten"
+
+    def delete_output() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+
+    copy = out / "copy"
+    cp_sync = Contestant(
+        "cp + sync",
+        ("sh", "-c", 'cp "$1" "$2" && sync --data "$2"', "sh", str(weights), str(copy)),
+        delete_output,
+    )
+    ep_size = ("--ep-size", str(max(1, settings.ep_size // 2)))
+    rewrites = [
+        Contestant(
+            name, (*LORASHARD, *command, str(shards), "-o", str(out / "new"), "-q"), delete_output
+        )
+        for name, command in (
+            ("merge", ("merge",)),
+            (f"reshard {' '.join(ep_size)}", ("reshard", *ep_size)),
+            *((f"convert --layout {each}", ("convert", "--layout", each)) for each in FORMS),
+        )
+    ]
+    runs = run_rounds((cp_sync, *rewrites), settings.num_rounds)
+    shutil.rmtree(out)
+    size_bytes = total_bytes([weights])
+    yield make_row(form, cp_sync.name, runs[cp_sync.name], size_bytes=size_bytes)
+    for rewrite in rewrites:
+        yield make_row(
+            form,
+            rewrite.name,
+            runs[rewrite.name],
+            size_bytes=size_bytes,
+            rival=(cp_sync.name, runs[cp_sync.name]),
+            target=REWRITE_VS_CP_SYNC[form],
+        )
+
+
+def _bench_verify(
+    settings: Settings, form: Form, adapter: Path, shards: Path, weights: Path
+) -> Iterator[Row]:
+    """Compare `verify` with reading the same files, from disk and from memory."""
     files = sorted(path for path in shards.rglob("*") if path.is_file())
     size_bytes = total_bytes(files)
     names = tuple(str(path) for path in files)
@@ -123,34 +182,45 @@ def _bench_verify(settings: Settings, form: Form, adapter: Path) -> Iterator[Row
         drop_from_page_cache(files)
 
     def warm_files() -> None:
-        warm_page_cache(files)
+        warm_page_cache((*files, weights))
 
-    verify_command = (*LORASHARD, "verify", str(shards), "-q")
-    for state, prepare, target in (
-        ("cold", drop_files, VERIFY_COLD_VS_CAT),
-        ("warm", warm_files, None),
-    ):
-        cat = Contestant(f"cat ({state})", ("cat", *names), prepare)
-        verify = Contestant(f"verify ({state})", verify_command, prepare)
-        contestants = [cat, verify]
-        if state == "warm":
-            command = (sys.executable, "-c", _HASH_FILES, *names)
-            contestants.append(Contestant("blake3 (warm)", command, prepare))
-        runs = run_rounds(contestants, settings.num_rounds)
-        for rival in contestants:
-            if rival is not verify:
-                yield make_row(form, rival.name, runs[rival.name], size_bytes=size_bytes)
-        for rival in contestants:
-            if rival is not verify:
-                yield make_row(
-                    form,
-                    verify.name,
-                    runs[verify.name],
-                    size_bytes=size_bytes,
-                    rival=(rival.name, runs[rival.name]),
-                    target=target,
-                )
-    shutil.rmtree(shards)
+    def compare(
+        contestant: Contestant,
+        runs: Mapping[str, tuple[Run, ...]],
+        *rivals: tuple[str, Target | None],
+    ) -> Iterator[Row]:
+        for name, target in rivals:
+            yield make_row(
+                form,
+                contestant.name,
+                runs[contestant.name],
+                size_bytes=size_bytes,
+                rival=(name, runs[name]),
+                target=target,
+            )
+
+    command = (*LORASHARD, "verify", str(shards), "-q")
+    cat = Contestant("cat (cold)", ("cat", *names), drop_files)
+    verify = Contestant("verify (cold)", command, drop_files)
+    runs = run_rounds((cat, verify), settings.num_rounds)
+    yield make_row(form, cat.name, runs[cat.name], size_bytes=size_bytes)
+    yield from compare(verify, runs, (cat.name, VERIFY_COLD_VS_CAT))
+
+    cat = Contestant("cat (warm)", ("cat", *names), warm_files)
+    hash_files = (sys.executable, "-c", _HASH_FILES, *names)
+    blake3 = Contestant("blake3 of the shards", hash_files, warm_files)
+    of_both = Contestant("blake3 of shards and source", (*hash_files, str(weights)), warm_files)
+    verify = Contestant("verify (warm)", command, warm_files)
+    against = Contestant(
+        "verify --against (warm)", (*command, "--against", str(adapter)), warm_files
+    )
+    runs = run_rounds((cat, blake3, of_both, verify, against), settings.num_rounds)
+    for rival in (cat, blake3, of_both):
+        yield make_row(form, rival.name, runs[rival.name], size_bytes=size_bytes)
+    yield from compare(
+        verify, runs, (cat.name, None), (blake3.name, None), (of_both.name, VERIFY_WARM_VS_BLAKE3)
+    )
+    yield from compare(against, runs, (blake3.name, AGAINST_WARM_VS_BLAKE3))
 
 
 def _bench_inspect(settings: Settings, form: Form, adapter: Path) -> Iterator[Row]:
@@ -167,7 +237,9 @@ def bench_form(settings: Settings, form: Form) -> Iterator[Row]:
     print(f"{form}: using {adapter}, writing it if it is not there", file=sys.stderr)
     weights = write_adapter(adapter, model, form)
     yield from _bench_split(settings, form, adapter, weights)
-    yield from _bench_verify(settings, form, adapter)
+    with _shards_of(settings, adapter) as shards:
+        yield from _bench_verify(settings, form, adapter, shards, weights)
+        yield from _bench_rewrites(settings, form, shards, weights)
     yield from _bench_inspect(settings, form, adapter)
 
 

@@ -34,6 +34,8 @@ def print_table(title: str, rows: Sequence[Row], machine: Mapping[str, str]) -> 
     table.add_column("adapter")
     table.add_column("command")
     table.add_column("seconds", justify="right")
+    table.add_column("spread", justify="right")
+    table.add_column("CPU s", justify="right")
     table.add_column("GB/s", justify="right")
     table.add_column("time relative to")
     table.add_column("target")
@@ -43,6 +45,8 @@ def print_table(title: str, rows: Sequence[Row], machine: Mapping[str, str]) -> 
             row.form,
             row.what,
             f"{row.seconds:.3f}",
+            f"{row.spread:.0%}",
+            f"{row.cpu_seconds:.2f}",
             _speed(row),
             _ratio(row),
             _target(row),
