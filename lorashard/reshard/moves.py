@@ -29,19 +29,25 @@ class MovePlan:
 
     `plan` writes the new files; its source is the bytes of `stretches`, one after the other. They
     pass through each old file front to back, and through all of it but its header.
+    copies: the places of each factor that the old files have several times; the first is moved.
     """
 
     plan: ShardPlan
     stretches: tuple[Stretch, ...]
+    copies: tuple[tuple[Stretch, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """One slot, or one replicated tensor: `size_bytes` at `place` in the old files."""
+    """One slot, or one replicated tensor: `size_bytes` at `place` in the old files.
+
+    places: where the factor is, in the move of the first of them.
+    """
 
     place: Target
     size_bytes: int
     targets: tuple[Target, ...]
+    places: tuple[Target, ...] = ()
 
 
 def plan_moves(
@@ -54,6 +60,7 @@ def plan_moves(
     """Decide where each byte of the old files goes; both plans are of `layout`, in one dtype."""
     stretches: list[Stretch] = []
     reads: list[CopyRange] = []
+    copies: list[tuple[Stretch, ...]] = []
     position = 0
     for move in _moves(layout, old, old_placement, new, new_placement):
         file, begin = move.place.file, move.place.offset
@@ -62,7 +69,13 @@ def plan_moves(
         stretches.append(Stretch(file, begin, move.place.offset + move.size_bytes))
         reads.append(CopyRange(position, position + move.size_bytes, move.targets))
         position += move.size_bytes
-    return MovePlan(ShardPlan(new.files, tuple(merge_copies(reads)), ()), tuple(stretches))
+        if len(move.places) > 1 and move.size_bytes:
+            copies.append(tuple(
+                Stretch(place.file, place.offset, place.offset + move.size_bytes)
+                for place in move.places
+            ))  # fmt: skip
+    plan = ShardPlan(new.files, tuple(merge_copies(reads)), ())
+    return MovePlan(plan, tuple(stretches), tuple(copies))
 
 
 def _moves(
@@ -85,9 +98,9 @@ def _moves(
         before = expert_slots(stack, old_placement.ranks_of(stack.module), old_begins, dtype)
         after = expert_slots(stack, new_placement.ranks_of(stack.module), new_begins, dtype)
         slot_bytes = stack.rows * stack.cols * ELEMENT_SIZE[dtype]
-        # Copies of a redundant expert are equal: the first is moved, the others are only read.
+        # Of a redundant expert the first copy is moved, the others are only read and compared.
         moves = [
-            _Move(place, slot_bytes, () if number else after[expert])
+            _Move(place, slot_bytes, () if number else after[expert], () if number else places)
             for expert, places in before.items()
             for number, place in enumerate(places)
         ]

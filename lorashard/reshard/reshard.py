@@ -2,8 +2,9 @@
 
 The manifest keeps the source's header, so the plan of the old files can be made again, and from it
 that of the new ones. Each old file is read once, front to back, and must have the digest in the
-manifest before the new directory appears; and the new files must give the source's digest, which
-proves the old placement, too. The result is what `split` of the source would write.
+manifest before the new directory appears, and copies of an expert must be equal; and the new files
+must give the source's digest, which proves the old placement, too. The result is what `split` of the
+source would write.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from blake3 import blake3
 from lorashard.adapter.config import CONFIG_NAME
 from lorashard.errors import VerificationError
 from lorashard.progress import Progress
+from lorashard.reshard.copies import CopyDigests
 from lorashard.reshard.moves import MovePlan, Stretch, plan_moves
 from lorashard.shards.describe import describe_files
 from lorashard.shards.directory import (
@@ -36,13 +38,12 @@ from lorashard.shards.placement import place_experts
 from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.shards.replan import CheckedShards, check_shards, describe_wrong_digest
 from lorashard.storage.local import ByteSource, write_synced
-from lorashard.storage.remote import RemoteFolder
 from lorashard.storage.small_files import read_json
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.version import __version__
 from lorashard.vllm_options import Strategy
 from lorashard.writing.execute import write_files
-from lorashard.writing.restore import describe_misplaced, describe_slots
+from lorashard.writing.restore import describe_misplaced, describe_places
 
 
 def reshard_shards(
@@ -94,10 +95,12 @@ def _move_bytes(
 ) -> tuple[str, ...]:
     """Write the new files and return their digests.
 
-    Raises VerificationError unless each old file has the digest that the manifest records.
+    Raises VerificationError unless each old file has the digest that the manifest records, and
+    copies of an expert are equal: those that are dropped are not in the new files.
     """
     with opened_files(old.files) as files:
-        source = _OldFiles(files, moves.stretches)
+        copies = CopyDigests(moves.copies, len(files))
+        source = _OldFiles(files, moves.stretches, copies)
         for number, file in enumerate(old.plan.files):
             source.read_header(number, len(file.header))
             progress(len(file.header))
@@ -106,7 +109,7 @@ def _move_bytes(
         describe_wrong_digest(old.place, name)
         for (name, recorded), digest in zip(old.manifest.files.items(), source.digests())
         if digest != recorded.digest.blake3
-    )
+    ) or tuple(describe_places(old.plan, copies.find_different()))
     if findings:
         raise VerificationError(str(old.place), findings)
     return digests
@@ -117,25 +120,22 @@ def _check_placed_data(
 ) -> None:
     """Raise VerificationError if the old data was not where the old placement says.
 
-    The new files have the same fault as the old ones, and are here and in the page cache. Copies
-    that are dropped are not in them: those are compared in the old files, if these are local.
+    The new files have the same fault as the old ones, and are here and in the page cache.
     """
-    findings: list[str] = []
-    if not isinstance(old.place, RemoteFolder):
-        with opened_files(old.files) as files:
-            findings.extend(describe_slots(old.plan, files))
-    if not findings:
-        with opened_files([staging / file.name for file in plan.files]) as files:
-            findings.extend(describe_misplaced(new, plan, files, progress))
+    with opened_files([staging / file.name for file in plan.files]) as files:
+        findings = tuple(describe_misplaced(new, plan, files, progress))
     if findings:
-        raise VerificationError(str(old.place), tuple(findings))
+        raise VerificationError(str(old.place), findings)
 
 
 class _OldFiles:
     """The stretches, one after the other, as a ByteSource; digests each file as it is read."""
 
-    def __init__(self, files: Sequence[ByteSource], stretches: Sequence[Stretch]) -> None:
+    def __init__(
+        self, files: Sequence[ByteSource], stretches: Sequence[Stretch], copies: CopyDigests
+    ) -> None:
         self._files = files
+        self._copies = copies
         self._stretches = stretches
         self._begins = list(accumulate((s.end - s.begin for s in stretches), initial=0))
         self._digests = [blake3() for _ in files]
@@ -163,4 +163,5 @@ class _OldFiles:
         assert begin == self._read[number], "a digest takes a file front to back"
         self._files[number].read_into(buffer, begin)
         self._digests[number].update(buffer)
+        self._copies.update(number, buffer, begin)
         self._read[number] = begin + len(buffer)

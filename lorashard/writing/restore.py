@@ -7,7 +7,8 @@ expert's data is where the placement says.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 from blake3 import blake3
@@ -65,7 +66,7 @@ def describe_misplaced(
     That does not follow from values that were cast: of them, only copies are compared.
     plan: rebuilt from `manifest`. progress: called with the source's bytes done since the last call.
     """
-    yield from describe_slots(plan, files)
+    yield from describe_places(plan, find_misplaced(plan, files))
     if manifest.dtype is not None:
         return
     digest = restore_source(plan, manifest.source.header, files, len, progress)
@@ -76,10 +77,17 @@ def describe_misplaced(
         )
 
 
-def describe_slots(plan: ShardPlan, files: Sequence[ByteSource]) -> Iterator[str]:
-    """The findings of `find_misplaced`, one sentence each."""
-    for target, fault in find_misplaced(plan, files):
-        yield f"{plan.files[target.file].name}: what begins at byte {target.offset} {fault}"
+def describe_places(plan: ShardPlan, faults: Iterable[tuple[Target, str]]) -> Iterator[str]:
+    """One sentence for all places of a file that have the same fault, with the first of them."""
+    first: dict[tuple[int, str], int] = {}
+    counts: Counter[tuple[int, str]] = Counter()
+    for target, fault in faults:
+        first.setdefault((target.file, fault), target.offset)
+        counts[target.file, fault] += 1
+    for (file, fault), offset in first.items():
+        others = counts[file, fault] - 1
+        more = f" (and {others} more like it)" if others else ""
+        yield f"{plan.files[file].name}: what begins at byte {offset} {fault}{more}"
 
 
 def find_misplaced(plan: ShardPlan, files: Sequence[ByteSource]) -> Iterator[tuple[Target, str]]:

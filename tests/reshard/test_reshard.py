@@ -211,17 +211,22 @@ def test_a_placement_that_is_not_that_of_the_data_is_refused(tmp_path: Path, rem
     assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
 
 
+@pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize("dtype", [None, "float16"])
-def test_copies_that_differ_are_refused(tmp_path: Path, dtype: str | None) -> None:
+def test_copies_that_differ_are_refused(tmp_path: Path, dtype: str | None, remote: bool) -> None:
     (tmp_path / "map.json").write_text('{"ranks": [[0, 1], [2, 3, 0]]}')
     request = SplitRequest(2, expert_map=tmp_path / "map.json", dtype=dtype)
     shards = tmp_path / "redundant"
     split_adapter(save_adapter(tmp_path / "adapter"), shards, request)
-    reshard_shards(shards, tmp_path / "right", 1)
+    place = shards.as_uri() if remote else shards
+    reshard_shards(place, tmp_path / "right", 1)
     placement = json.loads((shards / "lorashard.json").read_text())["placement"]
     edit_json(shards / "lorashard.json", placement=placement | {"ranks": [[0, 1], [2, 3, 1]]})
-    with pytest.raises(VerificationError, match="differs from another copy of the same expert"):
-        reshard_shards(shards, tmp_path / "out", 1)
+    with pytest.raises(VerificationError) as caught:
+        reshard_shards(place, tmp_path / "out", 1)
+    (finding,) = caught.value.findings
+    assert finding.startswith(f"{RANK_FILES[1]}: what begins at byte ")
+    assert finding.endswith(" differs from another copy of the same expert (and 5 more like it)")
     assert not (tmp_path / "out").exists()
 
 

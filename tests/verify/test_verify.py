@@ -326,8 +326,10 @@ def test_a_redundant_expert_that_is_another_is_found(tmp_path: Path, dtype: str 
     assert verify_shards(shards) == ()
     edit_manifest(shards, lambda m: m["placement"]["ranks"][1].__setitem__(2, 1))
     findings = verify_shards(shards)
-    assert findings
-    assert any("differs from another copy of the same expert" in finding for finding in findings)
+    copies, *_ = findings
+    assert copies.startswith(f"{RANK_FILES[1]}: what begins at byte ")
+    assert copies.endswith(" differs from another copy of the same expert (and 11 more like it)")
+    assert sum("another copy" in finding for finding in findings) == 1
 
 
 def test_an_untrained_expert_that_is_not_zero_is_found(tmp_path: Path) -> None:
