@@ -14,7 +14,7 @@ from lorashard.adapter.containers import Axes, SourceFactor
 from lorashard.adapter.keys import clean_name
 from lorashard.adapter.layout import AdapterLayout
 from lorashard.adapter.modules import FactorStack
-from lorashard.dtypes import ELEMENT_SIZE
+from lorashard.dtypes import ELEMENT_SIZE, FLOAT_DTYPES
 from lorashard.errors import PlacementError, ShardError
 from lorashard.header import TensorEntry, build_header
 from lorashard.shards.names import REPLICATED_NAME, rank_file_name
@@ -178,8 +178,8 @@ def _plan_file(
 
 
 def _cast(dtype: str, wanted: str | None) -> str:
-    """Only float tensors are cast; a flag or an index keeps its type."""
-    return wanted if wanted is not None and dtype.startswith(("F", "BF")) else dtype
+    """Only floats of LoRA's kind are cast; a flag, an index, or a scale in F8_E8M0 keeps its type."""
+    return wanted if wanted is not None and dtype in FLOAT_DTYPES else dtype
 
 
 def _whole_tensor(entry: TensorEntry, target: Target, dtype: str) -> Iterator[ReadOp]:

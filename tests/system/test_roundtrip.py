@@ -381,3 +381,12 @@ def test_a_full_weight_of_any_dtype_is_carried_bit_for_bit(
     assert verify_shards(tmp_path / "shards", against=adapter) == ()
     merge_shards(tmp_path / "shards", tmp_path / "merged")
     assert contents(tmp_path / "merged") == contents(adapter)
+    split_adapter(adapter, tmp_path / "cast", SplitRequest(ep_size=2, dtype="bfloat16"))
+    assert verify_shards(tmp_path / "cast", against=adapter) == ()
+    (kept,) = (
+        t
+        for n, t in load_file(tmp_path / "cast" / "replicated.safetensors").items()
+        if "score" in n
+    )
+    assert kept.dtype == dtype
+    assert torch.equal(kept.view(torch.uint8), bits.view(torch.uint8))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _REPLICATED = "replicated.safetensors"
 _CONFIG = "adapter_config.json"
 _MAX_FINDINGS_PER_TENSOR = 20
+# What `split --dtype` casts: not integers, and no floats that only scales or other chips have.
 _TORCH_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -257,7 +258,7 @@ class _Comparison:
             self.seen.add(name)
             self.progress(tensor.nbytes)
         dtype = self.manifest["options"]["dtype"]
-        if dtype is None or not tensor.is_floating_point():
+        if dtype is None or str(tensor.dtype).removeprefix("torch.") not in _TORCH_DTYPES.values():
             return tensor
         return tensor.to(getattr(torch, _TORCH_DTYPES[dtype]))
 
