@@ -16,7 +16,7 @@ from math import prod
 from operator import attrgetter
 from typing import NamedTuple
 
-from lorashard.dtypes import ELEMENT_SIZE, FILE_ORDER
+from lorashard.dtypes import ELEMENT_BITS, FILE_ORDER
 from lorashard.errors import HeaderError
 
 LENGTH_BYTES = 8
@@ -109,7 +109,7 @@ def build_header(
     table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name, dtype, shape in ordered:
-        end = offset + prod(shape) * ELEMENT_SIZE[dtype]
+        end = offset + prod(shape) * ELEMENT_BITS[dtype] // 8
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
@@ -118,7 +118,7 @@ def build_header(
     begin = len(raw)
     entries = []
     for name, dtype, shape in ordered:
-        end = begin + prod(shape) * ELEMENT_SIZE[dtype]
+        end = begin + prod(shape) * ELEMENT_BITS[dtype] // 8
         entries.append(TensorEntry(name, dtype, shape, begin, end))
         begin = end
     return raw, tuple(entries)
@@ -229,10 +229,13 @@ def _check_kind(name: str, dtype: str, shape: object, path: str) -> tuple[tuple[
         raise HeaderError(path, f"{name}: shape and data_offsets must be integers >= 0")
     if len(shape) > _MAX_DIMENSIONS or any(n > _MAX_NUMBER for n in shape):
         raise HeaderError(path, f"{name}: no tensor has this shape")
-    element_size = ELEMENT_SIZE.get(dtype)
-    if element_size is None:
+    element_bits = ELEMENT_BITS.get(dtype)
+    if element_bits is None:
         raise HeaderError(path, f"{name}: dtype {dtype!r} is not known")
-    return tuple(shape), prod(shape) * element_size
+    size_bytes, rest = divmod(prod(shape) * element_bits, 8)
+    if rest:
+        raise HeaderError(path, f"{name}: {dtype} {shape} does not end with a whole byte")
+    return tuple(shape), size_bytes
 
 
 def _check_tiling(entries: list[TensorEntry], data_begin: int, file_size: int, path: str) -> None:

@@ -8,6 +8,7 @@ from safetensors.torch import save
 
 from lorashard.dtypes import (
     CAST_DTYPES,
+    ELEMENT_BITS,
     ELEMENT_SIZE,
     EXPONENT_BITS,
     FILE_ORDER,
@@ -27,11 +28,15 @@ IN_TORCH = {
 }  # fmt: skip
 # Floats in which no LoRA factor is taken: infinity and NaN are not marked as in the others.
 OTHER_FLOATS = {"F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+PARTS_OF_A_BYTE = ("F4", "F6_E2M3", "F6_E3M2")  # in the order of safetensors 0.8
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def test_every_dtype_has_the_size_that_torch_gives_it() -> None:
     assert {name: dtype.itemsize for name, dtype in IN_TORCH.items()} == ELEMENT_SIZE
+    assert {name: 8 * size for name, size in ELEMENT_SIZE.items()} == {
+        name: bits for name, bits in ELEMENT_BITS.items() if name not in PARTS_OF_A_BYTE
+    }
 
 
 def test_the_floats_are_those_of_torch_under_its_names() -> None:
@@ -48,12 +53,14 @@ def test_files_are_ordered_as_the_reference_writer_orders_them() -> None:
     raw = save(
         {
             name: torch.zeros(8 * dtype.itemsize, dtype=torch.uint8).view(dtype)
-            for name, dtype in IN_TORCH.items()
+            for name, dtype in (IN_TORCH | {"F4": torch.float4_e2m1fn_x2}).items()
         }
     )
     length = header_length(raw[:8], len(raw), "written")
     written = parse_header(raw[8 : 8 + length], len(raw), "written").tensors
-    assert [entry.name for entry in written] == sorted(FILE_ORDER, key=FILE_ORDER.__getitem__)
+    ordered = sorted(FILE_ORDER, key=FILE_ORDER.__getitem__)
+    assert [entry.name for entry in written] == [name for name in ordered if "F6_" not in name]
+    assert ordered[-5:] == ["U8", *reversed(PARTS_OF_A_BYTE), "BOOL"]
 
 
 @pytest.mark.parametrize("name", ["F8_E5M2", "F8_E4M3", "F16", "BF16"])

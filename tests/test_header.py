@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from lorashard.dtypes import ELEMENT_SIZE
+from lorashard.dtypes import ELEMENT_BITS, ELEMENT_SIZE
 from lorashard.errors import HeaderError
 from lorashard.header import MAX_HEADER_BYTES, Header, build_header, header_length, parse_header
 
@@ -78,10 +78,20 @@ def test_a_scalar_has_one_element():
     assert entry.shape == ()
 
 
-@pytest.mark.parametrize("dtype", ELEMENT_SIZE)
+@pytest.mark.parametrize("dtype", ELEMENT_BITS)
 def test_every_known_dtype_has_the_size_of_its_name(dtype: str):
     bits = 8 if dtype == "BOOL" else int("".join(filter(str.isdigit, dtype.partition("_")[0])))
-    assert ELEMENT_SIZE[dtype] * 8 == bits
+    assert ELEMENT_BITS[dtype] == bits
+    assert ELEMENT_SIZE.get(dtype, bits / 8) * 8 == bits
+    (entry,) = parse(one(dtype=dtype, shape=[2, 4], data_offsets=[0, bits]), bits).tensors
+    assert (entry.dtype, entry.shape, entry.size_bytes) == (dtype, (2, 4), bits)
+
+
+@pytest.mark.parametrize(("dtype", "length"), [("F4", 3), ("F6_E2M3", 5), ("F6_E3M2", 2)])
+def test_elements_that_end_within_a_byte_are_refused_as_by_the_reference(dtype: str, length: int):
+    size = (length * ELEMENT_BITS[dtype] + 7) // 8
+    raw = one(dtype=dtype, shape=[length], data_offsets=[0, size])
+    assert refusal(raw, size) == f"a: {dtype} [{length}] does not end with a whole byte"
 
 
 def test_the_length_is_little_endian():

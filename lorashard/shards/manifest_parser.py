@@ -20,7 +20,7 @@ from lorashard.adapter.options import (
     LoraBLayout,
     Orientation,
 )
-from lorashard.dtypes import ELEMENT_SIZE
+from lorashard.dtypes import ELEMENT_BITS, ELEMENT_SIZE
 from lorashard.errors import ManifestError
 from lorashard.header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorEntry
 from lorashard.shards.manifest import (
@@ -190,7 +190,7 @@ def _parse_file(info: Mapping[str, Any]) -> ShardFile:
         shape = tuple(map(_natural, _as_list(_field(tensor, "shape"))))
         begin = _natural(_field(tensor, "offset"))
         end = begin + _natural(_field(tensor, "size"))
-        dtype = _one_of(_field(tensor, "dtype"), tuple(ELEMENT_SIZE))
+        dtype = _one_of(_field(tensor, "dtype"), tuple(ELEMENT_BITS))
         tensors.append(TensorEntry(name, dtype, shape, begin, end))
     return ShardFile(_parse_digest(info), tuple(tensors))
 

@@ -260,7 +260,7 @@ def test_a_dtype_that_safetensors_does_not_have_is_refused(dtype: object):
     document = json.loads(format_manifest(example()))
     file = next(file for file in document["files"].values() if file["tensors"])
     next(iter(file["tensors"].values()))["dtype"] = dtype
-    with pytest.raises(ManifestError, match="is not one of BOOL, U8"):
+    with pytest.raises(ManifestError, match="is not one of BOOL, F4, F6_E2M3, F6_E3M2, U8"):
         parse_manifest(json.dumps(document).encode(), PATH)
 
 

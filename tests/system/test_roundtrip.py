@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lorashard import (
@@ -25,6 +25,7 @@ from lorashard import (
     split_adapter,
     verify_shards,
 )
+from lorashard.errors import LayoutError
 from lorashard.writing.blocks import split_into_blocks
 from tests.adapters import (
     LAYOUTS,
@@ -37,7 +38,7 @@ from tests.adapters import (
 )
 from tests.coded_values import bits
 from tests.strategies import rank_lists, specs
-from tests.tiny import contents, per_expert_tensors, save_adapter
+from tests.tiny import contents, per_expert_tensors, save_adapter, save_header
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CASES = [Spec(layout) for layout in LAYOUTS] + [Spec(x, gated=False) for x in NON_GATED_LAYOUTS]
@@ -390,3 +391,47 @@ def test_a_full_weight_of_any_dtype_is_carried_bit_for_bit(
     )
     assert kept.dtype == dtype
     assert torch.equal(kept.view(torch.uint8), bits.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("F4", [2, 24]), ("F6_E2M3", [4, 8]), ("F6_E3M2", [32])]
+)
+def test_elements_that_are_parts_of_a_byte_are_carried_bit_for_bit(
+    tmp_path: Path, dtype: str, shape: list[int]
+) -> None:
+    adapter = tmp_path / "adapter"
+    write_with_score(adapter, dtype, shape, bytes(range(100, 124)))
+    for target, cast in ((tmp_path / "shards", None), (tmp_path / "cast", "bfloat16")):
+        split_adapter(adapter, target, SplitRequest(ep_size=2, dtype=cast))
+        assert verify_shards(target, against=adapter) == ()
+        assert bytes(range(100, 124)) in (target / "replicated.safetensors").read_bytes()
+    merge_shards(tmp_path / "shards", tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(adapter)
+    reshard_shards(tmp_path / "shards", tmp_path / "resharded", 3)
+    assert verify_shards(tmp_path / "resharded", against=adapter) == ()
+    write_with_score(adapter, dtype, shape, bytes(range(101, 125)))
+    (finding,) = verify_shards(tmp_path / "shards", against=adapter)
+    assert "model.score.weight" in finding
+
+
+def test_a_factor_in_parts_of_a_byte_is_refused_by_the_name_of_its_dtype(tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.0.mlp.experts.4.up_proj.lora_A.weight"
+    write_with_score(tmp_path / "adapter", "F4", [2, 24], bytes(24), name)
+    with pytest.raises(LayoutError, match="a LoRA factor cannot have dtype F4"):
+        split_adapter(tmp_path / "adapter", tmp_path / "out", SplitRequest(ep_size=2))
+
+
+def write_with_score(
+    adapter: Path,
+    dtype: str,
+    shape: list[int],
+    data: bytes,
+    name: str = "base_model.model.score.weight",
+) -> None:
+    """An adapter with another weight, of a dtype that torch may lack."""
+    raw = save(per_expert_tensors())
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    header, rest = json.loads(raw[8:begin]), raw[begin:]
+    offsets = [len(rest), len(rest) + len(data)]
+    info = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    save_header(adapter, header | {name: info}, rest + data)

@@ -21,6 +21,7 @@ _TORCH_DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
 }  # fmt: skip
+_PARTS_OF_A_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 
 
 class SafetensorsFile:
@@ -50,14 +51,16 @@ class SafetensorsFile:
         self.shapes = {name: tuple(info["shape"]) for name, info in self._header.items()}
 
     def get(self, name: str) -> Tensor:
-        """Read one tensor."""
+        """Read one tensor; one whose elements are parts of a byte comes as its bytes."""
         import torch
 
         info = self._header[name]
-        dtype = getattr(torch, _TORCH_DTYPES[info["dtype"]])
         begin, end = info["data_offsets"]
+        is_bytes = info["dtype"] in _PARTS_OF_A_BYTE
+        dtype = torch.uint8 if is_bytes else getattr(torch, _TORCH_DTYPES[info["dtype"]])
+        shape = [end - begin] if is_bytes else info["shape"]
         if begin == end:
-            return torch.empty(info["shape"], dtype=dtype)
+            return torch.empty(shape, dtype=dtype)
         data = bytearray(end - begin)
         self._file.seek(self._data_begin + begin)
         done = 0
@@ -66,7 +69,7 @@ class SafetensorsFile:
             if not count:
                 raise AdapterError(f"{self.name}: ended while {name} was read.")
             done += count
-        return torch.frombuffer(data, dtype=dtype).reshape(info["shape"])
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 class PickledTensors:
