@@ -24,6 +24,7 @@ from blake3 import blake3
 from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, parse_config
 from lorashard.adapter.notice import is_notice
 from lorashard.adapter.read import find_adapter, find_remote_adapter
+from lorashard.adapter.several_files import refuse_several_files
 from lorashard.dtypes import ELEMENT_SIZE, EXPONENT_BITS
 from lorashard.errors import AdapterError, LorashardError, ShardError
 from lorashard.header import TensorEntry
@@ -104,8 +105,7 @@ def verify_shards(
             findings.append(f"{against}: not compared, because the shards are damaged already")
         elif against is not None:
             import_torch("--against")
-            with _local_adapter(locate(against)) as adapter:
-                source = find_adapter(adapter)
+            with _local_adapter(locate(against)) as source:
                 if is_notice(source / WEIGHTS_NAME):
                     raise AdapterError(
                         f"{source} holds shards, not the adapter that they were split from.",
@@ -148,8 +148,10 @@ def find_held_ranks(manifest: Manifest, directory: Path) -> tuple[int, ...]:
 
 
 def _local_adapter(place: Location) -> AbstractContextManager[Path]:
-    if isinstance(place, RemoteFolder):
-        place = find_remote_adapter(place)
+    place = find_remote_adapter(place) if isinstance(place, RemoteFolder) else find_adapter(place)
+    names = place.files() if isinstance(place, RemoteFolder) else os.listdir(place)
+    if not {WEIGHTS_NAME, PICKLE_NAME} & set(names):
+        refuse_several_files(place)
     return local_copy(place, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME))
 
 

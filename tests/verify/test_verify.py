@@ -20,6 +20,7 @@ from lorashard.errors import (
     LorashardError,
     ManifestError,
     ShardError,
+    UnsupportedAdapterError,
     VerificationError,
 )
 from lorashard.shards.directory import read_manifest
@@ -138,6 +139,22 @@ def test_shards_are_not_proven_against_shards(shards: Path) -> None:
     with pytest.raises(AdapterError, match="holds shards, not the adapter") as caught:
         verify_shards(shards, against=shards)
     assert caught.value.hint == "Name the adapter."
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_adapter_in_several_files_is_said_to_be_one(
+    shards: Path, tmp_path: Path, remote: bool
+) -> None:
+    parts = save_adapter(tmp_path / "parts")
+    (parts / "adapter_model.safetensors").unlink()
+    tensors = per_expert_tensors()
+    for part in range(2):
+        some = {name: tensors[name] for name in list(tensors)[part::2]}
+        save_file(some, parts / f"adapter_model-{part + 1:05d}-of-00002.safetensors")
+    with pytest.raises(UnsupportedAdapterError, match="an adapter in 2 files") as caught:
+        verify_shards(shards, against=parts.as_uri() if remote else parts)
+    begin = "Download the folder, and join them in it: " if remote else f"Join them: cd {parts} && "
+    assert (caught.value.hint or "").startswith(begin)
 
 
 @pytest.mark.parametrize("name", ["README.md", ".gitattributes"])
