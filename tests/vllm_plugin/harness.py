@@ -298,7 +298,10 @@ def _model(
     members: dict[str, Any] = {
         "is_3d_moe_weight": wrapper == "3d",
         "is_non_gated_moe": not gated,
-        "packed_modules_mapping": {"qkv_proj": ["q_proj", "k_proj", "v_proj"]},
+        "packed_modules_mapping": {
+            "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+            "gate_up_proj": ["gate_proj", "up_proj"],
+        },
         "embedding_modules": {},
         "embed_input_ids": lambda self, input_ids: None,  # else 0.33 warns that it is missing
     }
@@ -325,6 +328,19 @@ def _put_attention(model: nn.Module, block: str, hidden_size: int) -> None:
     out = linear.RowParallelLinear(4 * head, hidden_size, prefix=f"{where}.o_proj", **quiet)
     _put(model, f"{where}.qkv_proj", qkv)
     _put(model, f"{where}.o_proj", out)
+
+
+def put_dense_mlp(model: nn.Module, block: str, hidden_size: int, inner_size: int) -> None:
+    """Shared experts and their gate beside the experts; real layers. See `_put_attention`."""
+    quiet = {"bias": False, "params_dtype": torch.bfloat16}
+    both, shared = [inner_size, inner_size], f"{block}.mlp.shared_experts"
+    _put(
+        model,
+        f"{shared}.gate_up_proj",
+        linear.MergedColumnParallelLinear(hidden_size, both, **quiet),
+    )
+    _put(model, f"{shared}.down_proj", linear.RowParallelLinear(inner_size, hidden_size, **quiet))
+    _put(model, f"{block}.mlp.shared_expert_gate", linear.ReplicatedLinear(hidden_size, 3, **quiet))
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from lorashard.vllm_plugin import register
 
 register()
 
+import torch  # noqa: E402
 from vllm.lora import lora_weights, model_manager  # noqa: E402
 from vllm.lora.lora_model import LoRAModel  # noqa: E402
 
@@ -174,6 +176,67 @@ def configurations_refused_by_vllm() -> dict[str, dict[str, str]]:
     return answers
 
 
+INNER = 12
+DENSE = {
+    "self_attn.q_proj": (16, 16), "self_attn.k_proj": (16, 8), "self_attn.v_proj": (16, 8),
+    "self_attn.o_proj": (16, 16), "mlp.shared_experts.gate_proj": (16, INNER),
+    "mlp.shared_experts.up_proj": (16, INNER), "mlp.shared_experts.down_proj": (INNER, 16),
+    "mlp.shared_expert_gate": (16, 3),
+}  # fmt: skip
+
+
+def with_dense(changed: str = "", matrix: str = "", by: int = 0) -> Adapter:
+    """An adapter of experts and every dense layer, one of whose factors is larger by so much."""
+    adapter = adapter_of("L1")
+    tensors = {name: tensor for name, tensor in adapter.tensors.items() if ".experts." in name}
+    for module, sizes in DENSE.items():
+        inside, out = (
+            size + (by if (module, matrix) == (changed, m) else 0)
+            for m, size in zip(("lora_A", "lora_B"), sizes, strict=True)
+        )
+        key = f"base_model.model.model.layers.0.{module}"
+        tensors[f"{key}.lora_A.weight"] = torch.ones(2, inside, dtype=torch.bfloat16)
+        tensors[f"{key}.lora_B.weight"] = torch.ones(out, 2, dtype=torch.bfloat16)
+    return replace(adapter, tensors=tensors)
+
+
+def dense_sizes() -> dict[str, dict[str, list[Any]]]:
+    """Loads of adapters with one wrong dense factor, by engine: the outcome, and what is kept."""
+    real = harness._put_attention
+
+    def put_all(model: Any, block: str, hidden_size: int) -> None:
+        real(model, block, hidden_size)
+        harness.put_dense_mlp(model, block, hidden_size, INNER)
+
+    cases = [("", "", 0)] + [
+        (module, matrix, by)
+        for module in DENSE
+        for matrix in ("lora_A", "lora_B")
+        for by in (1, -1)
+    ]
+    folders = {}
+    for module, matrix, by in cases:
+        path = folders[f"{module} {matrix} {by}"] = folder()
+        with_dense(module, matrix, by).write(path / "plain")
+        split_adapter(path / "plain", path / "shards", SplitRequest(2))
+    engines: dict[str, dict[str, Any]] = {
+        "tp 1": {}, "tp 2": {"attention_tp_size": 2, "ep_rank": 1},
+        "tp 4": {"attention_tp_size": 4, "ep_size": 4, "ep_rank": 3},
+        "tp 2, fully sharded": {"attention_tp_size": 2, "fully_sharded": True},
+    }  # fmt: skip
+    answers: dict[str, dict[str, list[Any]]] = {}
+    for name, options in engines.items():
+        with mock.patch.object(harness, "_put_attention", put_all):
+            engine = engine_of(**options)
+        answers[name] = {}
+        for case, path in folders.items():
+            for form in ("plain", "shards") if name == "tp 1" else ("shards",):
+                outcome = load(engine, path / form).replace(str(path), "PATH")
+                answers[name][f"{case} {form}"] = [outcome, sorted(engine.list_adapters())]
+                engine.remove_adapter(1)
+    return answers
+
+
 def loader_of_an_engine_without_ep() -> list[Any]:
     """Whether there is a loader, and whether it was used: after a plain adapter, shards, plain."""
     engine = engine_of(ep_size=1)
@@ -301,7 +364,8 @@ def dummies() -> dict[str, Any]:
 
 
 CHECKS: tuple[Callable[[], Any], ...] = (
-    class_after_loads, stand_in, configurations_refused_by_vllm, loader_of_an_engine_without_ep, contracts_without_ep, contracts,
+    class_after_loads, stand_in, configurations_refused_by_vllm, dense_sizes,
+    loader_of_an_engine_without_ep, contracts_without_ep, contracts,
     buffers_at_start, needed, dummies,
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Names in an adapter -> names in vLLM's model, by vLLM's own rules.
 
 In: a LoRA manager's model and how vLLM renames weights for a load. Out: which live MoE layer takes
-an experts container, and a LayoutError for a tensor that nothing takes.
+an experts container, and a LayoutError for a tensor that nothing takes, or that does not fit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from lorashard.adapter.keys import PEFT_PREFIX, LoraKey, parse_key
 from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
+from lorashard.vllm_plugin.engine.linears import LinearSizes, read_linears
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.[0-9]+\.")
 _NUMBERED = re.compile(r"(?:^|\.)(layers\.[0-9]+)\.")
@@ -24,13 +25,15 @@ class ModelNames:
     """Names of one engine's modules.
 
     dense: every name under which vLLM looks up the LoRA of a module other than experts.
-    absent: prefixes of modules on other pipeline stages.
+    linears: those of them whose sizes are known. absent: prefixes of modules on other pipeline
+    stages.
     aliases: names in a text-only adapter -> names in a multimodal model.
     has_mtp: whether it has a block for multi-token prediction. mtp_layers: the numbers of layers
     that it leaves to such a block, as "layers.61".
     """
 
     dense: frozenset[str]
+    linears: Mapping[str, LinearSizes]
     absent: tuple[str, ...]
     aliases: Mapping[str, str]
     has_mtp: bool
@@ -45,18 +48,32 @@ def read_model_names(manager: Any) -> ModelNames:
     for packed, parts in manager.packed_modules.items():
         if not packed.endswith(".experts"):
             dense.update(parts)
-    dense.update([short for name in dense for short in text_names(name)])
+    linears = read_linears(manager)
+    shorter = [(short, name) for name in dense for short in text_names(name)]
+    _add_names(shorter, dense, linears)
     if getattr(manager, "is_pooling_model", False):
-        dense.update([name.removeprefix("model.") for name in dense])
+        shorter = [(name.removeprefix("model."), name) for name in dense]
+        _add_names(shorter, dense, linears)
     named = list(manager.model.named_modules())
     module_names = [name for name, _ in named]
     return ModelNames(
         frozenset(dense),
+        linears,
         tuple(f"{name}." for name, module in named if type(module).__name__ == "PPMissingLayer"),
         {short: name for name in manager.modules for short in text_names(name)},
         any(map(_is_in_mtp_block, module_names)),
         _mtp_layers(getattr(manager.model, "config", None), module_names),
     )
+
+
+def _add_names(
+    shorter: Iterable[tuple[str, str]], dense: set[str], linears: dict[str, LinearSizes]
+) -> None:
+    """Let modules be known by other names as well: (the other name, the model's)."""
+    for short, name in shorter:
+        dense.add(short)
+        if name in linears:
+            linears.setdefault(short, linears[name])
 
 
 def _is_in_mtp_block(module: str) -> bool:
@@ -122,13 +139,16 @@ class ModuleNames:
         return renamed in self._model.dense and not self._is_filtered(renamed)
 
     def check_dense(self, entries: Iterable[TensorEntry]) -> None:
-        """Raise LayoutError for a tensor that no module of the model takes."""
+        """Raise LayoutError for a tensor that no module of the model takes, or that does not fit."""
         for entry in entries:
             key = parse_key(entry.name, len(entry.shape))
             if not isinstance(key, LoraKey):
                 continue
             renamed = self.renamed(key.module)
-            if renamed in self._model.dense or self._is_filtered(renamed):
+            if self._is_filtered(renamed):
+                continue
+            if renamed in self._model.dense:
+                _check_size(key, entry, self._model.linears.get(renamed))
                 continue
             if not self.is_elsewhere(key.module):
                 raise LayoutError(
@@ -140,6 +160,16 @@ class ModuleNames:
     def _is_filtered(self, module: str) -> bool:
         """Whether the user has excluded the module (--lora-target-modules)."""
         return self._targets is not None and module.rpartition(".")[2] not in self._targets
+
+
+def _check_size(key: LoraKey, entry: TensorEntry, linear: LinearSizes | None) -> None:
+    features = entry.shape[1 if key.matrix == "lora_A" else 0]
+    expected = linear.refuses(key.matrix, features) if linear and not key.embedding else None
+    if linear and expected is not None:
+        raise LayoutError(
+            f"{entry.name} has {features} features, but {linear.name} has {expected}.",
+            hint="Is the adapter for this model?",
+        )
 
 
 def find_moe_module(
