@@ -5,6 +5,7 @@ Each function returns what went wrong, as lines; test_loading_conformance.py cal
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -168,6 +169,35 @@ def _knows_rslora() -> bool:
     from vllm.lora.lora_weights import PackedLoRALayerWeights
 
     return "w1_scaling" in inspect.getsource(PackedLoRALayerWeights.pack_moe)
+
+
+def collections_while_loading() -> list[str]:
+    """The garbage collector must not look through the worker's memory in the middle of a load."""
+    wrong = []
+    for form in ("plain", "own shards"):
+        engine = harness.make_engine(**SIZES, module_names=modules())
+        path = on_disk("L1", 8, True, form, 2, "linear")
+        begun: list[str] = []
+        loader = attached_loader(engine)
+        load = loader.from_local_checkpoint
+
+        def counted(*args: Any, begun: list[str] = begun, load: Any = load, **kwargs: Any) -> Any:
+            gc.callbacks.append(lambda phase, _: begun.append(phase))
+            try:
+                return load(*args, **kwargs)
+            finally:
+                gc.callbacks.pop()
+
+        loader.from_local_checkpoint = counted
+        thresholds = gc.get_threshold()
+        gc.set_threshold(100, 1, 1)
+        try:
+            engine.add_adapter(harness.request(engine, path))
+        finally:
+            gc.set_threshold(*thresholds)
+        if begun.count("start") > 1:  # one may be due before the load has begun to do anything
+            wrong.append(f"{form}: {begun.count('start')} collections")
+    return wrong
 
 
 def partly_trained() -> list[str]:
@@ -637,7 +667,7 @@ def found_by_vllm() -> list[str]:
 CHECKS: dict[str, Callable[[], Any]] = {
     check.__name__: check
     for check in (
-        all_layouts, bits_of_stock, partly_trained, other_dtypes, only_needed_files, stays_inert,
+        all_layouts, bits_of_stock, collections_while_loading, partly_trained, other_dtypes, only_needed_files, stays_inert,
         without_experts,
         interleaved_rows, shared_factors, model_names, draft_layers, fully_sharded, slots_and_eviction, refused,
         experts_classes, found_by_vllm,

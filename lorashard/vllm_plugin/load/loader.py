@@ -21,6 +21,7 @@ from lorashard.shards.directory import claims_to_be_shards
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.engine.live import interleaves, live_experts, moe_wrappers
 from lorashard.vllm_plugin.engine.names import ModuleNames, read_model_names
+from lorashard.vllm_plugin.load.collector import paused_collection
 from lorashard.vllm_plugin.load.contents import AdapterContents
 from lorashard.vllm_plugin.load.fill import Filler
 from lorashard.vllm_plugin.load.lora_model import (
@@ -114,14 +115,14 @@ class AdapterLoader:
         self.last_report = None
         began = time.perf_counter()
         names = ModuleNames(self._manager, self._model_names, arguments)
-        with ExitStack() as stack:
+        with paused_collection(), ExitStack() as stack:
             adapter = self._open(Path(lora_dir), names, stack)
-            if adapter is None:
-                return self._stock.from_local_checkpoint(
-                    lora_dir, expected_lora_modules, peft_helper=peft_helper, **arguments
-                )
-            outcome = self._outcome(adapter, names)
-            return self._load(adapter, outcome, peft_helper, names, arguments, began)
+            if adapter is not None:
+                outcome = self._outcome(adapter, names)
+                return self._load(adapter, outcome, peft_helper, names, arguments, began)
+        return self._stock.from_local_checkpoint(
+            lora_dir, expected_lora_modules, peft_helper=peft_helper, **arguments
+        )
 
     def _open(self, path: Path, names: ModuleNames, stack: ExitStack) -> _OpenedAdapter | None:
         """The adapter; None for one that vLLM's own loader gets right."""
