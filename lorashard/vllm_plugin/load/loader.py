@@ -96,8 +96,8 @@ class AdapterLoader:
         self.ep_rank = max((live.ep_rank for live in self.experts.values()), default=0)
         self._dtype = safetensors_dtype(manager.lora_config.lora_dtype)
         self._threads = reader_threads(settings.reader_threads())
-        # Two more than vLLM keeps: it loads an adapter before it evicts another, and a plain one is
-        # sliced in a region of its own.
+        # Two more than vLLM keeps: it loads an adapter before it evicts another, and a plain one
+        # that has to be rearranged is in a region of its own meanwhile.
         limit = int(manager.lora_config.max_cpu_loras or manager.lora_config.max_loras) + 2
         self.regions = RegionPool(limit, manager.device, self._threads)
         self.last_report: LoadReport | None = None

@@ -1,7 +1,8 @@
-"""A plain PEFT adapter -> AdapterContents, sliced in memory by the plan of `lorashard split`.
+"""A plain PEFT adapter -> AdapterContents, sliced by the plan of `lorashard split`.
 
-What the plan would write to `replicated.safetensors` and to this rank's file goes into memory
-instead. Other ranks' experts are dropped, or not read at all where each has tensors of its own.
+What the plan would write to `replicated.safetensors` and to this rank's file is read when it is
+asked for, if it needs no rearranging, and otherwise written into memory here. Other ranks' experts
+are dropped, or not read at all where each has tensors of its own.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from lorashard.adapter.read import AdapterSource, opened_adapter
 from lorashard.errors import AdapterError
 from lorashard.header import TensorEntry
 from lorashard.shards.placement import Placement
-from lorashard.shards.plan import FilePlan, build_plan
+from lorashard.shards.plan import FilePlan, ShardPlan, build_plan
 from lorashard.storage.local import ByteSource
 from lorashard.storage.safetensors_file import read_header
 from lorashard.vllm_plugin.load.assembly import ShardStack
 from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents, ModuleContents
+from lorashard.vllm_plugin.load.planned_file import PlannedFile, planned_file
 from lorashard.writing.blocks import Block, CopyBlock, split_into_blocks
 from lorashard.writing.rearrange import rearrange_block, scratch_bytes
 
@@ -57,20 +59,13 @@ def open_plain_adapter(
     placement = _own_and_other_experts(layout, local_experts)
     plan = build_plan(layout, placement, None)
     weights = stack.enter_context(source.opened())
-    images = _images(plan.files[:_OWN_FILES], take)
-    for zero in plan.zeros:
-        if zero.target.file < _OWN_FILES:
-            begin = zero.target.offset
-            images[zero.target.file].bytes[begin : begin + zero.size_bytes] = 0
-    blocks = [block for block in split_into_blocks(plan.reads) if _is_needed(block)]
-    list(threads.map(lambda block: _read_block(block, weights, images), blocks))
     return AdapterContents(
         source.index.config,
         layout.num_experts,
         gate_up_known=True,
         modules=module_contents(layout, placement),
         dense=_dense(plan.files[0], layout),
-        sources=_PlainSources(*images),
+        sources=_sources(plan, weights, threads, take),
         version=blake3(source.config_bytes + source.header).hexdigest(),
     )
 
@@ -162,14 +157,31 @@ class _Image:
 class _PlainSources:
     """The RankSources of a plain adapter: this rank's experts are those of rank 0."""
 
-    replicated: _Image
-    own: _Image
+    replicated: _Image | PlannedFile
+    own: _Image | PlannedFile
 
     def offset_of(self, ep_rank: int, name: str) -> int:
         return self.source_of(ep_rank).offsets[name]
 
-    def source_of(self, ep_rank: int) -> _Image:
+    def source_of(self, ep_rank: int) -> _Image | PlannedFile:
         return {REPLICATED: self.replicated, 0: self.own}[ep_rank]
+
+
+def _sources(
+    plan: ShardPlan, weights: ByteSource, threads: Executor, take: Callable[[int], Any]
+) -> _PlainSources:
+    """The replicated file and this rank's, in memory if something has to be rearranged."""
+    replicated, own = (planned_file(plan, number, weights) for number in range(_OWN_FILES))
+    if replicated is not None and own is not None:
+        return _PlainSources(replicated, own)
+    images = _images(plan.files[:_OWN_FILES], take)
+    for zero in plan.zeros:
+        if zero.target.file < _OWN_FILES:
+            begin = zero.target.offset
+            images[zero.target.file].bytes[begin : begin + zero.size_bytes] = 0
+    blocks = [block for block in split_into_blocks(plan.reads) if _is_needed(block)]
+    list(threads.map(lambda block: _read_block(block, weights, images), blocks))
+    return _PlainSources(*images)
 
 
 def _images(files: Sequence[FilePlan], take: Callable[[int], Any]) -> list[_Image]:

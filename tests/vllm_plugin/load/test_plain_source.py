@@ -35,6 +35,7 @@ from tests.tiny import (
 
 OPTIONS = LayoutOptions(num_experts=E, hidden_size=H, intermediate_size=I, gate_up="concatenated")
 RANKS = ((0, 1), (2, 3))
+Opened = Callable[..., AdapterContents | None]
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,19 @@ def dirty_memory(size: int) -> Any:
     return np.full(size, 0xC3, np.uint8)
 
 
-def opened(
-    path: Path, threads: ThreadPoolExecutor, experts: tuple[int, ...] = RANKS[0]
-) -> AdapterContents | None:
-    """What a rank with these experts has of the adapter; its files are closed again."""
+@pytest.fixture
+def opened(threads: ThreadPoolExecutor) -> Iterator[Opened]:
+    """What a rank with these experts has of an adapter, whose files stay open for the test."""
     with ExitStack() as stack:
-        return open_plain_adapter(path, OPTIONS, lambda _: experts, stack, threads, dirty_memory)
+
+        def open_for_rank(
+            path: Path, experts: tuple[int, ...] = RANKS[0]
+        ) -> AdapterContents | None:
+            return open_plain_adapter(
+                path, OPTIONS, lambda _: experts, stack, threads, dirty_memory
+            )
+
+        yield open_for_rank
 
 
 def stacks_of(contents: AdapterContents) -> dict[str, bytes]:
@@ -71,12 +79,12 @@ def stacks_of(contents: AdapterContents) -> dict[str, bytes]:
 @pytest.mark.parametrize("save", [save_adapter, save_fused, save_pickled])
 @pytest.mark.parametrize("ep_rank", [0, 1])
 def test_a_rank_has_what_its_file_of_a_split_has(
-    tmp_path: Path, threads: ThreadPoolExecutor, save: Callable[[Path], Path], ep_rank: int
+    tmp_path: Path, opened: Opened, save: Callable[[Path], Path], ep_rank: int
 ) -> None:
     adapter = save(tmp_path / "adapter")
     request = SplitRequest(2, options=OPTIONS, allow_pickle=True)
     split_adapter(adapter, tmp_path / "shards", request)
-    contents = opened(adapter, threads, RANKS[ep_rank])
+    contents = opened(adapter, RANKS[ep_rank])
     assert contents is not None
     expected = load_file(tmp_path / "shards" / RANK_FILES[ep_rank])
     assert stacks_of(contents) == {
@@ -90,10 +98,8 @@ def test_a_rank_has_what_its_file_of_a_split_has(
     assert (module.scaling, set(module.stacks)) == (of_shards.scaling, set(of_shards.stacks))
 
 
-def test_dense_tensors_are_those_beside_the_experts(
-    tmp_path: Path, threads: ThreadPoolExecutor
-) -> None:
-    contents = opened(save_adapter(tmp_path), threads)
+def test_dense_tensors_are_those_beside_the_experts(tmp_path: Path, opened: Opened) -> None:
+    contents = opened(save_adapter(tmp_path))
     assert contents is not None
     tensors = per_expert_tensors()
     names = [name for name in tensors if "self_attn" in name]
@@ -107,11 +113,11 @@ def test_dense_tensors_are_those_beside_the_experts(
 
 
 def test_experts_without_lora_are_zero_whatever_the_memory_held(
-    tmp_path: Path, threads: ThreadPoolExecutor
+    tmp_path: Path, opened: Opened
 ) -> None:
     tensors = per_expert_tensors()
     trained = {name: t for name, t in tensors.items() if ".experts.1." not in name}
-    contents = opened(save_adapter(tmp_path, trained), threads)
+    contents = opened(save_adapter(tmp_path, trained))
     assert contents is not None
     for name, data in stacks_of(contents).items():
         half = len(data) // 2
@@ -119,16 +125,31 @@ def test_experts_without_lora_are_zero_whatever_the_memory_held(
         assert not any(data[half:]), name
 
 
-def test_a_rank_without_experts_has_stacks_of_no_bytes(
+def test_an_adapter_with_a_tensor_per_expert_takes_no_memory_before_it_is_read(
     tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
-    contents = opened(save_adapter(tmp_path), threads, experts=())
+    taken: list[int] = []
+
+    def take(size: int) -> Any:
+        taken.append(size)
+        return dirty_memory(size)
+
+    for save, expected in ((save_adapter, 0), (save_fused, 1)):
+        taken.clear()
+        with ExitStack() as stack:
+            adapter = save(tmp_path / save.__name__)
+            assert open_plain_adapter(adapter, OPTIONS, lambda _: (0,), stack, threads, take)
+        assert len(taken) == expected
+
+
+def test_a_rank_without_experts_has_stacks_of_no_bytes(tmp_path: Path, opened: Opened) -> None:
+    contents = opened(save_adapter(tmp_path), experts=())
     assert contents is not None
     assert set(stacks_of(contents).values()) == {b""}
 
 
 def test_bytes_of_other_ranks_experts_are_not_read(
-    tmp_path: Path, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = save_adapter(tmp_path)
     _, header = read_header(adapter / "adapter_model.safetensors")
@@ -140,7 +161,9 @@ def test_bytes_of_other_ranks_experts_are_not_read(
         read_into(self, buffer, offset)
 
     monkeypatch.setattr(LocalFile, "read_into", recorded)
-    opened(adapter, threads, experts=(2,))
+    contents = opened(adapter, experts=(2,))
+    assert contents is not None
+    stacks_of(contents)
     by_expert = dict.fromkeys("0123", 0)
     sizes = dict.fromkeys("0123", 0)
     for entry in header.tensors:
@@ -154,22 +177,20 @@ def test_bytes_of_other_ranks_experts_are_not_read(
 
 @pytest.mark.parametrize("config", [{}, {"peft_type": "LOHA"}])
 def test_an_adapter_without_experts_is_left_to_vllm_even_if_it_is_faulty(
-    tmp_path: Path, threads: ThreadPoolExecutor, config: dict[str, Any]
+    tmp_path: Path, opened: Opened, config: dict[str, Any]
 ) -> None:
     tensors = {name: t for name, t in per_expert_tensors().items() if "self_attn" in name}
-    assert opened(save_adapter(tmp_path, tensors, **config), threads) is None
+    assert opened(save_adapter(tmp_path, tensors, **config)) is None
 
 
-def test_a_faulty_adapter_with_experts_is_refused(
-    tmp_path: Path, threads: ThreadPoolExecutor
-) -> None:
+def test_a_faulty_adapter_with_experts_is_refused(tmp_path: Path, opened: Opened) -> None:
     with pytest.raises(LorashardError, match="LOHA"):
-        opened(save_adapter(tmp_path, peft_type="LOHA"), threads)
+        opened(save_adapter(tmp_path, peft_type="LOHA"))
 
 
-def test_what_is_no_adapter_is_refused(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+def test_what_is_no_adapter_is_refused(tmp_path: Path, opened: Opened) -> None:
     with pytest.raises(AdapterError):
-        opened(tmp_path, threads)
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -219,12 +240,12 @@ def pointer(path: Path) -> None:
 )
 def test_a_server_names_the_cause_and_the_way_out_too(
     tmp_path: Path,
-    threads: ThreadPoolExecutor,
+    opened: Opened,
     save: Callable[[Path], object],
     words: tuple[str, ...],
 ) -> None:
     save(tmp_path / "adapter")
     with pytest.raises(LorashardError) as caught:
-        opened(tmp_path / "adapter", threads)
+        opened(tmp_path / "adapter")
     for word in words:
         assert word in str(caught.value)
