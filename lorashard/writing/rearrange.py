@@ -55,6 +55,7 @@ def rearrange_block(
 ) -> Iterator[SlotView]:
     """Yield (targets, bytes) for every slot that the block touches.
 
+    The bytes of a slot without targets mean nothing.
     source: the block's bytes. scratch: scratch_bytes(block) long; the yielded views point into it.
     on_loss: called if a cast has lost values.
     Raises LayoutError if a cast would make a finite value infinite, or all values 0.
@@ -64,8 +65,21 @@ def rearrange_block(
     filled = in_slots[:, : in_source.shape[1], : in_source.shape[2]]
     if filled.shape != in_slots.shape:
         in_slots[:] = 0
-    copy_in_tiles(in_source, filled)
+    wanted = _wanted_slots(block)
+    copy_in_tiles(in_source[wanted], filled[wanted])
     yield from slot_views(block, scratch)
+
+
+def _wanted_slots(block: RearrangeBlock) -> slice:
+    """The block's slots that have targets, and as few others as a slice allows."""
+    op = block.op
+    targets = op.targets[block.first : block.last] if op.axes[0] == "e" else op.targets
+    wanted = [slot for slot, places in enumerate(targets) if places]
+    if not wanted:
+        return slice(0, 0)
+    step = wanted[1] - wanted[0] if len(wanted) > 1 else 1
+    is_regular = wanted == list(range(wanted[0], wanted[-1] + 1, step))
+    return slice(wanted[0], wanted[-1] + 1, step if is_regular else 1)
 
 
 def restore_block(block: RearrangeBlock, scratch: memoryview, source: memoryview) -> None:

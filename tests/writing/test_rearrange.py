@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -62,6 +63,19 @@ def in_order(axes: str) -> bytes:
 @pytest.mark.parametrize("axes", ORDERS)
 def test_every_order_of_axes_and_size_of_blocks_gives_the_same_slots(axes: str, limit: int) -> None:
     assert slots_of(rearrangement(axes), in_order(axes), limit) == numbers().tobytes()
+
+
+@pytest.mark.parametrize("limit", [1, 40, 2**20])
+@pytest.mark.parametrize("wanted", [(), (0,), (1, 2), (0, 2), (2,)])
+@pytest.mark.parametrize("axes", ORDERS)
+def test_slots_without_targets_are_passed_over(
+    axes: str, wanted: tuple[int, ...], limit: int
+) -> None:
+    op = rearrangement(axes)
+    targets = tuple(places if e in wanted else () for e, places in enumerate(op.targets))
+    expected = np.zeros_like(numbers())
+    expected[list(wanted)] = numbers()[list(wanted)]
+    assert slots_of(replace(op, targets=targets), in_order(axes), limit) == expected.tobytes()
 
 
 @pytest.mark.parametrize("axes", ORDERS)

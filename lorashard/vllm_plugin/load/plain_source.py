@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lorashard.adapter.read import AdapterSource, opened_adapter
 from lorashard.errors import AdapterError
 from lorashard.header import TensorEntry
 from lorashard.shards.placement import Placement
-from lorashard.shards.plan import FilePlan, ShardPlan, build_plan
+from lorashard.shards.plan import CopyRange, FilePlan, ReadOp, ShardPlan, Target, build_plan
 from lorashard.storage.local import ByteSource
 from lorashard.storage.safetensors_file import read_header
 from lorashard.vllm_plugin.load.assembly import ShardStack
@@ -132,11 +132,26 @@ def _dense(file: FilePlan, layout: AdapterLayout) -> tuple[TensorEntry, ...]:
     return tuple(entry for entry in file.tensors if entry.name in names)
 
 
+def _own_reads(plan: ShardPlan) -> list[ReadOp]:
+    """The reads of the plan, with the targets of this rank alone."""
+
+    def own(targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        return tuple(target for target in targets if target.file < _OWN_FILES)
+
+    return [
+        replace(op, targets=own(op.targets))
+        if isinstance(op, CopyRange)
+        else replace(op, targets=tuple(map(own, op.targets)))
+        for op in plan.reads
+    ]
+
+
 def _is_needed(block: Block) -> bool:
+    """Whether this rank has a target in it."""
     if isinstance(block, CopyBlock):
-        return any(t.file < _OWN_FILES for copy in block.copies for t in copy.targets)
+        return any(copy.targets for copy in block.copies)
     first, last = (block.first, block.last) if block.op.axes[0] == "e" else (0, None)
-    return any(t.file < _OWN_FILES for targets in block.op.targets[first:last] for t in targets)
+    return any(block.op.targets[first:last])
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +194,7 @@ def _sources(
         if zero.target.file < _OWN_FILES:
             begin = zero.target.offset
             images[zero.target.file].bytes[begin : begin + zero.size_bytes] = 0
-    blocks = [block for block in split_into_blocks(plan.reads) if _is_needed(block)]
+    blocks = [block for block in split_into_blocks(_own_reads(plan)) if _is_needed(block)]
     list(threads.map(lambda block: _read_block(block, weights, images), blocks))
     return _PlainSources(*images)
 
@@ -197,12 +212,12 @@ def _images(files: Sequence[FilePlan], take: Callable[[int], Any]) -> list[_Imag
 def _read_block(block: Block, source: ByteSource, images: Sequence[_Image]) -> None:
     if isinstance(block, CopyBlock):
         for copy in block.copies:
-            for target in (target for target in copy.targets if target.file < _OWN_FILES):
+            for target in copy.targets:
                 memory = images[target.file].at(target.offset, copy.end - copy.begin)
                 source.read_into(memory, copy.begin)
         return
     data = memoryview(bytearray(block.end - block.begin))
     source.read_into(data, block.begin)
     for targets, view in rearrange_block(block, data, memoryview(bytearray(scratch_bytes(block)))):
-        for target in (target for target in targets if target.file < _OWN_FILES):
+        for target in targets:
             images[target.file].at(target.offset, len(view))[:] = view
