@@ -39,8 +39,8 @@ version, and `lorashard --install-completion` sets up completion for your shell.
 
 Results go to stdout, progress and notes to stderr. `--json` prints one JSON document on stdout;
 its fields are an interface and change only with a note in the changelog. If a command fails before
-it has a result, the document is `{"error": ..., "hint": ..., "exit_code": ...}`; only wrong usage
-(exit code 2) prints nothing on stdout. Exit codes are listed in [errors.md](errors.md).
+it has a result, or is used wrongly (exit code 2), the document is
+`{"error": ..., "hint": ..., "exit_code": ...}`. Exit codes are listed in [errors.md](errors.md).
 """
 
 ERRORS_INTRO = """\

@@ -84,6 +84,9 @@ def main() -> NoReturn:
     except SystemExit as err:
         if err.code == 128 + signal.SIGINT:  # Typer's, for Ctrl-C
             render.say("interrupted")
+        # Typer has said on stderr what is wrong with the arguments, and exits while it handles that.
+        if (wrong_usage := getattr(err.__context__, "format_message", None)) is not None:
+            _print_error_json(wrong_usage(), "Add --help to see the options.", int(err.code or 0))
         raise
     except LorashardError as err:
         _fail(err.message, better_hint(err) or err.hint, err.exit_code)
@@ -102,9 +105,13 @@ def main() -> NoReturn:
 
 def _fail(message: str, hint: str | None, code: int) -> NoReturn:
     render.say_error(message, hint)
+    _print_error_json(message, hint, code)
+    sys.exit(code)
+
+
+def _print_error_json(message: str, hint: str | None, code: int) -> None:
     if "--json" in sys.argv[1:] and not render.printed_json():
         render.print_json({"error": message, "hint": hint, "exit_code": code})
-    sys.exit(code)
 
 
 def _exit_on_signal(signum: int, _frame: Any) -> NoReturn:

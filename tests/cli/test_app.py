@@ -79,6 +79,33 @@ def test_an_error_with_json_is_one_document(adapter: Path, shards: Path) -> None
         assert f"error: {document['error']}\n" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["split", "a"], "Missing option '--ep-size'."),
+        (["inspect"], "Missing argument 'ADAPTER_OR_SHARDS'."),
+        (["verify", "a", "--nonsense"], "No such option: --nonsense"),
+        (["split", "a", "--ep-size", "two"], "Invalid value for '--ep-size'"),
+        (["split", "a", "--ep-size", 2, "--dtype", "int8"], "Invalid value for '--dtype'"),
+        (["split", "--ep-size", 2, "--from", "nowhere"], "Invalid value for '--from'"),
+        (["nonsense"], "No such command 'nonsense'."),
+        ([], "No such option: --json"),
+    ],
+)
+def test_wrong_usage_with_json_is_one_document_too(argv: list[object], error: str) -> None:
+    done = run_cli(*argv, "--json")
+    document = json.loads(done.stdout)
+    assert error in document.pop("error")
+    assert document == {"hint": "Add --help to see the options.", "exit_code": 2}
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: ")
+    assert error in done.stderr
+
+
+def test_wrong_usage_without_json_leaves_stdout_empty() -> None:
+    assert run_cli("split", "a").stdout == ""
+
+
 def test_a_result_that_is_a_failure_is_the_only_document(shards: Path) -> None:
     (shards / "extra").write_text("")
     done = run_cli("verify", shards, "--json")
