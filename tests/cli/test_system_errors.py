@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -74,6 +75,22 @@ def test_what_may_not_be_read_is_told_with_its_place(
     assert "Check the permissions" in told
     assert "unexpected" not in told
     assert not (folder / "o").exists()
+
+
+def test_one_adapter_of_a_batch_has_the_hint_that_it_has_alone(folder: Path) -> None:
+    save_adapter(folder / "b")
+    (folder / "a" / "adapter_model.safetensors").chmod(0)
+    _, alone = run(folder, "split", "a", "--ep-size", 2, "-o", "o")
+    code, told = run(folder, "split", "a", "b", "--ep-size", 2, "-o", "many")
+    assert code == 3
+    assert "\n  Check the permissions of the file" in alone
+    assert alone in told
+    done = subprocess.run(
+        [sys.executable, "-m", "lorashard", "split", "a", "b", "--ep-size=2", "-omost", "--json"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(REPO)}, preexec_fn=obey_permissions,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert json.loads(done.stdout)[0]["hint"] in alone
 
 
 def test_what_cannot_be_written_is_told_with_its_place(folder: Path) -> None:
