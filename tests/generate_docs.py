@@ -47,7 +47,8 @@ ERRORS_INTRO = """\
 # Errors and exit codes
 
 The first line of a message says what is wrong and where, the next what to do about it. Errors go to
-stderr. Every class is in `lorashard.errors`; to catch them all, catch `LorashardError`.
+stderr. Every class is in `lorashard.errors`; to catch them all, catch `LorashardError`. In Python, what the
+operating system refuses can also come as its own `OSError`, for example `PermissionError` for a folder.
 
 | exit code | meaning |
 |---|---|
