@@ -133,11 +133,13 @@ def build_module(
     ]
     if not stacks:
         return None
+    order = _gate_up(container, tuple(scaling), gate_up)
+    _check_features(stacks, has_gate=order != "none")
     return ExpertModule(
         name=name,
         layout="fused" if container.fused else "per_expert",
         source_layout=container.source_layout,
-        gate_up=_gate_up(container, tuple(scaling), gate_up),
+        gate_up=order,
         lora_rank=max(stack.rows for stack in stacks if stack.matrix == "lora_A"),
         scaling=scaling,
         expert_lora_ranks={p: odd for p, odd in odd_ranks.items() if odd},
@@ -250,6 +252,28 @@ def _build_stack(
     rows, cols = (lora_rank, features) if matrix == "lora_A" else (features, lora_rank)
     dtype = first.entry.dtype
     return FactorStack(module, projection, matrix, dtype, rows, cols, tuple(sources))
+
+
+def _check_features(stacks: Sequence[FactorStack], *, has_gate: bool) -> None:
+    """Raise LayoutError where the sizes are those of two different models.
+
+    Gate and up take as many features as down gives: the hidden size, or a latent one. Down takes as
+    many as each of them gives.
+    """
+    first: dict[bool, tuple[int, str]] = {}
+    for stack in stacks:
+        side, count = ("input", stack.cols) if stack.matrix == "lora_A" else ("output", stack.rows)
+        is_both = has_gate and (stack.projection, stack.matrix) == ("gate_up_proj", "lora_B")
+        said = f"{stack.sources[0].entry.name} has {count} {side} features"
+        size, said = (count, f"{said} of gate and up together") if is_both else (2 * count, said)
+        is_inner = (stack.projection == "down_proj") == (stack.matrix == "lora_A")
+        other_size, other_said = first.setdefault(is_inner, (size, said))
+        if size != other_size:
+            raise LayoutError(
+                f"{other_said}, {said}.",
+                hint="Gate and up take as many as down gives, and down as many as each of them gives. "
+                "These tensors are of two models, or of a layout that lorashard does not know.",
+            )
 
 
 def _scaling(

@@ -23,12 +23,14 @@ def factor(name: str, rows: int, cols: int, *experts: int, dtype: str = "F32") -
 
 
 def pair(
-    projection: str, *experts: int, lora_rank: int = 2
+    projection: str, *experts: int, lora_rank: int = 2, sizes: tuple[int, int] | None = None
 ) -> dict[FactorName, tuple[SourceFactor, ...]]:
+    """sizes: in and out features; of a model with 6 hidden and 5 intermediate ones if left out."""
+    inside, out = sizes or {"down_proj": (5, 6), "gate_up_proj": (6, 10)}.get(projection, (6, 5))
     a, b = f"{projection}.lora_A", f"{projection}.lora_B"
     return {
-        (projection, "lora_A"): (factor(a, lora_rank, 6, *experts),),
-        (projection, "lora_B"): (factor(b, 5, lora_rank, *experts),),
+        (projection, "lora_A"): (factor(a, lora_rank, inside, *experts),),
+        (projection, "lora_B"): (factor(b, out, lora_rank, *experts),),
     }  # type: ignore[dict-item]
 
 
@@ -106,6 +108,78 @@ def test_the_r_of_nemo_s_own_files_is_that_of_the_tensors() -> None:
         module_with(factors)
     module = module_with(factors, source_layout=SourceLayout(("native",)))
     assert (module.lora_rank, module.scaling) == (3, {"up_proj": 4 / 3})
+
+
+@pytest.mark.parametrize(
+    ("projections", "message"),
+    [
+        (
+            {"up_proj": (6, 5), "down_proj": (5, 7)},
+            "up_proj.lora_A has 6 input features, down_proj.lora_B has 7 output features.",
+        ),
+        (
+            {"up_proj": (6, 5), "down_proj": (4, 6)},
+            "up_proj.lora_B has 5 output features, down_proj.lora_A has 4 input features.",
+        ),
+        (
+            {"gate_proj": (6, 5), "up_proj": (7, 5)},
+            "gate_proj.lora_A has 6 input features, up_proj.lora_A has 7 input features.",
+        ),
+        (
+            {"gate_proj": (6, 5), "up_proj": (6, 4)},
+            "gate_proj.lora_B has 5 output features, up_proj.lora_B has 4 output features.",
+        ),
+        (
+            {"gate_up_proj": (6, 10), "down_proj": (10, 6)},
+            (
+                "gate_up_proj.lora_B has 10 output features of gate and up together, "
+                "down_proj.lora_A has 10 input features."
+            ),
+        ),
+        (
+            {"gate_up_proj": (6, 11), "down_proj": (5, 6)},
+            (
+                "gate_up_proj.lora_B has 11 output features of gate and up together, "
+                "down_proj.lora_A has 5 input features."
+            ),
+        ),
+    ],
+)
+def test_projections_of_different_models_are_refused(
+    projections: dict[str, tuple[int, int]], message: str
+) -> None:
+    factors = {}
+    for projection, sizes in projections.items():
+        factors |= pair(projection, 0, 1, 2, sizes=sizes)
+    with pytest.raises(LayoutError) as caught:
+        module_with(factors)
+    assert caught.value.message == message
+
+
+@pytest.mark.parametrize(
+    "projections",
+    [
+        {"gate_proj": (6, 5), "up_proj": (6, 5), "down_proj": (5, 6)},
+        {"gate_up_proj": (6, 10), "down_proj": (5, 6)},
+        {"gate_up_proj": (6, 11)},
+        {"down_proj": (5, 7)},
+        {"gate_proj": (6, 5), "down_proj": (5, 6)},
+    ],
+)
+def test_projections_that_fit_or_stand_alone_are_taken(
+    projections: dict[str, tuple[int, int]],
+) -> None:
+    factors = {}
+    for projection, sizes in projections.items():
+        factors |= pair(projection, 0, 1, 2, sizes=sizes)
+    assert set(module_with(factors).scaling) == set(projections)
+
+
+def test_without_a_gate_the_rows_of_both_are_those_of_up() -> None:
+    factors = pair("gate_up_proj", 0, 1, 2, sizes=(6, 5)) | pair("down_proj", 0, 1, 2)
+    assert module_with(factors, "none").gate_up == "none"
+    with pytest.raises(LayoutError, match="of gate and up together"):
+        module_with(factors, "concatenated")
 
 
 def test_a_missing_factor_of_one_expert_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from lorashard import SplitRequest, convert_shards, split_adapter
 from lorashard.convert.fused import build_fused_modules
 from lorashard.convert.peft_tensors import OutputTensor, TrainedModule
+from lorashard.errors import LayoutError
 from tests.adapters import Spec, build
 from tests.conversions import Work, peft_target, refused
 from tests.layouts import built, module_of
@@ -57,13 +59,16 @@ def test_dtypes_that_differ_cannot_be_fused(tmp_path: Path) -> None:
     assert "gate_proj and up_proj are BF16 and F32" in refused(tmp_path / "shards", "fused")
 
 
-def test_halves_of_two_sizes_cannot_be_fused(tmp_path: Path) -> None:
-    tensors = {
-        name: tensor[:4].clone() if "gate_proj.lora_B" in name else tensor
-        for name, tensor in per_expert_tensors().items()
-    }
-    split_adapter(save_adapter(tmp_path / "adapter", tensors), tmp_path / "shards", SplitRequest(2))
-    assert "differ in size" in refused(tmp_path / "shards", "fused")
+def test_halves_of_two_sizes_cannot_be_fused() -> None:
+    module = module_of(built("L10"))
+    stacks = tuple(
+        replace(stack, rows=4)
+        if (stack.projection, stack.matrix) == ("gate_proj", "lora_B")
+        else stack
+        for stack in module.stacks
+    )
+    with pytest.raises(LayoutError, match="gate_proj and up_proj differ in size"):
+        tuple(build_fused_modules(replace(module, stacks=stacks), 4, peft_target()))
 
 
 def tensors_by_matrix(module: TrainedModule) -> dict[str, OutputTensor]:
