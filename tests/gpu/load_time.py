@@ -3,7 +3,7 @@
     python -m tests.gpu.load_time --work DIR --out FILE
 
 The model has GLM-4.5-Air's shapes with 8 MoE layers and dummy weights. Stock loads the plain
-adapters, the plugin the shard directories of the same adapters.
+adapters, the plugin the shard directories of the same adapters, and then the plain ones as well.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Engine:
     def __init__(self, work: Path, plugin: bool) -> None:
         from vllm import LLM
 
-        self._work, self._plugin, self._last_id = work, plugin, 0
+        self._work, self.has_plugin, self._last_id = work, plugin, 0
         self._llm = LLM(
             model=str(work / "model"),
             load_format="dummy",
@@ -64,13 +64,13 @@ class Engine:
             enable_mixed_moe_lora_format=not plugin,
         )
 
-    def request(self, form: str, number: int) -> Any:
+    def request(self, form: str, number: int, *, plain: bool = False) -> Any:
         """An adapter under an id of its own: vLLM has never seen it."""
         from vllm.lora.request import LoRARequest
 
         self._last_id += 1
-        path = adapter_directory(self._work, form, number, shards=self._plugin)
-        is_3d = form == "fused" and not self._plugin
+        path = adapter_directory(self._work, form, number, shards=self.has_plugin and not plain)
+        is_3d = form == "fused" and not self.has_plugin
         name = f"{form}{self._last_id}"
         return LoRARequest(name, self._last_id, str(path), is_3d_lora_weight=is_3d)
 
@@ -103,6 +103,10 @@ def measure(engine: Engine) -> dict[str, Any]:
     results: dict[str, Any] = {"without_lora": _without_lora(engine)}
     for form in FORMATS:
         results[form] = _measure_form(engine, form)
+        if engine.has_plugin:
+            numbers = [number % ADAPTERS_PER_FORMAT for number in range(NUM_LOADS)]
+            plain = [engine.request(form, number, plain=True) for number in numbers]
+            results[form]["plain_load_seconds"] = [engine.load(adapter) for adapter in plain]
     return results | {"without_lora_after": _without_lora(engine)}
 
 
@@ -148,6 +152,7 @@ def summarise(stock: dict[str, Any], plugin: dict[str, Any]) -> dict[str, Any]:
             "first_load_s": first,
             "later_load_s": later,
             "swap_s": swap,
+            "plain_load_s": statistics.median(ours["plain_load_seconds"][1:]),
             "memory_growth_gb": [_growth_gb(x["loads"]) for x in (theirs, ours)],
             "ratio_first_load": _ratio(first),
             "ratio_later_load": _ratio(later),
