@@ -80,8 +80,9 @@ def write_files(
     """
     with ExitStack() as stack:
         fds = [stack.enter_context(_created(directory / file.name)) for file in plan.files]
+        with ThreadPoolExecutor(max_workers=_WRITERS) as pool:  # bytes that nobody writes stay zero
+            list(pool.map(reserve, fds, [file.size_bytes for file in plan.files]))
         for fd, file in zip(fds, plan.files):
-            reserve(fd, file.size_bytes)  # bytes that nobody writes stay zero
             write_all(fd, memoryview(file.header), 0)
         hasher = stack.enter_context(BackgroundHasher(fds, plan))
         _write_blocks(plan, source, fds, hasher, progress, on_read, on_loss)
