@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import queue
+import threading
 from contextlib import suppress
 
 
@@ -27,6 +28,19 @@ class BufferPool:
     def give(self, buffer: mmap.mmap) -> None:
         """Hand a buffer back."""
         self._free.put(buffer)
+
+
+class ThreadBuffer(threading.local):
+    """A buffer for each thread that asks for it, kept for its next use there."""
+
+    def __init__(self) -> None:
+        self._held: mmap.mmap | None = None
+
+    def get(self, size: int) -> memoryview:
+        """`size` bytes, with whatever the last use left in them; a smaller buffer is replaced."""
+        if self._held is None or len(self._held) < size:
+            self._held = allocate_private(size)
+        return memoryview(self._held)[:size]
 
 
 def allocate_private(size: int) -> mmap.mmap:

@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from lorashard.progress import Progress
 from lorashard.shards.plan import ShardPlan
-from lorashard.storage.buffers import BufferPool, allocate_private
+from lorashard.storage.buffers import BufferPool, ThreadBuffer
 from lorashard.storage.digests import STEP_BYTES
 from lorashard.storage.local import ByteSource, sync_all, write_all
 from lorashard.storage.syscalls import reserve
@@ -28,7 +28,6 @@ from lorashard.writing.blocks import (
     BLOCK_BYTES,
     Block,
     CopyBlock,
-    RearrangeBlock,
     split_into_blocks,
 )
 from lorashard.writing.digest import BackgroundHasher
@@ -111,7 +110,7 @@ def _write_blocks(
 ) -> None:
     buffers = BufferPool(_BUFFERS, BLOCK_BYTES)
     processed = _ProcessedPrefix(hasher.advance)
-    scratch = threading.local()
+    scratch = ThreadBuffer()
     with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
         futures: list[Future[None]] = []
         for number, block in enumerate(split_into_blocks(plan.reads)):
@@ -159,7 +158,7 @@ def _write_block(
     block: Block,
     data: memoryview,
     fds: Sequence[int],
-    scratch: threading.local,
+    scratch: ThreadBuffer,
     on_loss: Callable[[CastLoss], object],
 ) -> None:
     if isinstance(block, CopyBlock):
@@ -168,17 +167,9 @@ def _write_block(
             for target in copy.targets:
                 write_all(fds[target.file], piece, target.offset)
         return
-    for targets, view in rearrange_block(block, data, _scratch(block, scratch), on_loss):
+    for targets, view in rearrange_block(block, data, scratch.get(scratch_bytes(block)), on_loss):
         for target in targets:
             write_all(fds[target.file], view, target.offset)
-
-
-def _scratch(block: RearrangeBlock, local: threading.local) -> memoryview:
-    needed = scratch_bytes(block)
-    held: mmap.mmap | None = getattr(local, "buffer", None)
-    if held is None or len(held) < needed:
-        local.buffer = held = allocate_private(needed)
-    return memoryview(held)[:needed]
 
 
 class _ProcessedPrefix:

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from lorashard.storage.buffers import BufferPool, allocate_private, allocate_shared
+from lorashard.storage.buffers import (
+    BufferPool,
+    ThreadBuffer,
+    allocate_private,
+    allocate_shared,
+)
 
 HUGE_PAGE = 2 * 2**20
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -37,6 +42,19 @@ def test_a_buffer_that_is_too_small_is_replaced_by_a_larger_one() -> None:
     assert len(large) >= 5 * 2**20
     pool.give(large)
     assert pool.take(100) is large
+
+
+def test_each_thread_keeps_a_buffer_of_its_own() -> None:
+    buffer = ThreadBuffer()
+    buffer.get(100)[:4] = b"here"
+    other: list[bytes] = []
+    thread = threading.Thread(target=lambda: other.append(bytes(buffer.get(100)[:4])))
+    thread.start()
+    thread.join()
+    assert other == [bytes(4)]
+    assert buffer.get(50)[:4] == b"here"
+    assert len(buffer.get(50)) == 50
+    assert len(buffer.get(5 * 2**20)) == 5 * 2**20
 
 
 @pytest.mark.parametrize(
