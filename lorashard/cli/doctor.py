@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -31,6 +31,7 @@ def run_doctor(path: Path | None, flags: EngineFlags, model: str | None, *, as_j
     from lorashard.vllm_plugin.doctor.adapter_survey import survey_adapter  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.diagnosis import diagnose  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.survey import has_vllm, survey  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.vllm_config import find_config_refusal  # noqa: PLC0415
 
     facts = read_model_facts(locate(model)) if model else None
     if has_vllm():
@@ -40,6 +41,8 @@ def run_doctor(path: Path | None, flags: EngineFlags, model: str | None, *, as_j
     if path is not None:
         options = merge_facts(LayoutOptions(), facts)
         adapter = survey_adapter(path, options, expert_parallel=flags.ep_size > 1)
+        refusal = find_config_refusal(path, is_shards=adapter.is_shard_directory)
+        adapter = replace(adapter, vllm_refusal=refusal)
     report = diagnose(installation, patches, flags, facts, adapter)
     if as_json:
         render.print_json(asdict(report))

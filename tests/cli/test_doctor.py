@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from lorashard import SplitRequest, split_adapter
 from lorashard.vllm_plugin.patches.table import PATCHES
+from tests.adapters import Spec, build
 from tests.goldens import check_golden
 from tests.tiny import (
     CONFIG,
@@ -362,6 +364,24 @@ def test_all_patches_apply_to_the_last_known_release(shards: Path, python_path: 
     assert {patch["state"] for patch in found["patches"]} == {"applied", "not needed"}
     assert found["problems"] == []
     assert not any("FlashInfer" in fact for fact in found["known_once_loaded"])
+
+
+def test_what_vllm_refuses_before_it_calls_a_loader_is_a_problem_with_a_way_out(
+    tmp_path: Path, python_path: str
+) -> None:
+    spec = Spec("L1", lora_ranks={3: 0})
+    adapter, shards = build(spec).write(tmp_path / "adapter"), tmp_path / "shards"
+    split_adapter(adapter, shards, SplitRequest(ep_size=2))
+    said = "in `rank_pattern` must be a positive integer, got 0."
+    path = f"{python_path}{os.pathsep}{require_release('0.33.0')}"
+    for named, command in ((adapter, "`lorashard split`, then "), (shards, "")):
+        (text,) = problems(examine(named, "-tp", 2, EP, PYTHONPATH=path), "adapter")
+        assert text.startswith(f"{named}: vLLM refuses its adapter_config.json: LoRA rank for ")
+        assert said in text
+        assert f"Run {command}`lorashard convert`" in text
+    older = f"{python_path}{os.pathsep}{require_release('0.22.1')}"
+    found = examine(shards, "-tp", 2, EP, code=0, PYTHONPATH=older)
+    assert found["as_placed"] is True
 
 
 def test_a_newline_in_a_name_adds_no_line(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def _refusal_before_loading(adapter: SurveyedAdapter, flags: EngineFlags) -> str
             f"{flags.max_lora_rank}. Start vLLM with --max-lora-rank "
             f"{smallest_max_lora_rank(summary.lora_rank)}."
         )
-    return None
+    return adapter.vllm_refusal
 
 
 def _outcome_of_shards(

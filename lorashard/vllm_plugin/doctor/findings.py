@@ -75,11 +75,13 @@ class SurveyedAdapter:
     contents: what the plugin would load; None where vLLM's own loader takes the adapter, and where
     it cannot be read. A plain adapter's are those of one file with all experts.
     needs_model: it cannot be read only because facts are missing that a running engine has.
+    vllm_refusal: what vLLM says against its configuration, before it calls a loader.
     """
 
     summary: AdapterSummary
     contents: AdapterContents | None = None
     needs_model: bool = False
+    vllm_refusal: str | None = None
 
     @property
     def is_shard_directory(self) -> bool:

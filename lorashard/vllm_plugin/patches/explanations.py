@@ -44,21 +44,26 @@ def explain_refusal(path: Path, said: str, loader: AdapterLoader | None) -> str 
     said: vLLM's text. None where lorashard knows no more, or vLLM alone would load the adapter.
     """
     try:
-        return _way_out(path, said, loader)
+        return _explain(path, said, loader)
     except LorashardError as err:
         return for_a_server(err)
     except Exception:  # noqa: BLE001 - vLLM's own error is raised, whatever happens here
         return None
 
 
-def _way_out(path: Path, said: str, loader: AdapterLoader | None) -> str | None:
+def _explain(path: Path, said: str, loader: AdapterLoader | None) -> str | None:
     """How to get the adapter served, if lorashard reads what vLLM refuses.
 
     Reads configuration and headers as a load does. Raises LorashardError for what a load refuses.
     """
     is_shards = claims_to_be_shards(path)
     config = _config_of_shards(path) if is_shards else _config_of_plain(path, loader)
-    if config is None or _NO_RANK_0 not in said:
+    return None if config is None else way_out(said, is_shards=is_shards)
+
+
+def way_out(said: str, *, is_shards: bool) -> str | None:
+    """What to do about what vLLM says against a configuration; None where nothing is known."""
+    if _NO_RANK_0 not in said:
         return None
     run = "`lorashard convert`" if is_shards else "`lorashard split`, then `lorashard convert`"
     return (
