@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -42,12 +44,15 @@ from lorashard.shards.directory import (
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.plan import ShardPlan, Target
 from lorashard.shards.replan import check_shards, describe_wrong_digest
-from lorashard.storage.digests import digest_of, read_in_steps
+from lorashard.storage.digests import digest_of
 from lorashard.storage.local import ByteSource, write_all, write_synced
+from lorashard.storage.parallel import one_ahead
 from lorashard.storage.remote import Location, RemoteFile, locate
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.writing.blocks import BLOCK_BYTES
 from lorashard.writing.restore import describe_misplaced, proof_bytes
+
+_DIGESTED_AT_ONCE = 2  # files
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +155,14 @@ def write_conversion(
 def _check_digests(
     prepared: PreparedConversion, files: Sequence[ByteSource], progress: Progress
 ) -> None:
-    findings = []
-    for planned, file in zip(prepared.plan.files, files):
-        digest = digest_of(file, 0, planned.size_bytes, progress)
-        if digest != prepared.manifest.files[planned.name].digest.blake3:
-            findings.append(describe_wrong_digest(prepared.shards, planned.name))
+    sizes = [planned.size_bytes for planned in prepared.plan.files]
+    with ThreadPoolExecutor(_DIGESTED_AT_ONCE) as pool:
+        digests = pool.map(lambda file, size: digest_of(file, 0, size, progress), files, sizes)
+        findings = [
+            describe_wrong_digest(prepared.shards, planned.name)
+            for planned, digest in zip(prepared.plan.files, digests)
+            if digest != prepared.manifest.files[planned.name].digest.blake3
+        ]
     if findings:
         raise VerificationError(str(prepared.shards), tuple(findings))
 
@@ -171,26 +179,46 @@ def _write_weights(
     prepared: PreparedConversion, files: Sequence[ByteSource], path: Path, progress: Progress
 ) -> None:
     conversion = prepared.conversion
-    buffer = memoryview(bytearray(BLOCK_BYTES))
     with path.open("xb", buffering=0) as out:
-        position = 0
-
-        def write(data: memoryview) -> None:
-            nonlocal position
-            write_all(out.fileno(), data, position)
-            position += len(data)
-            progress(len(data))
-
-        write(memoryview(conversion.header))
-        for tensor in conversion.tensors:
-            if isinstance(tensor, OutputTensor):
-                for block in read_tensor_blocks(tensor, prepared.slots, files):
-                    write(block)
-                continue
-            for data in read_in_steps(files[0], tensor.begin, tensor.end, buffer):
-                write(data)
+        write_all(out.fileno(), memoryview(conversion.header), 0)
+        progress(len(conversion.header))
+        position = len(conversion.header)
+        with closing(one_ahead(_batches(_read_tensors(prepared, files)))) as batches:
+            for batch in batches:
+                for data in batch:
+                    write_all(out.fileno(), data, position)
+                    position += len(data)
+                    progress(len(data))
         assert position == conversion.size_bytes
         os.fsync(out.fileno())
+
+
+def _read_tensors(
+    prepared: PreparedConversion, files: Sequence[ByteSource]
+) -> Iterator[memoryview]:
+    """The bytes of the new file after its header, front to back."""
+    for tensor in prepared.conversion.tensors:
+        if isinstance(tensor, OutputTensor):
+            yield from read_tensor_blocks(tensor, prepared.slots, files)
+            continue
+        for begin in range(tensor.begin, tensor.end, BLOCK_BYTES):
+            data = memoryview(bytearray(min(BLOCK_BYTES, tensor.end - begin)))
+            files[0].read_into(data, begin)
+            yield data
+
+
+def _batches(blocks: Iterator[memoryview]) -> Iterator[list[memoryview]]:
+    """Blocks in lists of BLOCK_BYTES or a little more, since one expert's tensors are small."""
+    batch: list[memoryview] = []
+    size = 0
+    for block in blocks:
+        batch.append(block)
+        size += len(block)
+        if size >= BLOCK_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _modules_with_equal_inputs(

@@ -18,6 +18,7 @@ from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.shards.plan import Target
 from lorashard.storage.local import ByteSource
 from lorashard.writing.blocks import BLOCK_BYTES, COLUMN_BLOCK_BYTES
+from lorashard.writing.rearrange import copy_in_tiles
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -74,7 +75,7 @@ def _copy_part(
     for position, expert in enumerate(experts):
         _read_slot(read[position], part, slots[part.stack.name][expert], run, stack_cols, files)
     into = factors[:, _slice_from(to_rows, rows.start), _slice_from(to_cols, cols.start)]
-    into[...] = read[:, :: stack_rows.step]
+    copy_in_tiles(read[:, :: stack_rows.step], into)
 
 
 def _positions_in(indices: range, window: range) -> slice:

@@ -1,12 +1,13 @@
 """Run jobs concurrently: `run_concurrently` records failures, and the other jobs continue.
 
 In: jobs and a function to call for each. Out: one `Outcome` for each job, in the order of the jobs.
+`one_ahead` is for items that are needed one after the other.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,21 @@ def result_of(future: Future[T]) -> T:
     while not wait([future], timeout=_WAKE_S).done:
         pass
     return future.result()
+
+
+def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The same items; a thread makes the next one while the caller works with this one."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(_next_of, items)
+        while item := result_of(ahead):
+            ahead = pool.submit(_next_of, items)
+            yield item[0]
+
+
+def _next_of(items: Iterator[T]) -> tuple[T] | None:
+    for item in items:
+        return (item,)
+    return None
 
 
 class _CancelledError(BaseException):

@@ -6,12 +6,11 @@ expert's data is where the placement says.
 
 from __future__ import annotations
 
-import mmap
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import chain
+from itertools import chain, cycle
 
 from blake3 import blake3
 
@@ -21,10 +20,11 @@ from lorashard.progress import Progress
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.plan import CopyRange, Rearrange, ShardPlan, Target
-from lorashard.storage.buffers import BufferPool, ThreadBuffer
+from lorashard.storage.buffers import ThreadBuffer
 from lorashard.storage.digests import STEP_BYTES
 from lorashard.storage.local import ByteSource
-from lorashard.writing.blocks import BLOCK_BYTES, Block, CopyBlock, split_into_blocks
+from lorashard.storage.parallel import one_ahead
+from lorashard.writing.blocks import Block, CopyBlock, split_into_blocks
 from lorashard.writing.rearrange import restore_block, scratch_bytes, slot_views
 
 
@@ -41,7 +41,7 @@ def restore_source(
     the plan's order. progress: called with the size in bytes of each block.
     """
     digest = blake3(header)
-    with ThreadPoolExecutor(1) as hasher, closing(_read_blocks(plan, files)) as blocks:
+    with ThreadPoolExecutor(1) as hasher, closing(one_ahead(_read_blocks(plan, files))) as blocks:
         for data in blocks:
             digested = hasher.submit(digest.update, data)
             write(data)
@@ -50,25 +50,13 @@ def restore_source(
     return digest.hexdigest()
 
 
-def _read_blocks(plan: ShardPlan, files: Sequence[ByteSource]) -> Generator[memoryview, None, None]:
-    """The source's data block by block, while a thread reads the next one.
-
-    A block is valid until the next one is asked for.
-    """
-    buffers, scratch = BufferPool(2, BLOCK_BYTES), ThreadBuffer()
-    with ThreadPoolExecutor(1) as reader:
-        ahead: tuple[mmap.mmap, Future[memoryview]] | None = None
-        for block in split_into_blocks(plan.reads):
-            buffer = buffers.take(block.end - block.begin)
-            ready, ahead = (
-                ahead,
-                (buffer, reader.submit(_read_block, block, buffer, files, scratch)),
-            )
-            if ready:
-                yield ready[1].result()
-                buffers.give(ready[0])
-        if ahead:
-            yield ahead[1].result()
+def _read_blocks(plan: ShardPlan, files: Sequence[ByteSource]) -> Iterator[memoryview]:
+    """The source's data block by block; each is valid until the next but one is asked for."""
+    scratch, buffers = ThreadBuffer(), cycle((ThreadBuffer(), ThreadBuffer()))
+    for block, buffer in zip(split_into_blocks(plan.reads), buffers):
+        data = buffer.get(block.end - block.begin)
+        _read_block(block, data, files, scratch)
+        yield data
 
 
 def proof_bytes(manifest: Manifest) -> int:
@@ -155,21 +143,19 @@ def _is_padded_with_zeros(op: Rearrange, place: Target, files: Sequence[ByteSour
 
 
 def _read_block(
-    block: Block, buffer: mmap.mmap, files: Sequence[ByteSource], scratch: ThreadBuffer
-) -> memoryview:
-    """A block of the source in `buffer`, from the slots in the shard files."""
-    data = memoryview(buffer)[: block.end - block.begin]
+    block: Block, data: memoryview, files: Sequence[ByteSource], scratch: ThreadBuffer
+) -> None:
+    """Fill `data` with a block of the source, from the slots in the shard files."""
     if isinstance(block, CopyBlock):
         for copy in block.copies:
             target = copy.targets[0]  # `find_misplaced` compares the others
             piece = data[copy.begin - block.begin : copy.end - block.begin]
             files[target.file].read_into(piece, target.offset)
-        return data
+        return
     slots = scratch.get(scratch_bytes(block))
     for targets, view in slot_views(block, slots):
         files[targets[0].file].read_into(view, targets[0].offset)
     restore_block(block, slots, data)
-    return data
 
 
 def _steps(

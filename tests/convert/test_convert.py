@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorashard import SplitRequest, convert_shards, split_adapter, verify_shards
+from lorashard.convert import convert
 from lorashard.convert.tensor_blocks import read_tensor_blocks
 from lorashard.errors import AdapterError, LayoutError, ManifestError, ShardError, VerificationError
 from lorashard.writing.restore import proof_bytes
@@ -157,6 +158,16 @@ SAME = [
 def test_an_adapter_that_has_the_layout_comes_back_byte_for_byte(
     tmp_path: Path, spec: Spec, layout: str
 ) -> None:
+    work = Work(tmp_path, build(replace(spec, num_layers=2, fill="bits", extras=True)))
+    work.split().convert(layout)
+    assert contents(work.out) == contents(work.source)
+
+
+@pytest.mark.parametrize(("spec", "layout"), [(Spec("L1"), "per_expert"), (Spec("L2"), "fused")])
+def test_an_adapter_of_many_batches_comes_back_byte_for_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: Spec, layout: str
+) -> None:
+    monkeypatch.setattr(convert, "BLOCK_BYTES", 100)
     work = Work(tmp_path, build(replace(spec, num_layers=2, fill="bits", extras=True)))
     work.split().convert(layout)
     assert contents(work.out) == contents(work.source)

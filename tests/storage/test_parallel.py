@@ -6,12 +6,14 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
 from lorashard.errors import AdapterError, LorashardError
 from lorashard.progress import Progress
-from lorashard.storage.parallel import Outcome, run_concurrently
+from lorashard.storage.parallel import Outcome, one_ahead, run_concurrently
 
 
 def test_outcomes_are_in_the_order_of_the_jobs_whatever_ends_first() -> None:
@@ -122,3 +124,43 @@ def test_what_finished_raises_is_raised_and_not_recorded() -> None:
 
     with pytest.raises(AdapterError, match="a is enough"):
         run_concurrently(("a",), lambda name, _: name, workers=1, finished=finished)
+
+
+def test_the_next_item_is_made_while_the_caller_works_with_one() -> None:
+    made = [threading.Event() for _ in range(3)]
+
+    def items() -> Iterator[int]:
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    seen = []
+    for item in one_ahead(items()):
+        seen.append(item)
+        assert made[min(item + 1, 2)].wait(10)
+        assert not any(event.is_set() for event in made[item + 2 :])
+    assert seen == [0, 1, 2]
+
+
+def test_items_that_are_false_or_none_are_items_and_no_items_are_none() -> None:
+    assert list(one_ahead(iter([0, None, [], 1]))) == [0, None, [], 1]
+    assert list(one_ahead(iter(()))) == []
+
+
+def test_an_error_while_an_item_is_made_comes_in_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise AdapterError("no second one.")
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 1
+    with pytest.raises(AdapterError, match="no second one"):
+        next(ahead)
+
+
+def test_its_thread_ends_when_it_is_closed_early() -> None:
+    before = threading.active_count()
+    with closing(one_ahead(iter(range(5)))) as items:
+        assert next(items) == 0
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before

@@ -42,7 +42,6 @@ def test_the_bytes_and_the_digest_are_those_of_the_source(tmp_path: Path) -> Non
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restore, "BLOCK_BYTES", 64)
     cut = partial(split_into_blocks, block_bytes=64, column_block_bytes=64)
     monkeypatch.setattr(restore, "split_into_blocks", cut)
 
