@@ -23,7 +23,7 @@ from lorashard.shards.directory import (
 )
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.replan import CheckedShards, check_shards
-from lorashard.storage.local import write_synced
+from lorashard.storage.local import SequentialWriter, write_synced
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.writing.restore import restore_source
 
@@ -73,9 +73,9 @@ def _write_adapter(shards: CheckedShards, out: Path, *, force: bool, progress: P
 def _write_weights(shards: CheckedShards, path: Path, progress: Progress) -> str:
     """Write the source's weights file; returns its BLAKE3 in hex."""
     header = shards.manifest.source.header
-    with opened_files(shards.files) as files, path.open("xb") as out:
-        out.write(header)
-        digest = restore_source(shards.plan, header, files, out.write, progress)
-        out.flush()
+    with opened_files(shards.files) as files, path.open("xb", buffering=0) as out:
+        writer = SequentialWriter(out.fileno())
+        writer.write(memoryview(header))
+        digest = restore_source(shards.plan, header, files, writer.write, progress)
         os.fsync(out.fileno())
     return digest

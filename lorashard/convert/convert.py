@@ -45,7 +45,7 @@ from lorashard.shards.manifest import Manifest
 from lorashard.shards.plan import ShardPlan, Target
 from lorashard.shards.replan import check_shards, describe_wrong_digest
 from lorashard.storage.digests import digest_of
-from lorashard.storage.local import ByteSource, write_all, write_synced
+from lorashard.storage.local import ByteSource, SequentialWriter, write_synced
 from lorashard.storage.parallel import one_ahead
 from lorashard.storage.remote import Location, RemoteFile, locate
 from lorashard.storage.staging import check_target, staged_directory
@@ -180,16 +180,15 @@ def _write_weights(
 ) -> None:
     conversion = prepared.conversion
     with path.open("xb", buffering=0) as out:
-        write_all(out.fileno(), memoryview(conversion.header), 0)
+        writer = SequentialWriter(out.fileno())
+        writer.write(memoryview(conversion.header))
         progress(len(conversion.header))
-        position = len(conversion.header)
         with closing(one_ahead(_batches(_read_tensors(prepared, files)))) as batches:
             for batch in batches:
                 for data in batch:
-                    write_all(out.fileno(), data, position)
-                    position += len(data)
+                    writer.write(data)
                     progress(len(data))
-        assert position == conversion.size_bytes
+        assert writer.size_bytes == conversion.size_bytes
         os.fsync(out.fileno())
 
 

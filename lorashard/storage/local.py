@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Protocol
 
 from lorashard.errors import AdapterError, HeaderError
+from lorashard.storage.syscalls import start_writeback
 
 _AHEAD_BYTES = 16 * 2**20
+_WRITEBACK_BYTES = 2**20
 
 
 class ByteSource(Protocol):
@@ -160,6 +162,23 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(fd, data, offset)
         data, offset = data[count:], offset + count
+
+
+class SequentialWriter:
+    """Writes a file front to back; the disk begins with what is written while more comes."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.size_bytes = 0
+        self._started = 0  # up to where the kernel was asked to write to disk
+
+    def write(self, data: memoryview) -> None:
+        """Write all of `data` behind what is there; a full disk raises OSError(ENOSPC)."""
+        write_all(self._fd, data, self.size_bytes)
+        self.size_bytes += len(data)
+        if (length := self.size_bytes - self._started) >= _WRITEBACK_BYTES:
+            start_writeback(self._fd, self._started, length)
+            self._started = self.size_bytes
 
 
 def sync_all(fds: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from lorashard.errors import HeaderError
 from lorashard.storage.local import (
     LocalFile,
+    SequentialWriter,
     read_at,
     sync_all,
     sync_directory,
@@ -76,6 +77,16 @@ def test_write_all_changes_only_its_own_range(path: Path) -> None:
     with path.open("r+b") as file:
         write_all(file.fileno(), memoryview(b"new"), 50)
     assert path.read_bytes() == CONTENT[:50] + b"new" + CONTENT[53:]
+
+
+def test_pieces_are_written_one_behind_the_other(tmp_path: Path) -> None:
+    pieces = [b"", CONTENT, b"x", 15 * CONTENT, CONTENT[:7]]
+    with (tmp_path / "new").open("xb") as file:
+        writer = SequentialWriter(file.fileno())
+        for piece in pieces:
+            writer.write(memoryview(piece))
+        assert writer.size_bytes == sum(map(len, pieces))
+    assert (tmp_path / "new").read_bytes() == b"".join(pieces)
 
 
 def test_a_synced_file_is_never_written_over_another(path: Path) -> None:
