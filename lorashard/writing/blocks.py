@@ -74,6 +74,9 @@ def axis_sizes(op: Rearrange) -> dict[str, int]:
 
 
 def _cut(op: CopyRange, block_bytes: int) -> Iterator[CopyRange]:
+    if op.end - op.begin <= block_bytes:
+        yield op
+        return
     for begin in range(op.begin, op.end, block_bytes):
         shift = begin - op.begin
         targets = tuple(Target(target.file, target.offset + shift) for target in op.targets)
