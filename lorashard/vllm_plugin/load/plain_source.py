@@ -25,6 +25,7 @@ from lorashard.errors import AdapterError
 from lorashard.header import TensorEntry
 from lorashard.shards.placement import Placement
 from lorashard.shards.plan import CopyRange, FilePlan, ReadOp, ShardPlan, Target, build_plan
+from lorashard.storage.buffers import ThreadBuffer
 from lorashard.storage.local import ByteSource
 from lorashard.storage.safetensors_file import read_header
 from lorashard.vllm_plugin.load.assembly import ShardStack
@@ -195,7 +196,8 @@ def _sources(
             begin = zero.target.offset
             images[zero.target.file].bytes[begin : begin + zero.size_bytes] = 0
     blocks = [block for block in split_into_blocks(_own_reads(plan)) if _is_needed(block)]
-    list(threads.map(lambda block: _read_block(block, weights, images), blocks))
+    data, scratch = ThreadBuffer(), ThreadBuffer()
+    list(threads.map(lambda block: _read_block(block, weights, images, data, scratch), blocks))
     return _PlainSources(*images)
 
 
@@ -209,15 +211,21 @@ def _images(files: Sequence[FilePlan], take: Callable[[int], Any]) -> list[_Imag
     return images
 
 
-def _read_block(block: Block, source: ByteSource, images: Sequence[_Image]) -> None:
+def _read_block(
+    block: Block,
+    source: ByteSource,
+    images: Sequence[_Image],
+    data: ThreadBuffer,
+    scratch: ThreadBuffer,
+) -> None:
     if isinstance(block, CopyBlock):
         for copy in block.copies:
             for target in copy.targets:
                 memory = images[target.file].at(target.offset, copy.end - copy.begin)
                 source.read_into(memory, copy.begin)
         return
-    data = memoryview(bytearray(block.end - block.begin))
-    source.read_into(data, block.begin)
-    for targets, view in rearrange_block(block, data, memoryview(bytearray(scratch_bytes(block)))):
+    read = data.get(block.end - block.begin)
+    source.read_into(read, block.begin)
+    for targets, view in rearrange_block(block, read, scratch.get(scratch_bytes(block))):
         for target in targets:
             images[target.file].at(target.offset, len(view))[:] = view
