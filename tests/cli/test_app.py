@@ -49,8 +49,7 @@ def test_a_reader_that_stops_early_is_no_error(adapter: Path) -> None:
 
 SIGNALS = """
 import signal, sys
-if {ignored}:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if {ignored} else signal.SIG_DFL)
 from lorashard.cli import app
 app.app = lambda: signal.raise_signal(signal.SIGHUP)
 app.main()
