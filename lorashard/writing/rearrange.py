@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     Bits = npt.NDArray[np.unsignedinteger[Any]]
 
 # A tile is this long along the fastest axis of either side, so that both move whole cache lines, and
-# as large as leaves room for both sides in the second cache. Smaller ones keep many threads waiting for
-# the interpreter: 8 of them move 1.9 GB/s with 32 KiB and 7.3 with 256 (32 cores of a GPU host).
+# as large as leaves room for both sides in the first cache.
 _TILE_SIDE = 128
-_TILE_BYTES = 256 * 2**10
+TILE_BYTES = 32 * 2**10
+# For many threads, which small tiles keep waiting for the interpreter: 8 of them move 1.9 GB/s with
+# 32 KiB and 7.3 with 256 (32 cores of a GPU host). Two threads are twice as fast with 32.
+LARGE_TILE_BYTES = 256 * 2**10
 
 # Bytes of one expert's slot, and where they go: one target for each copy of the expert.
 SlotView = tuple[tuple[Target, ...], memoryview]
@@ -53,6 +55,7 @@ def rearrange_block(
     source: memoryview,
     scratch: memoryview,
     on_loss: Callable[[CastLoss], object] = lambda _: None,
+    tile_bytes: int = TILE_BYTES,
 ) -> Iterator[SlotView]:
     """Yield (targets, bytes) for every slot that the block touches.
 
@@ -67,7 +70,7 @@ def rearrange_block(
     if filled.shape != in_slots.shape:
         in_slots[:] = 0
     wanted = _wanted_slots(block)
-    copy_in_tiles(in_source[wanted], filled[wanted])
+    copy_in_tiles(in_source[wanted], filled[wanted], tile_bytes)
     yield from slot_views(block, scratch)
 
 
@@ -89,7 +92,7 @@ def restore_block(block: RearrangeBlock, scratch: memoryview, source: memoryview
     copy_in_tiles(in_slots[:, : in_source.shape[1], : in_source.shape[2]], in_source)
 
 
-def copy_in_tiles(source: Bits, into: Bits) -> None:
+def copy_in_tiles(source: Bits, into: Bits, tile_bytes: int = TILE_BYTES) -> None:
     """`into[:] = source` for two views whose axes are in memory in different orders.
 
     numpy's own loop over all of them uses one element of each cache line that it loads: 0.3 GB/s
@@ -104,7 +107,7 @@ def copy_in_tiles(source: Bits, into: Bits) -> None:
         min(size, _TILE_SIDE) if axis in fastest else 1 for axis, size in enumerate(source.shape)
     ]
     (other,) = {0, 1, 2} - fastest
-    steps[other] = max(1, _TILE_BYTES // (source.itemsize * prod(steps)))
+    steps[other] = max(1, tile_bytes // (source.itemsize * prod(steps)))
     for begins in product(*map(range, (0, 0, 0), source.shape, steps)):
         tile = tuple(slice(begin, begin + step) for begin, step in zip(begins, steps))
         into[tile] = source[tile].copy(order="K")

@@ -32,7 +32,7 @@ from lorashard.vllm_plugin.load.assembly import ShardStack
 from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents, ModuleContents
 from lorashard.vllm_plugin.load.planned_file import PlannedFile, planned_file
 from lorashard.writing.blocks import Block, CopyBlock, split_into_blocks
-from lorashard.writing.rearrange import rearrange_block, scratch_bytes
+from lorashard.writing.rearrange import LARGE_TILE_BYTES, rearrange_block, scratch_bytes
 
 _OWN_FILES = 2  # of the plan's three: the replicated one and this rank's, but not the others'
 
@@ -226,6 +226,7 @@ def _read_block(
         return
     read = data.get(block.end - block.begin)
     source.read_into(read, block.begin)
-    for targets, view in rearrange_block(block, read, scratch.get(scratch_bytes(block))):
+    slots = scratch.get(scratch_bytes(block))
+    for targets, view in rearrange_block(block, read, slots, tile_bytes=LARGE_TILE_BYTES):
         for target in targets:
             images[target.file].at(target.offset, len(view))[:] = view
