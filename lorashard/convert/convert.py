@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +45,7 @@ from lorashard.shards.plan import ShardPlan, Target
 from lorashard.shards.replan import check_shards, describe_wrong_digest
 from lorashard.storage.digests import digest_of
 from lorashard.storage.local import ByteSource, SequentialWriter, write_synced
-from lorashard.storage.parallel import one_ahead
+from lorashard.storage.parallel import cancellable_pool, one_ahead, result_of
 from lorashard.storage.remote import Location, RemoteFile, locate
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.writing.blocks import BLOCK_BYTES
@@ -155,13 +154,15 @@ def write_conversion(
 def _check_digests(
     prepared: PreparedConversion, files: Sequence[ByteSource], progress: Progress
 ) -> None:
-    sizes = [planned.size_bytes for planned in prepared.plan.files]
-    with ThreadPoolExecutor(_DIGESTED_AT_ONCE) as pool:
-        digests = pool.map(lambda file, size: digest_of(file, 0, size, progress), files, sizes)
+    with cancellable_pool(_DIGESTED_AT_ONCE, progress) as (pool, advance):
+        digests = [
+            pool.submit(digest_of, file, 0, planned.size_bytes, advance)
+            for planned, file in zip(prepared.plan.files, files)
+        ]
         findings = [
             describe_wrong_digest(prepared.shards, planned.name)
             for planned, digest in zip(prepared.plan.files, digests)
-            if digest != prepared.manifest.files[planned.name].digest.blake3
+            if result_of(digest) != prepared.manifest.files[planned.name].digest.blake3
         ]
     if findings:
         raise VerificationError(str(prepared.shards), tuple(findings))

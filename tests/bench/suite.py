@@ -7,7 +7,7 @@ part begins with an untimed run.
 
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,11 @@ def _no_preparation() -> None:
     pass
 
 
+def _cp_and_sync(weights: Path, copy: Path, prepare: Callable[[], None]) -> Contestant:
+    command = 'cp "$1" "$2" && sync --data "$2"'
+    return Contestant("cp + sync", ("sh", "-c", command, "sh", str(weights), str(copy)), prepare)
+
+
 def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -> Iterator[Row]:
     """Compare `split` with copies of the weights, all read from a warm page cache."""
     outputs = settings.work / "outputs"
@@ -77,11 +82,7 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
 
     ep_size = ("--ep-size", str(settings.ep_size))
     cp = Contestant("cp", ("cp", str(weights), str(copy)), delete_outputs)
-    cp_sync = Contestant(
-        "cp + sync",
-        ("sh", "-c", 'cp "$1" "$2" && sync --data "$2"', "sh", str(weights), str(copy)),
-        delete_outputs,
-    )
+    cp_sync = _cp_and_sync(weights, copy, delete_outputs)
     obvious = Contestant(
         "naive script",
         (sys.executable, "-m", "tests.bench.naive", str(adapter), str(naive), *ep_size),
@@ -138,12 +139,7 @@ def _bench_rewrites(settings: Settings, form: Form, shards: Path, weights: Path)
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
 
-    copy = out / "copy"
-    cp_sync = Contestant(
-        "cp + sync",
-        ("sh", "-c", 'cp "$1" "$2" && sync --data "$2"', "sh", str(weights), str(copy)),
-        delete_output,
-    )
+    cp_sync = _cp_and_sync(weights, out / "copy", delete_output)
     ep_size = ("--ep-size", str(max(1, settings.ep_size // 2)))
     rewrites = [
         Contestant(
