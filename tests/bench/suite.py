@@ -71,6 +71,24 @@ def _cp_and_sync(weights: Path, copy: Path, prepare: Callable[[], None]) -> Cont
     return Contestant("cp + sync", ("sh", "-c", command, "sh", str(weights), str(copy)), prepare)
 
 
+def _against_rivals(
+    form: Form,
+    contestant: Contestant,
+    runs: Mapping[str, tuple[Run, ...]],
+    size_bytes: int,
+    *rivals: tuple[Contestant, Target | None],
+) -> Iterator[Row]:
+    for rival, target in rivals:
+        yield make_row(
+            form,
+            contestant.name,
+            runs[contestant.name],
+            size_bytes=size_bytes,
+            rival=(rival.name, runs[rival.name]),
+            target=target,
+        )
+
+
 def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -> Iterator[Row]:
     """Compare `split` with copies of the weights, all read from a warm page cache."""
     outputs = settings.work / "outputs"
@@ -104,19 +122,15 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
     for rival in (cp, cp_sync, obvious):
         yield make_row(form, rival.name, runs[rival.name], size_bytes=size_bytes)
     in_memory = is_in_memory(settings.work)
-    for rival, target in (
+    yield from _against_rivals(
+        form,
+        split,
+        runs,
+        size_bytes,
         (cp, SPLIT_VS_CP[form] if in_memory else None),
         (cp_sync, None if in_memory else SPLIT_VS_CP_SYNC[form]),
         (obvious, None),
-    ):
-        yield make_row(
-            form,
-            split.name,
-            runs[split.name],
-            size_bytes=size_bytes,
-            rival=(rival.name, runs[rival.name]),
-            target=target,
-        )
+    )
 
 
 @contextmanager
@@ -156,13 +170,8 @@ def _bench_rewrites(settings: Settings, form: Form, shards: Path, weights: Path)
     size_bytes = total_bytes([weights])
     yield make_row(form, cp_sync.name, runs[cp_sync.name], size_bytes=size_bytes)
     for rewrite in rewrites:
-        yield make_row(
-            form,
-            rewrite.name,
-            runs[rewrite.name],
-            size_bytes=size_bytes,
-            rival=(cp_sync.name, runs[cp_sync.name]),
-            target=REWRITE_VS_CP_SYNC[form],
+        yield from _against_rivals(
+            form, rewrite, runs, size_bytes, (cp_sync, REWRITE_VS_CP_SYNC[form])
         )
 
 
@@ -180,27 +189,12 @@ def _bench_verify(
     def warm_files() -> None:
         warm_page_cache((*files, weights))
 
-    def compare(
-        contestant: Contestant,
-        runs: Mapping[str, tuple[Run, ...]],
-        *rivals: tuple[str, Target | None],
-    ) -> Iterator[Row]:
-        for name, target in rivals:
-            yield make_row(
-                form,
-                contestant.name,
-                runs[contestant.name],
-                size_bytes=size_bytes,
-                rival=(name, runs[name]),
-                target=target,
-            )
-
     command = (*LORASHARD, "verify", str(shards), "-q")
     cat = Contestant("cat (cold)", ("cat", *names), drop_files)
     verify = Contestant("verify (cold)", command, drop_files)
     runs = run_rounds((cat, verify), settings.num_rounds)
     yield make_row(form, cat.name, runs[cat.name], size_bytes=size_bytes)
-    yield from compare(verify, runs, (cat.name, VERIFY_COLD_VS_CAT))
+    yield from _against_rivals(form, verify, runs, size_bytes, (cat, VERIFY_COLD_VS_CAT))
 
     cat = Contestant("cat (warm)", ("cat", *names), warm_files)
     hash_files = (sys.executable, "-c", _HASH_FILES, *names)
@@ -213,10 +207,9 @@ def _bench_verify(
     runs = run_rounds((cat, blake3, of_both, verify, against), settings.num_rounds)
     for rival in (cat, blake3, of_both):
         yield make_row(form, rival.name, runs[rival.name], size_bytes=size_bytes)
-    yield from compare(
-        verify, runs, (cat.name, None), (blake3.name, None), (of_both.name, VERIFY_WARM_VS_BLAKE3)
-    )
-    yield from compare(against, runs, (blake3.name, AGAINST_WARM_VS_BLAKE3))
+    rivals = ((cat, None), (blake3, None), (of_both, VERIFY_WARM_VS_BLAKE3))
+    yield from _against_rivals(form, verify, runs, size_bytes, *rivals)
+    yield from _against_rivals(form, against, runs, size_bytes, (blake3, AGAINST_WARM_VS_BLAKE3))
 
 
 def _bench_inspect(settings: Settings, form: Form, adapter: Path) -> Iterator[Row]:
