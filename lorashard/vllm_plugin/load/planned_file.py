@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 
 from lorashard.shards.plan import CopyRange, ShardPlan
 from lorashard.storage.local import ByteSource
@@ -24,23 +25,24 @@ class _Stretch:
     source: int
 
 
+_begin_of = attrgetter("begin")
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
     """What of the file is in no stretch is zero. Several threads may read.
 
-    offsets: tensor name -> its first byte, from the start of the file. begins: of the stretches,
-    which are in the order of the file.
+    offsets: tensor name -> its first byte, from the start of the file. stretches: in its order.
     """
 
     offsets: Mapping[str, int]
-    begins: Sequence[int]
     stretches: Sequence[_Stretch]
     weights: ByteSource
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset` of the file. Raises what the weights raise."""
         at, end = offset, offset + len(buffer)
-        first = max(0, bisect_right(self.begins, offset) - 1)
+        first = max(0, bisect_right(self.stretches, offset, key=_begin_of) - 1)
         for stretch in islice(self.stretches, first, None):
             begin, stop = max(at, stretch.begin), min(end, stretch.end)
             if begin >= end:
@@ -65,9 +67,8 @@ def planned_file(plan: ShardPlan, number: int, weights: ByteSource) -> PlannedFi
             ]
         elif any(target.file == number for targets in op.targets for target in targets):
             return None
-    stretches.sort(key=lambda stretch: stretch.begin)
-    begins = [stretch.begin for stretch in stretches]
-    return PlannedFile(plan.files[number].begins, begins, stretches, weights)
+    stretches.sort(key=_begin_of)
+    return PlannedFile(plan.files[number].begins, stretches, weights)
 
 
 def _fill_with_zeros(buffer: memoryview) -> None:
