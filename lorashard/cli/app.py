@@ -24,7 +24,7 @@ from lorashard.cli import (
     verify,
 )
 from lorashard.errors import AdapterError, LorashardError
-from lorashard.storage.system_errors import better_hint, describe
+from lorashard.storage.system_errors import describe, hint_of
 from lorashard.version import __version__
 
 app = typer.Typer(
@@ -89,7 +89,7 @@ def main() -> NoReturn:
             _print_error_json(wrong_usage(), "Add --help to see the options.", int(err.code or 0))
         raise
     except LorashardError as err:
-        _fail(err.message, better_hint(err) or err.hint, err.exit_code)
+        _fail(err.message, hint_of(err), err.exit_code)
     except Exception as err:
         if os.environ.get("LORASHARD_DEBUG"):
             raise

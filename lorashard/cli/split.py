@@ -12,8 +12,8 @@ import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.errors import AdapterError, BatchError, LorashardError
-from lorashard.storage.system_errors import better_hint
+from lorashard.errors import AdapterError, BatchError
+from lorashard.storage.system_errors import hint_of
 
 if TYPE_CHECKING:
     from lorashard.split.batch import AdapterOutcome
@@ -161,7 +161,7 @@ def _split_batch(
         def finished(outcome: AdapterOutcome) -> None:
             advance(1)
             if outcome.error is not None:
-                render.say_error(outcome.error.message, _hint(outcome.error))
+                render.say_error(outcome.error.message, hint_of(outcome.error))
             elif outcome.result is not None:
                 _say_result(outcome.result, quiet=quiet)
                 if not (as_json or quiet):
@@ -238,10 +238,6 @@ def _outcome_json(outcome: AdapterOutcome) -> dict[str, Any]:
         "status": outcome.status,
         "out": str(outcome.target),
         "error": outcome.error.message,
-        "hint": _hint(outcome.error),
+        "hint": hint_of(outcome.error),
         "exit_code": outcome.error.exit_code,
     }
-
-
-def _hint(error: LorashardError) -> str | None:
-    return better_hint(error) or error.hint

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+from lorashard.errors import LorashardError
+
 _HINTS = {
     errno.EACCES: "Check the permissions of the file and of the folders above it.",
     errno.EPERM: "Check the permissions of the file and of the folders above it.",
@@ -48,3 +50,8 @@ def better_hint(error: BaseException) -> str | None:
     if not isinstance(cause, OSError) or cause.errno in (errno.ENOENT, errno.ENOSPC, errno.ENOTDIR):
         return None
     return _HINTS.get(cause.errno or 0)
+
+
+def hint_of(error: LorashardError) -> str | None:
+    """What to tell the user to do: the better hint, or the error's own."""
+    return better_hint(error) or error.hint
