@@ -384,6 +384,15 @@ def test_what_vllm_refuses_before_it_calls_a_loader_is_a_problem_with_a_way_out(
     assert found["as_placed"] is True
 
 
+def test_a_configuration_that_is_nested_without_end_is_a_problem_with_vllm_too(
+    adapter: Path, python_path: str
+) -> None:
+    (adapter / "adapter_config.json").write_text("[" * 100_000 + "]" * 100_000)
+    path = f"{python_path}{os.pathsep}{require_release('0.33.0')}"
+    (text,) = problems(examine(adapter, "-tp", 2, EP, PYTHONPATH=path), "adapter")
+    assert "adapter_config.json: not " in text
+
+
 def test_a_newline_in_a_name_adds_no_line(tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.mlp.experts.0.x\nok: nothing is broken"
     tensors = per_expert_tensors() | {name: torch.zeros(2, 2)}

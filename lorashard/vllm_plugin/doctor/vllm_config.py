@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 from lorashard.adapter.config import CONFIG_NAME
 from lorashard.adapter.read import find_adapter
 from lorashard.errors import LorashardError
-from lorashard.storage.small_files import read_small_file
-from lorashard.vllm_plugin.patches.explanations import way_out
+from lorashard.storage.small_files import read_json
+from lorashard.vllm_plugin.patches.explanations import text_of, way_out
 
 _ANY_RANK = 2**31
 
@@ -25,14 +24,14 @@ def find_config_refusal(path: Path, *, is_shards: bool) -> str | None:
     except Exception:  # noqa: BLE001 - the survey of vLLM reports what cannot be imported
         return None
     try:
-        config = json.loads(read_small_file(path if is_shards else find_adapter(path), CONFIG_NAME))
-    except (LorashardError, OSError, ValueError):
+        config = read_json((path if is_shards else find_adapter(path)) / CONFIG_NAME)
+    except (LorashardError, OSError):
         return None  # the survey of the adapter reports that
     try:
         helper = PEFTHelper.from_dict(config)
         helper.validate_legal(SimpleNamespace(max_lora_rank=_ANY_RANK))
     except Exception as err:  # noqa: BLE001 - an adapter's values go through vLLM unchecked
-        said = str(err) if isinstance(err, ValueError) else f"{type(err).__name__}: {err}"
+        said = text_of(err)
         text = f"{path}: vLLM refuses its {CONFIG_NAME}: {said}"
         advice = way_out(said, is_shards=is_shards)
         return text if advice is None else f"{text}\n  {advice}"

@@ -19,7 +19,7 @@ from lorashard.vllm_plugin.engine.guards import contract_refusal
 from lorashard.vllm_plugin.load.agreement import load_together, tensor_parallel_group
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.patches.apply import broken_patches
-from lorashard.vllm_plugin.patches.explanations import explain_refusal, for_a_server
+from lorashard.vllm_plugin.patches.explanations import explain_refusal, for_a_server, text_of
 from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
 from lorashard.vllm_plugin.patches.refusals import enforce
 
@@ -101,7 +101,7 @@ def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, reque
 
 def _raise_explained(error: Exception, worker_manager: Any, request: Any) -> None:
     """Raise ValueError with vLLM's text and lorashard's, if lorashard has something to say."""
-    said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    said = text_of(error)
     path = Path(str(getattr(request, "lora_path", ""))).expanduser()
     explanation = explain_refusal(path, said, attached_loader(worker_manager))
     if explanation is not None:

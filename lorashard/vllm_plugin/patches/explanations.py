@@ -38,6 +38,11 @@ def for_a_server(error: LorashardError) -> str:
     )
 
 
+def text_of(error: Exception) -> str:
+    """What vLLM says, with the kind of an error that is not meant for the user."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
 def explain_refusal(path: Path, said: str, loader: AdapterLoader | None) -> str | None:
     """What to add to vLLM's refusal of an adapter that lorashard was not asked for. Never raises.
 
