@@ -72,6 +72,8 @@ def main() -> NoReturn:
     # A header gives a few 100,000 small objects that live to the end and form no cycles. Looking
     # for garbage among them takes a third of the time of `inspect`.
     gc.disable()
+    # Nothing here uses numpy's BLAS, but with numpy it starts a thread for each core, and they spin.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: it is to be ignored
             signal.signal(number, _exit_on_signal)

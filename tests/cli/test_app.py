@@ -63,6 +63,25 @@ def test_a_hangup_ends_a_run_unless_it_was_started_with_nohup(ignored: bool, cod
     assert subprocess.run(command, env=environment, check=False).returncode == code
 
 
+THREADS_OF_NUMPY = """
+import os
+from lorashard.cli import app
+def work():
+    import numpy
+    print(len(os.listdir("/proc/self/task")))
+app.app = work
+app.main()
+"""
+
+
+def test_numpy_starts_no_threads() -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", THREADS_OF_NUMPY]
+    assert subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout == "1\n"  # fmt: skip
+
+
 def test_an_error_with_json_is_one_document(adapter: Path, shards: Path) -> None:
     nowhere = adapter.parent / "nowhere"
     (shards / "lorashard.json").write_text("{")
