@@ -22,7 +22,7 @@ from lorashard.progress import Progress
 from lorashard.shards.plan import ShardPlan
 from lorashard.storage.buffers import BufferPool, ThreadBuffer
 from lorashard.storage.digests import STEP_BYTES
-from lorashard.storage.local import ByteSource, sync_all, write_all
+from lorashard.storage.local import ByteSource, SharedWriter, sync_all, write_all
 from lorashard.storage.syscalls import reserve
 from lorashard.writing.blocks import (
     BLOCK_BYTES,
@@ -108,6 +108,7 @@ def _write_blocks(
     on_read: Callable[[memoryview], object],
     on_loss: Callable[[CastLoss], object],
 ) -> None:
+    writers = [SharedWriter(fd) for fd in fds]
     buffers = BufferPool(_BUFFERS, BLOCK_BYTES)
     processed = _ProcessedPrefix(hasher.advance)
     scratch = ThreadBuffer()
@@ -120,7 +121,7 @@ def _write_blocks(
                 piece = data[step : step + STEP_BYTES]
                 source.read_into(piece, block.begin + step)
                 on_read(piece)
-            future = pool.submit(_write_block, block, data, fds, scratch, on_loss)
+            future = pool.submit(_write_block, block, data, writers, scratch, on_loss)
             # Only now may the buffer be reused: `on_read` is done with it too.
             future.add_done_callback(_release(number, block.end, buffer, buffers, processed))
             progress(block.end - block.begin)
@@ -157,7 +158,7 @@ def _drop_finished(futures: list[Future[None]]) -> list[Future[None]]:
 def _write_block(
     block: Block,
     data: memoryview,
-    fds: Sequence[int],
+    writers: Sequence[SharedWriter],
     scratch: ThreadBuffer,
     on_loss: Callable[[CastLoss], object],
 ) -> None:
@@ -165,11 +166,11 @@ def _write_block(
         for copy in block.copies:
             piece = data[copy.begin - block.begin : copy.end - block.begin]
             for target in copy.targets:
-                write_all(fds[target.file], piece, target.offset)
+                writers[target.file].write(piece, target.offset)
         return
     for targets, view in rearrange_block(block, data, scratch.get(scratch_bytes(block)), on_loss):
         for target in targets:
-            write_all(fds[target.file], view, target.offset)
+            writers[target.file].write(view, target.offset)
 
 
 class _ProcessedPrefix:
