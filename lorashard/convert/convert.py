@@ -1,15 +1,15 @@
 """Shards -> a plain PEFT adapter in the layout of choice, with every expert's weight change exact.
 
-What is converted is what the shards hold, so cast shards will do. First every shard file is digested,
-and must have the digest in the manifest; and each expert's data must be where the placement says. Then
-the new file is written front to back, and each tensor is read from wherever its slots are. So the
-shards are read two or three times.
+What is converted is what the shards hold, so cast shards will do. The new file is written front to
+back, and each tensor is read from wherever its slots are. At the same time every shard file is
+digested, and must have the digest in the manifest; and each expert's data must be where the placement
+says, or the new file never appears. So the shards are read two or three times.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +51,7 @@ from lorashard.storage.staging import check_target, staged_directory
 from lorashard.writing.blocks import BLOCK_BYTES
 from lorashard.writing.restore import describe_misplaced, proof_bytes
 
-_DIGESTED_AT_ONCE = 2  # files
+_CHECKERS = 3  # one proves the placement, the others digest a file each
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,47 +140,47 @@ def prepare_conversion(
 def write_conversion(
     prepared: PreparedConversion, out: Path, *, force: bool, progress: Progress
 ) -> None:
-    """Carry out a prepared conversion."""
+    """Carry out a prepared conversion, and check the shards meanwhile.
+
+    Raises VerificationError if they are not what `split` wrote; then `out` does not appear.
+    """
     with staged_directory(
         out, last=CONFIG_NAME, force=force, replaceable=is_plain_adapter
     ) as staging:
-        with opened_files(prepared.files) as files:
-            _check_digests(prepared, files, progress)
-            _check_placed_data(prepared, files, progress)
-            _write_weights(prepared, files, staging / WEIGHTS_NAME, progress)
+        with cancellable_pool(_CHECKERS, progress) as (pool, advance):
+            proof = pool.submit(_find_misplaced, prepared, advance)
+            digests = [
+                pool.submit(_digest_of, prepared, number, advance)
+                for number in range(len(prepared.files))
+            ]
+            _write_weights(prepared, staging / WEIGHTS_NAME, advance)
+            findings = tuple(_describe_damage(prepared, map(result_of, digests)))
+            findings = findings or result_of(proof)
+        if findings:
+            raise VerificationError(str(prepared.shards), findings)
         write_synced(staging / CONFIG_NAME, prepared.conversion.config)
 
 
-def _check_digests(
-    prepared: PreparedConversion, files: Sequence[ByteSource], progress: Progress
-) -> None:
-    with cancellable_pool(_DIGESTED_AT_ONCE, progress) as (pool, advance):
-        digests = [
-            pool.submit(digest_of, file, 0, planned.size_bytes, advance)
-            for planned, file in zip(prepared.plan.files, files)
-        ]
-        findings = [
-            describe_wrong_digest(prepared.shards, planned.name)
-            for planned, digest in zip(prepared.plan.files, digests)
-            if result_of(digest) != prepared.manifest.files[planned.name].digest.blake3
-        ]
-    if findings:
-        raise VerificationError(str(prepared.shards), tuple(findings))
+def _digest_of(prepared: PreparedConversion, number: int, progress: Progress) -> str:
+    """BLAKE3 in hex of one shard file."""
+    with opened_files([prepared.files[number]]) as (file,):
+        return digest_of(file, 0, prepared.plan.files[number].size_bytes, progress)
 
 
-def _check_placed_data(
-    prepared: PreparedConversion, files: Sequence[ByteSource], progress: Progress
-) -> None:
-    findings = tuple(describe_misplaced(prepared.manifest, prepared.plan, files, progress))
-    if findings:
-        raise VerificationError(str(prepared.shards), findings)
+def _describe_damage(prepared: PreparedConversion, digests: Iterable[str]) -> Iterator[str]:
+    for (name, recorded), digest in zip(prepared.manifest.files.items(), digests):
+        if digest != recorded.digest.blake3:
+            yield describe_wrong_digest(prepared.shards, name)
 
 
-def _write_weights(
-    prepared: PreparedConversion, files: Sequence[ByteSource], path: Path, progress: Progress
-) -> None:
+def _find_misplaced(prepared: PreparedConversion, progress: Progress) -> tuple[str, ...]:
+    with opened_files(prepared.files) as files:
+        return tuple(describe_misplaced(prepared.manifest, prepared.plan, files, progress))
+
+
+def _write_weights(prepared: PreparedConversion, path: Path, progress: Progress) -> None:
     conversion = prepared.conversion
-    with path.open("xb", buffering=0) as out:
+    with opened_files(prepared.files) as files, path.open("xb", buffering=0) as out:
         writer = SequentialWriter(out.fileno())
         writer.write(memoryview(conversion.header))
         progress(len(conversion.header))
