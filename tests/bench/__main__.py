@@ -11,11 +11,13 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from compileall import compile_dir
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import lorashard
 from tests.bench.chart import draw_chart
 from tests.bench.growth import bench_growth
 from tests.bench.machine import describe_disk, describe_machine
@@ -106,6 +108,7 @@ def _work_directory(named: Path | None) -> Iterator[Path]:
 
 def main() -> None:
     args = _parse_arguments()
+    compile_dir(lorashard.__path__[0], quiet=1)  # as an installed package is
     with _work_directory(args.work) as work:
         machine = describe_machine() | describe_disk(work)
         settings = Settings(args.model, args.scale, args.ep_size, args.repeat, work)

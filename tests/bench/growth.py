@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.bench.generate import LORA_RANK, write_adapter
-from tests.bench.measure import run_command, total_bytes, warm_page_cache
+from tests.bench.measure import total_bytes, warm_page_cache
 from tests.bench.models import MODELS, MoeModel, adapter_shapes, scale_layers
 from tests.bench.rounds import Contestant, run_rounds
 from tests.bench.rows import Row, Target, make_row
@@ -98,10 +98,8 @@ def _compare(
         )
         for (name, weights), ep_size in zip(named, ep_sizes, strict=True)
     ]
-    for contestant in contestants:
-        contestant.prepare()
-        run_command(contestant.command)  # untimed: pages that nobody has touched are slow
-    runs = run_rounds(contestants, settings.num_rounds)
+    largest = max(total_bytes([weights]) for _, weights in named)
+    runs = run_rounds(contestants, settings.num_rounds, largest)
     shutil.rmtree(out)
     first = contestants[0]
     first_bytes = total_bytes([named[0][1]])

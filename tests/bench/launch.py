@@ -4,9 +4,6 @@ Run as a script in a bare interpreter (`python -I -S launch.py COMMAND...`). Lin
 a parent's peak RSS over into the child that it forks, so a command started from a
 process with rich loaded would never seem to use less memory than that process. This
 one imports next to nothing: the floor of what can be measured is about 10 MB.
-
-Python may write bytecode, whatever this environment says: an installed package has it, and without
-it each run would compile the package anew.
 """
 
 import json
@@ -19,7 +16,6 @@ def main() -> None:
     command = sys.argv[1:]
     # stdout carries the report, so the command's own goes nowhere.
     silence = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.perf_counter()
     pid = os.posix_spawnp(command[0], command, os.environ, file_actions=silence)
     _, status, usage = os.wait4(pid, 0)

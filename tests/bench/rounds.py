@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tests.bench.measure import Run, run_command
+from tests.bench.measure import Run, run_command, touch_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,13 @@ class Contestant:
     environment: Mapping[str, str] | None = None  # None: this process's
 
 
-def run_rounds(contestants: Sequence[Contestant], num_rounds: int) -> dict[str, tuple[Run, ...]]:
-    """Run each contestant once per round. Returns {name: one run per round}."""
+def run_rounds(
+    contestants: Sequence[Contestant], num_rounds: int, memory_bytes: int = 0
+) -> dict[str, tuple[Run, ...]]:
+    """Run each contestant once per round. Returns {name: one run per round}.
+
+    memory_bytes: how much memory a run fills, with the pages of what it writes.
+    """
     runs: dict[str, list[Run]] = {contestant.name: [] for contestant in contestants}
     for round_number in range(num_rounds):
         # Every second round runs backwards, so that what one command leaves behind (free pages,
@@ -27,6 +32,7 @@ def run_rounds(contestants: Sequence[Contestant], num_rounds: int) -> dict[str, 
         order = contestants if round_number % 2 == 0 else contestants[::-1]
         for contestant in order:
             contestant.prepare()
+            touch_memory(memory_bytes)
             run = run_command(contestant.command, contestant.environment)
             runs[contestant.name].append(run)
             print(

@@ -1,8 +1,7 @@
 """What is measured: each lorashard command against a plain tool that does the same I/O.
 
 Every command runs on this machine's disk and page cache in the same session as its
-rival. On a fresh VM, the first touch of a memory page is slow (about 0.3 GB/s), so each
-part begins with an untimed run.
+rival, in memory that has been used right before.
 """
 
 import shutil
@@ -28,7 +27,8 @@ from tests.bench.rows import Row, Target, make_row
 LORASHARD = (sys.executable, "-m", "lorashard")
 
 # `split` reads, hashes, writes and fsyncs. `cp` returns while the data is still in memory; with a
-# sync it does what split does, without the two digests. A fused lora_B is transposed as well.
+# sync it does what split does, without the two digests, which the next rival adds. A fused lora_B
+# is transposed as well.
 # In a file system in memory nothing has to be synced, and `cp` alone is the rival.
 SPLIT_VS_CP = {"per_expert": Target(1.5, "x"), "fused": Target(2.0, "x")}
 SPLIT_VS_CP_SYNC = {"per_expert": Target(1.05, "x"), "fused": Target(1.2, "x")}
@@ -71,6 +71,15 @@ def _cp_and_sync(weights: Path, copy: Path, prepare: Callable[[], None]) -> Cont
     return Contestant("cp + sync", ("sh", "-c", command, "sh", str(weights), str(copy)), prepare)
 
 
+def _cp_digests_and_sync(weights: Path, copy: Path, prepare: Callable[[], None]) -> Contestant:
+    """What `split` does with plain tools: a copy, and the digests of both sides."""
+    command = 'cp "$1" "$2" && "$3" -c "$4" "$1" "$2" && sync --data "$2"'
+    arguments = (str(weights), str(copy), sys.executable, _HASH_FILES)
+    return Contestant(
+        "cp + blake3 of both + sync", ("sh", "-c", command, "sh", *arguments), prepare
+    )
+
+
 def _against_rivals(
     form: Form,
     contestant: Contestant,
@@ -101,6 +110,7 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
     ep_size = ("--ep-size", str(settings.ep_size))
     cp = Contestant("cp", ("cp", str(weights), str(copy)), delete_outputs)
     cp_sync = _cp_and_sync(weights, copy, delete_outputs)
+    cp_digests_sync = _cp_digests_and_sync(weights, copy, delete_outputs)
     obvious = Contestant(
         "naive script",
         (sys.executable, "-m", "tests.bench.naive", str(adapter), str(naive), *ep_size),
@@ -112,14 +122,14 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
         delete_outputs,
     )
 
-    for untimed in (cp, split):
-        untimed.prepare()
-        run_command(untimed.command)
-    runs = run_rounds((cp, cp_sync, split, obvious), settings.num_rounds)
+    size_bytes = total_bytes([weights])
+    warm_page_cache([weights])
+    runs = run_rounds(
+        (cp, cp_sync, cp_digests_sync, split, obvious), settings.num_rounds, size_bytes
+    )
     shutil.rmtree(outputs)
 
-    size_bytes = total_bytes([weights])
-    for rival in (cp, cp_sync, obvious):
+    for rival in (cp, cp_sync, cp_digests_sync, obvious):
         yield make_row(form, rival.name, runs[rival.name], size_bytes=size_bytes)
     in_memory = is_in_memory(settings.work)
     yield from _against_rivals(
@@ -129,6 +139,7 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
         size_bytes,
         (cp, SPLIT_VS_CP[form] if in_memory else None),
         (cp_sync, None if in_memory else SPLIT_VS_CP_SYNC[form]),
+        (cp_digests_sync, None),
         (obvious, None),
     )
 
@@ -165,9 +176,9 @@ def _bench_rewrites(settings: Settings, form: Form, shards: Path, weights: Path)
             *((f"convert --layout {each}", ("convert", "--layout", each)) for each in FORMS),
         )
     ]
-    runs = run_rounds((cp_sync, *rewrites), settings.num_rounds)
-    shutil.rmtree(out)
     size_bytes = total_bytes([weights])
+    runs = run_rounds((cp_sync, *rewrites), settings.num_rounds, size_bytes)
+    shutil.rmtree(out)
     yield make_row(form, cp_sync.name, runs[cp_sync.name], size_bytes=size_bytes)
     for rewrite in rewrites:
         yield from _against_rivals(
@@ -236,7 +247,6 @@ def bench_help() -> Iterator[Row]:
     """Measure the start-up time: what every command costs before it does anything."""
     bare = Contestant("python -c pass", (sys.executable, "-c", "pass"), _no_preparation)
     help_text = Contestant("--help", (*LORASHARD, "--help"), _no_preparation)
-    run_command(help_text.command)  # writes the .pyc files
     runs = run_rounds((bare, help_text), _NUM_HELP_RUNS)
     yield make_row("", bare.name, runs[bare.name])
     yield make_row(
