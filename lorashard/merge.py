@@ -23,7 +23,7 @@ from lorashard.shards.directory import (
 )
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.replan import CheckedShards, check_shards
-from lorashard.storage.local import SequentialWriter, write_synced
+from lorashard.storage.local import SequentialWriter, write_new
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.writing.restore import restore_source
 
@@ -67,7 +67,7 @@ def _write_adapter(shards: CheckedShards, out: Path, *, force: bool, progress: P
                 str(shards.place),
                 (f"merged {WEIGHTS_NAME} has BLAKE3 {digest}, the source had {expected}",),
             )
-        write_synced(staging / CONFIG_NAME, shards.config_bytes)
+        write_new(staging / CONFIG_NAME, shards.config_bytes)
 
 
 def _write_weights(shards: CheckedShards, path: Path, progress: Progress) -> str:

@@ -170,6 +170,7 @@ def split_request(
     orientation: layout_facts.Orientation | None,
     dtype: CastDtype | None,
     allow_pickle: bool,
+    sync: bool = True,
 ) -> SplitRequest:
     """The request that the options make. Raises AdapterError or PlacementError if they clash."""
     from lorashard.split.pipeline import SplitRequest  # noqa: PLC0415
@@ -188,6 +189,7 @@ def split_request(
             orientation=orientation,
         ),
         allow_pickle=allow_pickle,
+        sync=sync,
     )
 
 

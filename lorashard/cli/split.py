@@ -74,6 +74,14 @@ def split(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and decide everything, but write nothing.")
     ] = False,
+    no_sync: Annotated[
+        bool,
+        typer.Option(
+            "--no-sync",
+            help="Do not wait until the disk has the shards. For a volume that does not outlive a "
+            "crash of the machine anyway.",
+        ),
+    ] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -95,6 +103,7 @@ def split(
         orientation=orientation,
         dtype=dtype,
         allow_pickle=allow_pickle,
+        sync=not no_sync,
     )
     names = [*(adapters or ()), *(read_list(listed) if listed is not None else ())]
     if not names:

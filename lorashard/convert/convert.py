@@ -44,7 +44,7 @@ from lorashard.shards.manifest import Manifest
 from lorashard.shards.plan import ShardPlan, Target
 from lorashard.shards.replan import check_shards, describe_wrong_digest
 from lorashard.storage.digests import digest_of
-from lorashard.storage.local import ByteSource, SequentialWriter, write_synced
+from lorashard.storage.local import ByteSource, SequentialWriter, write_new
 from lorashard.storage.parallel import cancellable_pool, one_ahead, result_of
 from lorashard.storage.remote import Location, RemoteFile, locate
 from lorashard.storage.staging import check_target, staged_directory
@@ -158,7 +158,7 @@ def write_conversion(
             findings = findings or result_of(proof)
         if findings:
             raise VerificationError(str(prepared.shards), findings)
-        write_synced(staging / CONFIG_NAME, prepared.conversion.config)
+        write_new(staging / CONFIG_NAME, prepared.conversion.config)
 
 
 def _digest_of(prepared: PreparedConversion, number: int, progress: Progress) -> str:

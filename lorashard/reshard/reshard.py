@@ -37,7 +37,7 @@ from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.placement import place_experts
 from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.shards.replan import CheckedShards, check_shards, describe_wrong_digest
-from lorashard.storage.local import ByteSource, write_synced
+from lorashard.storage.local import ByteSource, write_new
 from lorashard.storage.small_files import read_json
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.version import __version__
@@ -84,7 +84,7 @@ def reshard_shards(
             files=describe_files(new_plan, digests),
         )
         _check_placed_data(old, manifest, new_plan, staging, progress)
-        write_synced(staging / CONFIG_NAME, old.config_bytes)
+        write_new(staging / CONFIG_NAME, old.config_bytes)
         write_notice(staging)
         write_manifest(staging, manifest)
     return manifest

@@ -22,7 +22,7 @@ from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.storage.ahead import WINDOW_BYTES
 from lorashard.storage.digests import digest_of
-from lorashard.storage.local import ByteSource, LocalFile, write_synced
+from lorashard.storage.local import ByteSource, LocalFile, write_new
 from lorashard.storage.remote import Location, RemoteFile, RemoteFolder, local_copy, locate
 from lorashard.storage.safetensors_file import read_header
 from lorashard.storage.small_files import read_bounded
@@ -151,13 +151,13 @@ def manifest_bytes(directory: Location) -> bytes:
         raise ManifestError(path, reason) from err
 
 
-def write_notice(directory: Path) -> None:
+def write_notice(directory: Path, *, sync: bool = True) -> None:
     """Write what a program reads that takes the shard directory for a plain adapter."""
-    write_synced(directory / WEIGHTS_NAME, NOTICE)
+    write_new(directory / WEIGHTS_NAME, NOTICE, sync=sync)
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write lorashard.json and sync it, after checking that it can be read back unchanged."""
+def write_manifest(directory: Path, manifest: Manifest, *, sync: bool = True) -> None:
+    """Write lorashard.json, after checking that it can be read back unchanged."""
     content, path = format_manifest(manifest), directory / MANIFEST_NAME
     if parse_manifest(content, str(path)) != manifest:
         raise ManifestError(
@@ -165,7 +165,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
             "cannot be read back as it was written",
             hint="This is a bug in lorashard; please report it. Nothing was written.",
         )
-    write_synced(path, content)
+    write_new(path, content, sync=sync)
 
 
 # The other files.

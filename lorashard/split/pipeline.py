@@ -28,7 +28,7 @@ from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.placement import Placement, place_experts, strategy_in_vllm
 from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.split.cast_notes import describe_losses
-from lorashard.storage.local import write_synced
+from lorashard.storage.local import write_new
 from lorashard.storage.remote import Location
 from lorashard.storage.small_files import read_json
 from lorashard.storage.staging import staged_directory
@@ -44,6 +44,7 @@ class SplitRequest:
     expert_map: a JSON file with an explicit placement; it takes precedence over `strategy`.
     model: a base model's directory or config.json, or its id on the Hub, to check against.
     dtype: torch name to cast every float tensor to, or None.
+    sync: wait until the disk has the shards; without it, a crash of the machine may damage them.
     """
 
     ep_size: int
@@ -53,6 +54,7 @@ class SplitRequest:
     dtype: str | None = None
     options: LayoutOptions = field(default_factory=LayoutOptions)
     allow_pickle: bool = False
+    sync: bool = True
 
     @property
     def stored_dtype(self) -> str | None:
@@ -110,11 +112,17 @@ def write_shards(
     losses: list[CastLoss] = []
     source = prepared.source
     with staged_directory(
-        out, last=MANIFEST_NAME, force=force, replaceable=holds_only_shards
+        out, last=MANIFEST_NAME, force=force, replaceable=holds_only_shards, sync=request.sync
     ) as staging:
         with source.opened() as weights:
             digests = execute_plan(
-                prepared.plan, weights, source.header, staging, progress, losses.append
+                prepared.plan,
+                weights,
+                source.header,
+                staging,
+                progress,
+                losses.append,
+                sync=request.sync,
             )
             source_info = _source_info(source, digests.source)
         manifest = make_manifest(
@@ -126,9 +134,9 @@ def write_shards(
             digests.files,
             dtype=request.stored_dtype,
         )
-        write_synced(staging / CONFIG_NAME, source.config_bytes)
-        write_notice(staging)
-        write_manifest(staging, manifest)
+        write_new(staging / CONFIG_NAME, source.config_bytes, sync=request.sync)
+        write_notice(staging, sync=request.sync)
+        write_manifest(staging, manifest, sync=request.sync)
     for text in describe_losses(losses, prepared.plan, source.index.tensors):
         note(text)
     return manifest

@@ -205,12 +205,13 @@ def sync_all(fds: Sequence[int]) -> None:
         list(pool.map(os.fsync, fds))
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file and sync it to disk."""
+def write_new(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a small file that is not there yet. sync: wait until the disk has it."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

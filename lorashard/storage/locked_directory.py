@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorashard.errors import OutputExistsError, ShardError
-from lorashard.storage.local import open_regular, write_synced
+from lorashard.storage.local import open_regular, write_new
 from lorashard.storage.targets import explained_write_errors, made_parents, work_path
 
 RESUMABLE_NAME = ".lorashard-pull"
@@ -84,7 +84,7 @@ def resumable_directory(target: Path, *, marker: str, content: bytes) -> Iterato
     ):
         if not has_content(path / marker, content):
             locked.clear()
-            write_synced(path / marker, content)
+            write_new(path / marker, content)
         yield path
         locked.remove()
 

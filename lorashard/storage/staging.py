@@ -47,12 +47,13 @@ Replaceable = Callable[[Path, frozenset[str]], bool]
 
 @contextmanager
 def staged_directory(
-    target: Path, *, last: str, force: bool, replaceable: Replaceable
+    target: Path, *, last: str, force: bool, replaceable: Replaceable, sync: bool = True
 ) -> Iterator[Path]:
     """Yield an empty directory that becomes `target` when the block ends well.
 
     last: the file that marks the content complete. force: replace a `target` for which
     `replaceable` holds, atomically.
+    sync: wait until the disk has it; without, a machine that crashes may leave only some of it.
     Raises OutputExistsError if the target is in the way, ShardError if it cannot be written.
     """
     target = resolve_target(target)
@@ -66,13 +67,14 @@ def staged_directory(
         _clear_leftovers(locked, target)
         try:
             yield staging
-            sync_directory(staging)
+            _sync_if(sync, staging)
             # Again, because something may have appeared there during the work.
             check_target(target, force=force, replaceable=replaceable)
             if staging.parent == target:
-                _move_files(staging, target, last)
+                _move_files(staging, target, last, sync=sync)
             else:
                 _rename(staging, target, force=force)
+                _sync_if(sync, target.parent)
         finally:
             locked.remove()
 
@@ -144,7 +146,11 @@ def _rename(staging: Path, target: Path, *, force: bool) -> None:
         _replace(staging, target)
     else:
         raise _appeared(target)
-    sync_directory(target.parent)
+
+
+def _sync_if(sync: bool, directory: Path) -> None:
+    if sync:
+        sync_directory(directory)
 
 
 def _appeared(target: Path) -> OutputExistsError:
@@ -185,25 +191,25 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.lorashard-old")
 
 
-def _move_files(staging: Path, target: Path, last: str) -> None:
+def _move_files(staging: Path, target: Path, last: str, *, sync: bool) -> None:
     """Replace the content of a mount point; without `last` nobody takes it for finished."""
     old = _names(target)
     new = sorted(child.name for child in staging.iterdir() if child.name != last)
     (staging / _MOVING_NAME).write_text("\n".join(sorted({*old, *new} - {last})))
-    sync_directory(staging)
+    _sync_if(sync, staging)
     (target / last).unlink(missing_ok=True)
-    sync_directory(target)
+    _sync_if(sync, target)
     moved: list[Path] = []
     try:
         for name in old - {last}:
             (target / name).unlink()
         for name in (*new, last):
             if name == last:
-                sync_directory(target)
+                _sync_if(sync, target)
             moved.append(target / name)
             os.rename(staging / name, target / name)
     except BaseException:
         for path in moved:
             path.unlink(missing_ok=True)
         raise
-    sync_directory(target)
+    _sync_if(sync, target)

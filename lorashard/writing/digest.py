@@ -63,8 +63,10 @@ def _prefix_maxima(pieces: Sequence[tuple[int, int, int]]) -> tuple[Milestone, .
 class BackgroundHasher:
     """A thread that digests each output file front to back, close behind the writers."""
 
-    def __init__(self, fds: Sequence[int], plan: ShardPlan) -> None:
+    def __init__(self, fds: Sequence[int], plan: ShardPlan, *, sync: bool = True) -> None:
+        """sync: the disk is to begin with what is digested, because the files will be synced."""
         self._fds = fds
+        self._sync = sync
         self._sizes = [file.size_bytes for file in plan.files]
         self._milestones = find_milestones(plan)
         self._passed = [0] * len(fds)  # per file, how many milestones are reached
@@ -136,7 +138,8 @@ class BackgroundHasher:
             done += count
         self._digests[file].update(buffer[:length])
         self._digested[file] = begin + length
-        start_writeback(self._fds[file], begin, length)
+        if self._sync:
+            start_writeback(self._fds[file], begin, length)
         return True
 
     def _final_prefix(self, file: int, source_end: int) -> int:

@@ -52,16 +52,19 @@ def execute_plan(
     directory: Path,
     progress: Progress,
     on_loss: Callable[[CastLoss], object] = lambda _: None,
+    *,
+    sync: bool = True,
 ) -> Digests:
-    """Write every file of `plan` into the empty `directory`, synced to disk.
+    """Write every file of `plan` into the empty `directory`.
 
     source_header: the source's bytes up to its data, which are read already.
     progress: called with the number of source bytes done since the last call.
     on_loss: called, in any thread, with what a cast loses of a block.
+    sync: wait until the disk has the files.
     Raises what `source` raises, LayoutError for a value that a cast would lose, OSError.
     """
     digest = blake3(source_header)
-    files = write_files(plan, source, directory, progress, digest.update, on_loss)
+    files = write_files(plan, source, directory, progress, digest.update, on_loss, sync=sync)
     return Digests(digest.hexdigest(), files)
 
 
@@ -72,6 +75,8 @@ def write_files(
     progress: Progress,
     on_read: Callable[[memoryview], object] = lambda _: None,
     on_loss: Callable[[CastLoss], object] = lambda _: None,
+    *,
+    sync: bool = True,
 ) -> tuple[str, ...]:
     """The same for a source whose digest is not needed; returns the digests of the files.
 
@@ -83,10 +88,11 @@ def write_files(
             list(pool.map(reserve, fds, [file.size_bytes for file in plan.files]))
         for fd, file in zip(fds, plan.files):
             write_all(fd, memoryview(file.header), 0)
-        hasher = stack.enter_context(BackgroundHasher(fds, plan))
+        hasher = stack.enter_context(BackgroundHasher(fds, plan, sync=sync))
         _write_blocks(plan, source, fds, hasher, progress, on_read, on_loss)
         files = hasher.finish()
-        sync_all(fds)
+        if sync:
+            sync_all(fds)
     return files
 
 

@@ -28,7 +28,7 @@ LORASHARD = (sys.executable, "-m", "lorashard")
 
 # `split` reads, hashes, writes and fsyncs. `cp` returns while the data is still in memory; with a
 # sync it does what split does, without the two digests, which the next rival adds. A fused lora_B
-# is transposed as well.
+# is transposed as well. `split --no-sync` returns when `cp` does.
 # In a file system in memory nothing has to be synced, and `cp` alone is the rival.
 SPLIT_VS_CP = {"per_expert": Target(1.5, "x"), "fused": Target(2.0, "x")}
 SPLIT_VS_CP_SYNC = {"per_expert": Target(1.05, "x"), "fused": Target(1.2, "x")}
@@ -121,11 +121,12 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
         (*LORASHARD, "split", str(adapter), *ep_size, "-o", str(shards), "-q"),
         delete_outputs,
     )
+    no_sync = Contestant("split --no-sync", (*split.command, "--no-sync"), delete_outputs)
 
     size_bytes = total_bytes([weights])
     warm_page_cache([weights])
     runs = run_rounds(
-        (cp, cp_sync, cp_digests_sync, split, obvious), settings.num_rounds, size_bytes
+        (cp, cp_sync, cp_digests_sync, split, no_sync, obvious), settings.num_rounds, size_bytes
     )
     shutil.rmtree(outputs)
 
@@ -137,10 +138,13 @@ def _bench_split(settings: Settings, form: Form, adapter: Path, weights: Path) -
         split,
         runs,
         size_bytes,
-        (cp, SPLIT_VS_CP[form] if in_memory else None),
+        (cp, None),
         (cp_sync, None if in_memory else SPLIT_VS_CP_SYNC[form]),
         (cp_digests_sync, None),
         (obvious, None),
+    )
+    yield from _against_rivals(
+        form, no_sync, runs, size_bytes, (cp, SPLIT_VS_CP[form] if in_memory else None)
     )
 
 

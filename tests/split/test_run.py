@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,23 @@ def test_progress_adds_up_to_the_data_of_the_source(adapter: Path, tmp_path: Pat
     split_adapter(adapter, tmp_path / "out", REQUEST, progress=done.append)
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     assert sum(done) == len(weights) - 8 - int.from_bytes(weights[:8], "little")
+
+
+def test_only_without_sync_nothing_is_waited_for(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_adapter(adapter, tmp_path / "synced", SplitRequest(ep_size=2))
+
+    def no_fsync(_: int) -> None:
+        raise AssertionError("fsync")
+
+    def no_writeback(*_: int) -> None:
+        raise AssertionError("fsync is prepared")
+
+    monkeypatch.setattr(os, "fsync", no_fsync)
+    monkeypatch.setattr("lorashard.writing.digest.start_writeback", no_writeback)
+    request = SplitRequest(ep_size=2, sync=False)
+    split_adapter(adapter, tmp_path / "out", request)
+    assert contents(tmp_path / "out") == contents(tmp_path / "synced")
+    with pytest.raises(AssertionError, match="fsync"):
+        split_adapter(adapter, tmp_path / "again", SplitRequest(ep_size=2))

@@ -18,7 +18,7 @@ from lorashard.storage.local import (
     sync_all,
     sync_directory,
     write_all,
-    write_synced,
+    write_new,
 )
 
 CONTENT = random.Random(0).randbytes(100_000)
@@ -91,7 +91,7 @@ def test_pieces_are_written_one_behind_the_other(tmp_path: Path) -> None:
 
 def test_a_synced_file_is_never_written_over_another(path: Path) -> None:
     with pytest.raises(FileExistsError):
-        write_synced(path, b"new")
+        write_new(path, b"new")
     assert path.read_bytes() == CONTENT
 
 
