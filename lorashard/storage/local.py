@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from lorashard.storage.syscalls import start_writeback
 
 _AHEAD_BYTES = 16 * 2**20
 _WRITEBACK_BYTES = 2**20
+_MOST_PIECES = 1024  # for one call: IOV_MAX of Linux and macOS
 
 
 class ByteSource(Protocol):
@@ -112,12 +113,20 @@ class LocalFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset`; raise HeaderError if the file ends before."""
-        if offset == self._expected:
-            self._read_ahead(offset + len(buffer))
-        else:
-            self._requested = 0
+        self._expect(offset, len(buffer))
         self._fill(buffer, offset)
-        self._expected = offset + len(buffer)
+
+    def read_pieces(self, pieces: Sequence[memoryview], offset: int) -> None:
+        """Fill one buffer after the other from byte `offset`, in as few calls as possible."""
+        for group in _groups(pieces):
+            size = sum(map(len, group))
+            self._expect(offset, size)
+            if len(group) == 1 or self._read_group(group, offset) < size:
+                position = offset
+                for piece in group:
+                    self._fill(piece, position)
+                    position += len(piece)
+            offset += size
 
     @property
     def name(self) -> str:
@@ -142,6 +151,19 @@ class LocalFile:
         """Close the file."""
         os.close(self._fd)
 
+    def _expect(self, offset: int, length: int) -> None:
+        if offset == self._expected:
+            self._read_ahead(offset + length)
+        else:
+            self._requested = 0
+        self._expected = offset + length
+
+    def _read_group(self, group: Sequence[memoryview], offset: int) -> int:
+        try:
+            return os.preadv(self._fd, group, offset)
+        except OSError as err:
+            raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
+
     def _fill(self, buffer: memoryview, offset: int) -> None:
         try:
             done = read_at(self._fd, buffer, offset)
@@ -165,6 +187,21 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
+def write_pieces(fd: int, pieces: Sequence[memoryview], offset: int) -> None:
+    """Write one buffer after the other from `offset`, in as few calls as possible."""
+    for group in _groups(pieces):
+        size = sum(map(len, group))
+        done = os.pwritev(fd, group, offset)
+        if done < size:
+            write_all(fd, memoryview(b"".join(group))[done:], offset + done)
+        offset += size
+
+
+def _groups(pieces: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
+    for first in range(0, len(pieces), _MOST_PIECES):
+        yield pieces[first : first + _MOST_PIECES]
+
+
 class SharedWriter:
     """Writes to any place of a file, for several threads.
 
@@ -176,10 +213,10 @@ class SharedWriter:
         self._fd = fd
         self._lock = threading.Lock()
 
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write all of `data` at `offset`; a full disk raises OSError(ENOSPC)."""
+    def write(self, pieces: Sequence[memoryview], offset: int) -> None:
+        """Write all of the pieces from `offset`; a full disk raises OSError(ENOSPC)."""
         with self._lock:
-            write_all(self._fd, data, offset)
+            write_pieces(self._fd, pieces, offset)
 
 
 class SequentialWriter:

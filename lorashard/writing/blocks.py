@@ -5,7 +5,7 @@ A block is the unit of reading: the largest one bounds the memory, whatever the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lorashard.shards.plan import CopyRange, ReadOp, Rearrange, Target
@@ -39,6 +39,18 @@ class RearrangeBlock:
 Block = CopyBlock | RearrangeBlock
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Source bytes that lie side by side in an output file, from `target` on.
+
+    pieces: [begin, end) in the source, in the order of the file. Tensors of one kind are neighbours
+    there, and in the source an expert's tensors are.
+    """
+
+    target: Target
+    pieces: tuple[tuple[int, int], ...]
+
+
 def split_into_blocks(
     reads: Sequence[ReadOp],
     block_bytes: int = BLOCK_BYTES,
@@ -66,6 +78,21 @@ def split_into_blocks(
         yield from _rearrange_blocks(op, block_bytes, column_block_bytes)
     if pending:
         yield CopyBlock(pending[0].begin, pending[-1].end, tuple(pending))
+
+
+def find_runs(places: Iterable[tuple[Target, int, int]]) -> Iterator[Run]:
+    """Join what lies side by side. places: (target, begin, end), no two of which overlap."""
+    pieces: list[tuple[int, int]] = []
+    first, end = Target(0, 0), (-1, 0)
+    for file, offset, piece in sorted((t.file, t.offset, (begin, end)) for t, begin, end in places):
+        if (file, offset) != end:
+            if pieces:
+                yield Run(first, tuple(pieces))
+            first, pieces = Target(file, offset), []
+        pieces.append(piece)
+        end = (file, offset + piece[1] - piece[0])
+    if pieces:
+        yield Run(first, tuple(pieces))
 
 
 def axis_sizes(op: Rearrange) -> dict[str, int]:

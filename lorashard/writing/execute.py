@@ -28,6 +28,7 @@ from lorashard.writing.blocks import (
     BLOCK_BYTES,
     Block,
     CopyBlock,
+    find_runs,
     split_into_blocks,
 )
 from lorashard.writing.digest import BackgroundHasher
@@ -169,14 +170,14 @@ def _write_block(
     on_loss: Callable[[CastLoss], object],
 ) -> None:
     if isinstance(block, CopyBlock):
-        for copy in block.copies:
-            piece = data[copy.begin - block.begin : copy.end - block.begin]
-            for target in copy.targets:
-                writers[target.file].write(piece, target.offset)
+        places = ((t, copy.begin, copy.end) for copy in block.copies for t in copy.targets)
+        for run in find_runs(places):
+            pieces = [data[begin - block.begin : end - block.begin] for begin, end in run.pieces]
+            writers[run.target.file].write(pieces, run.target.offset)
         return
     for targets, view in rearrange_block(block, data, scratch.get(scratch_bytes(block)), on_loss):
         for target in targets:
-            writers[target.file].write(view, target.offset)
+            writers[target.file].write([view], target.offset)
 
 
 class _ProcessedPrefix:

@@ -22,9 +22,9 @@ from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.plan import CopyRange, Rearrange, ShardPlan, Target
 from lorashard.storage.buffers import ThreadBuffer
 from lorashard.storage.digests import STEP_BYTES
-from lorashard.storage.local import ByteSource
+from lorashard.storage.local import ByteSource, LocalFile
 from lorashard.storage.parallel import one_ahead
-from lorashard.writing.blocks import Block, CopyBlock, split_into_blocks
+from lorashard.writing.blocks import Block, CopyBlock, find_runs, split_into_blocks
 from lorashard.writing.rearrange import restore_block, scratch_bytes, slot_views
 
 
@@ -147,15 +147,25 @@ def _read_block(
 ) -> None:
     """Fill `data` with a block of the source, from the slots in the shard files."""
     if isinstance(block, CopyBlock):
-        for copy in block.copies:
-            target = copy.targets[0]  # `find_misplaced` compares the others
-            piece = data[copy.begin - block.begin : copy.end - block.begin]
-            files[target.file].read_into(piece, target.offset)
+        # Of several places the first; `find_misplaced` compares the others.
+        places = ((copy.targets[0], copy.begin, copy.end) for copy in block.copies)
+        for run in find_runs(places):
+            pieces = [data[begin - block.begin : end - block.begin] for begin, end in run.pieces]
+            _read_pieces(files[run.target.file], pieces, run.target.offset)
         return
     slots = scratch.get(scratch_bytes(block))
     for targets, view in slot_views(block, slots):
         files[targets[0].file].read_into(view, targets[0].offset)
     restore_block(block, slots, data)
+
+
+def _read_pieces(file: ByteSource, pieces: Sequence[memoryview], offset: int) -> None:
+    if isinstance(file, LocalFile):
+        file.read_pieces(pieces, offset)
+        return
+    for piece in pieces:
+        file.read_into(piece, offset)
+        offset += len(piece)
 
 
 def _steps(

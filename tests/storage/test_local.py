@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from lorashard.errors import HeaderError
 from lorashard.storage.local import (
     LocalFile,
     SequentialWriter,
+    SharedWriter,
     read_at,
     sync_all,
     sync_directory,
     write_all,
     write_new,
+    write_pieces,
 )
 
 CONTENT = random.Random(0).randbytes(100_000)
@@ -77,6 +79,47 @@ def test_write_all_changes_only_its_own_range(path: Path) -> None:
     with path.open("r+b") as file:
         write_all(file.fileno(), memoryview(b"new"), 50)
     assert path.read_bytes() == CONTENT[:50] + b"new" + CONTENT[53:]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 3000])
+def test_many_buffers_are_read_and_written_as_one(path: Path, count: int) -> None:
+    pieces = [memoryview(bytearray(number % 40)) for number in range(count)]
+    size = sum(map(len, pieces))
+    with closing(LocalFile(path)) as file:
+        file.read_pieces(pieces, 100)
+    assert b"".join(pieces) == CONTENT[100 : 100 + size]
+    with path.open("r+b") as file:
+        SharedWriter(file.fileno()).write(pieces, 7)
+    assert path.read_bytes() == CONTENT[:7] + CONTENT[100 : 100 + size] + CONTENT[7 + size :]
+
+
+@pytest.mark.parametrize("at_once", [1, 10, 99])
+def test_buffers_of_which_the_kernel_takes_only_some_are_read_and_written_whole(
+    path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    preadv, pwritev = os.preadv, os.pwritev
+
+    def some(buffers: Sequence[memoryview]) -> list[memoryview]:
+        (first, *_) = [buffer for buffer in buffers if buffer]
+        return [first[:at_once]]
+
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, some(buffers), at))
+    monkeypatch.setattr(os, "pwritev", lambda fd, buffers, at: pwritev(fd, some(buffers), at))
+    pieces = [memoryview(bytearray(30)) for _ in range(4)]
+    with closing(LocalFile(path)) as file:
+        file.read_pieces(pieces, 100)
+    assert b"".join(pieces) == CONTENT[100:220]
+    with path.open("r+b") as file:
+        write_pieces(file.fileno(), pieces, 7)
+    assert path.read_bytes() == CONTENT[:7] + CONTENT[100:220] + CONTENT[127:]
+
+
+def test_buffers_beyond_the_end_of_a_file_are_an_error(path: Path) -> None:
+    with (
+        closing(LocalFile(path)) as file,
+        pytest.raises(HeaderError, match=f"it ended at byte {len(CONTENT)} "),
+    ):
+        file.read_pieces([memoryview(bytearray(3)), memoryview(bytearray(3))], len(CONTENT) - 4)
 
 
 def test_pieces_are_written_one_behind_the_other(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lorashard import verify_shards
 from tests.tiny import RANK_FILES, REPO, contents, mounted_tmpfs, per_expert_tensors, save_adapter
 
 ENDLESS = 500
-WRITING = ("mkdir", "truncate", "pwrite", "fsync", "rename", "exchange")
+WRITING = ("mkdir", "truncate", "pwrite", "pwritev", "fsync", "rename", "exchange")
 CLEANING = ("unlink", "rmdir")
 
 Run = Callable[..., dict[str, Any]]

@@ -12,7 +12,9 @@ from lorashard.shards.plan import CopyRange, Rearrange, Target
 from lorashard.writing.blocks import (
     CopyBlock,
     RearrangeBlock,
+    Run,
     axis_sizes,
+    find_runs,
     split_into_blocks,
 )
 from tests.plans import planned, plans, run
@@ -52,6 +54,19 @@ def test_a_long_copy_is_cut_and_each_piece_goes_on_where_the_last_ended() -> Non
     ]
     assert isinstance(second, CopyBlock)
     assert second.copies == (CopyRange(110, 120, (Target(0, 17), Target(1, 1017))),)
+
+
+def test_what_lies_side_by_side_is_one_run() -> None:
+    places = [
+        (Target(1, 20), 0, 10), (Target(1, 0), 10, 20), (Target(1, 10), 40, 50),
+        (Target(0, 30), 50, 55), (Target(1, 31), 60, 61),
+    ]  # fmt: skip
+    assert list(find_runs(places)) == [
+        Run(Target(0, 30), ((50, 55),)),
+        Run(Target(1, 0), ((10, 20), (40, 50), (0, 10))),
+        Run(Target(1, 31), ((60, 61),)),
+    ]
+    assert list(find_runs([])) == []
 
 
 @pytest.mark.parametrize(
