@@ -1,14 +1,15 @@
 """Run jobs concurrently: `run_concurrently` records failures, and the other jobs continue.
 
 In: jobs and a function to call for each. Out: one `Outcome` for each job, in the order of the jobs.
-`one_ahead` is for items that are needed one after the other.
+`in_order` and `one_ahead` are for results and items that are needed one after the other.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -86,6 +87,26 @@ def result_of(future: Future[T]) -> T:
     while not wait([future], timeout=_WAKE_S).done:
         pass
     return future.result()
+
+
+def in_order(
+    pool: Executor, work: Callable[[J], T], jobs: Iterable[J], *, ahead: int
+) -> Generator[T, None, None]:
+    """`map(work, jobs)` in the threads of a pool, which are at most `ahead` jobs ahead.
+
+    If the caller takes no more, jobs that have not begun never do.
+    """
+    begun: deque[Future[T]] = deque()
+    try:
+        for job in jobs:
+            begun.append(pool.submit(work, job))
+            if len(begun) > ahead:
+                yield result_of(begun.popleft())
+        while begun:
+            yield result_of(begun.popleft())
+    finally:
+        for future in begun:
+            future.cancel()
 
 
 def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:

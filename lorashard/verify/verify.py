@@ -9,11 +9,8 @@ code of its own (reference/).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Container, Iterator, Sequence
-from contextlib import AbstractContextManager
-from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -21,18 +18,15 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, parse_config
+from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.adapter.notice import is_notice
-from lorashard.adapter.read import find_adapter, find_remote_adapter
-from lorashard.adapter.several_files import refuse_several_files
 from lorashard.dtypes import ELEMENT_SIZE, EXPONENT_BITS
-from lorashard.errors import AdapterError, LorashardError, ShardError
+from lorashard.errors import LorashardError, ShardError
 from lorashard.header import TensorEntry
 from lorashard.progress import Progress
 from lorashard.shards.directory import (
     Shards,
     check_file,
-    has_digest,
     is_repository_file,
     local_shards,
     locate_shards,
@@ -40,7 +34,7 @@ from lorashard.shards.directory import (
     opened_files,
     shard_directory_names,
 )
-from lorashard.shards.manifest import Manifest, ShardFile, format_manifest
+from lorashard.shards.manifest import Manifest, ShardFile
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.shards.plan import ShardPlan
 from lorashard.shards.replan import (
@@ -53,10 +47,8 @@ from lorashard.shards.replan import (
 from lorashard.storage.digests import read_in_steps
 from lorashard.storage.local import LocalFile
 from lorashard.storage.parallel import cancellable_pool, result_of
-from lorashard.storage.remote import Location, RemoteFolder, local_copy, locate
 from lorashard.storage.small_files import read_small_file
-from lorashard.storage.torch_import import import_torch
-from lorashard.verify.reference.compare import compare_with_source
+from lorashard.verify.against import compare_with_adapter
 from lorashard.writing.restore import describe_misplaced
 
 _STEP = 2 * 2**20
@@ -104,35 +96,12 @@ def verify_shards(
         if against is not None and findings:
             findings.append(f"{against}: not compared, because the shards are damaged already")
         elif against is not None:
-            import_torch("--against")
-            with _local_adapter(locate(against)) as source:
-                if is_notice(source / WEIGHTS_NAME):
-                    raise AdapterError(
-                        f"{source} holds shards, not the adapter that they were split from.",
-                        hint="Name the adapter.",
-                    )
-                parse_config(read_small_file(source, CONFIG_NAME), str(source / CONFIG_NAME))
-                document = json.loads(format_manifest(manifest))  # checked, with every field there
-                found = compare_with_source(
-                    directory, source, document, progress, allow_pickle=allow_pickle
+            findings.extend(
+                compare_with_adapter(
+                    manifest, directory, against, progress, allow_pickle=allow_pickle
                 )
-                if _is_source(manifest, source):
-                    findings.extend(found)
-                else:  # another one differs nearly everywhere, so the first difference will do
-                    findings.extend(
-                        f"{against}: not the adapter that the shards were split from, as its "
-                        f"BLAKE3 shows. The first difference is: {first}"
-                        for first in islice(found, 1)
-                    )
+            )
     return tuple(findings)
-
-
-def _is_source(manifest: Manifest, adapter: Path) -> bool:
-    """Whether the weights of an adapter have the digest that the manifest records."""
-    names = (WEIGHTS_NAME, PICKLE_NAME)
-    name = next((name for name in names if (adapter / name).exists()), WEIGHTS_NAME)
-    recorded = manifest.source.files.get(name)
-    return recorded is not None and has_digest(adapter / name, recorded)
 
 
 def proves_placement(manifest: Manifest, ep_ranks: Sequence[int] | None) -> bool:
@@ -145,14 +114,6 @@ def find_held_ranks(manifest: Manifest, directory: Path) -> tuple[int, ...]:
     ep_size = manifest.placement.ep_size
     names = (rank_file_name(ep_rank, ep_size) for ep_rank in range(ep_size))
     return tuple(ep_rank for ep_rank, name in enumerate(names) if (directory / name).exists())
-
-
-def _local_adapter(place: Location) -> AbstractContextManager[Path]:
-    place = find_remote_adapter(place) if isinstance(place, RemoteFolder) else find_adapter(place)
-    names = place.files() if isinstance(place, RemoteFolder) else os.listdir(place)
-    if not {WEIGHTS_NAME, PICKLE_NAME} & set(names):
-        refuse_several_files(place)
-    return local_copy(place, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME))
 
 
 def _check_manifest(manifest: Manifest, shards: Path) -> tuple[list[str], RebuiltPlan | None]:

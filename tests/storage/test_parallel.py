@@ -13,7 +13,13 @@ import pytest
 
 from lorashard.errors import AdapterError, LorashardError
 from lorashard.progress import Progress
-from lorashard.storage.parallel import Outcome, one_ahead, run_concurrently
+from lorashard.storage.parallel import (
+    Outcome,
+    cancellable_pool,
+    in_order,
+    one_ahead,
+    run_concurrently,
+)
 
 
 def test_outcomes_are_in_the_order_of_the_jobs_whatever_ends_first() -> None:
@@ -164,3 +170,39 @@ def test_its_thread_ends_when_it_is_closed_early() -> None:
         assert next(items) == 0
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_results_in_order_are_those_of_map_whatever_ends_first() -> None:
+    second_has_ended = threading.Event()
+
+    def work(name: str) -> str:
+        if name == "first":
+            assert second_has_ended.wait(10)
+        second_has_ended.set()
+        return name.upper()
+
+    with cancellable_pool(2) as (pool, _):
+        assert list(in_order(pool, work, ("first", "second"), ahead=2)) == ["FIRST", "SECOND"]
+
+
+def test_results_in_order_are_made_only_so_far_ahead() -> None:
+    begun: list[int] = []
+    with (
+        cancellable_pool(2) as (pool, _),
+        closing(in_order(pool, begun.append, iter(range(100)), ahead=3)) as results,
+    ):
+        next(results)
+    assert set(begun) <= {0, 1, 2, 3}
+
+
+def test_an_error_of_one_job_comes_in_its_turn() -> None:
+    def work(number: int) -> int:
+        if number == 1:
+            raise AdapterError("1: no.")
+        return number
+
+    with cancellable_pool(2) as (pool, _):
+        results = in_order(pool, work, range(3), ahead=2)
+        assert next(results) == 0
+        with pytest.raises(AdapterError, match="1: no"):
+            next(results)

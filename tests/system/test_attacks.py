@@ -301,20 +301,27 @@ def test_a_git_lfs_pointer_in_shards_is_called_that(
         assert words in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("work", ["pickle", "cast", "against"])
+@pytest.mark.parametrize("work", ["pickle", "cast", "against a pickle", "against of a cast"])
 def test_a_missing_torch_is_said_where_it_is_needed(tmp_path: Path, work: str) -> None:
     (tmp_path / "without").mkdir()
     missing = "raise ModuleNotFoundError('No module named torch', name='torch')"
     (tmp_path / "without" / "torch.py").write_text(missing)
     without = {"PYTHONPATH": f"{tmp_path / 'without'}{os.pathsep}{REPO}"}
     adapter, out = save_adapter(tmp_path / "adapter"), tmp_path / "out"
+    cast = ("--dtype", "float32")
     assert run_cli("split", adapter, "--ep-size", 2, "-o", out, **without).returncode == 0
+    assert run_cli("split", adapter, "--ep-size", 2, "-o", tmp_path / "cast", *cast).returncode == 0
     again = ("--ep-size", 2, "-o", tmp_path / "again")
     pickled = save_pickled(tmp_path / "pickled")
     done = {
         "pickle": lambda: run_cli("split", pickled, "--allow-pickle", *again, **without),
-        "cast": lambda: run_cli("split", adapter, "--dtype", "float32", *again, **without),
-        "against": lambda: run_cli("verify", out, "--against", adapter, **without),
+        "cast": lambda: run_cli("split", adapter, *cast, *again, **without),
+        "against a pickle": lambda: run_cli(
+            "verify", out, "--against", pickled, "--allow-pickle", **without
+        ),
+        "against of a cast": lambda: run_cli(
+            "verify", tmp_path / "cast", "--against", adapter, **without
+        ),
     }[work]()
     assert done.returncode == 3
     assert "torch is not installed" in done.stderr

@@ -1,31 +1,41 @@
-"""The two forms that an adapter's weights come in, read one tensor at a time."""
+"""The two forms that an adapter's weights come in, read a range of a tensor's elements at a time."""
 
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from lorashard.errors import AdapterError, UnsupportedAdapterError
+from lorashard.verify.reference.values import Bits, bits_of
 
-if TYPE_CHECKING:
-    from torch import Tensor
+# Elements [begin, end) of the tensor of a name; valid until the next call.
+ReadTensor = Callable[[str, int, int], Bits]
 
-
-_TORCH_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool", "C64": "complex64",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+# By torch's names, and in bytes.
+_DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1), "BOOL": ("bool", 1), "C64": ("complex64", 8),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1),
 }  # fmt: skip
 _PARTS_OF_A_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 
 
 class SafetensorsFile:
-    """Named tensors on disk, read one at a time.
+    """Named tensors on disk, for several threads.
+
+    `shapes`, `dtypes` (torch's names) and `item_sizes` (bytes) are by name. A tensor whose elements
+    are parts of a byte counts as one of bytes.
 
     safetensors itself checks the file. Its tensors are views of a mapping of the whole file, whose
     pages would all count as this process's memory, so the bytes are read here, from the offsets in
@@ -40,36 +50,48 @@ class SafetensorsFile:
         self.name = path.name
         try:
             self._file = path.open("rb", buffering=0)  # it says why not, safe_open does not
-            with open_file(path, framework="pt", device="cpu"):
+            with open_file(path, framework="numpy"):
                 pass
         except (OSError, SafetensorError) as err:
             raise AdapterError(f"{path}: {err}.", hint="Copy or download it again.") from err
         (length,) = struct.unpack("<Q", self._file.read(8))
-        self._data_begin = 8 + length
-        self._header: dict[str, Any] = json.loads(self._file.read(length))
-        self._header.pop("__metadata__", None)
-        self.shapes = {name: tuple(info["shape"]) for name, info in self._header.items()}
+        header: dict[str, Any] = json.loads(self._file.read(length))
+        header.pop("__metadata__", None)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.item_sizes: dict[str, int] = {}
+        self._begins: dict[str, int] = {}
+        for name, info in header.items():
+            begin, end = info["data_offsets"]
+            is_bytes = info["dtype"] in _PARTS_OF_A_BYTE
+            self.shapes[name] = (end - begin,) if is_bytes else tuple(info["shape"])
+            self.dtypes[name], size = ("uint8", 1) if is_bytes else _DTYPES[info["dtype"]]
+            self.item_sizes[name], self._begins[name] = size, 8 + length + begin
 
-    def get(self, name: str) -> Tensor:
-        """Read one tensor; one whose elements are parts of a byte comes as its bytes."""
-        import torch
+    def reader(self) -> ReadTensor:
+        """A function for one thread that reads into a buffer of its own."""
+        buffer = np.empty(0, np.uint8)
 
-        info = self._header[name]
-        begin, end = info["data_offsets"]
-        is_bytes = info["dtype"] in _PARTS_OF_A_BYTE
-        dtype = torch.uint8 if is_bytes else getattr(torch, _TORCH_DTYPES[info["dtype"]])
-        shape = [end - begin] if is_bytes else info["shape"]
-        if begin == end:
-            return torch.empty(shape, dtype=dtype)
-        data = bytearray(end - begin)
-        self._file.seek(self._data_begin + begin)
+        def read(name: str, begin: int, end: int) -> Bits:
+            nonlocal buffer
+            size = self.item_sizes[name]
+            num_bytes = (end - begin) * size
+            if buffer.nbytes < num_bytes:
+                buffer = np.empty(num_bytes, np.uint8)
+            data = buffer[:num_bytes]
+            self._fill(data, name, self._begins[name] + begin * size)
+            elements: Bits = data.view(f"u{size}")
+            return elements
+
+        return read
+
+    def _fill(self, data: npt.NDArray[np.uint8], name: str, offset: int) -> None:
         done = 0
-        while done < len(data):
-            count = self._file.readinto(memoryview(data)[done:])
+        while done < data.nbytes:
+            count = os.preadv(self._file.fileno(), [data[done:].data], offset + done)
             if not count:
                 raise AdapterError(f"{self.name}: ended while {name} was read.")
             done += count
-        return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 class PickledTensors:
@@ -80,16 +102,27 @@ class PickledTensors:
         import torch
 
         self.name = path.name
-        self._tensors: dict[str, Tensor]
         try:
             self._tensors = torch.load(path, weights_only=True, map_location="cpu")
         except (OSError, EOFError, RuntimeError, UnpicklingError) as err:
             raise AdapterError(f"{path}: {err}.", hint="Copy or download it again.") from err
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes, self.item_sizes = {}, {}
+        for name, tensor in self._tensors.items():
+            self.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+            self.item_sizes[name] = tensor.element_size()
 
-    def get(self, name: str) -> Tensor:
-        """Give one tensor."""
-        return self._tensors[name]
+    def reader(self) -> ReadTensor:
+        """A function that gives what is in memory."""
+        whose, bits = "", np.empty(0, np.uint8)
+
+        def read(name: str, begin: int, end: int) -> Bits:
+            nonlocal whose, bits
+            if name != whose:
+                whose, bits = name, bits_of(self._tensors[name]).reshape(-1)
+            return bits[begin:end]
+
+        return read
 
 
 def load_source(

@@ -9,12 +9,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lorashard.verify.reference.patterns import Patterns
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lorashard.verify.reference.values import Bits
 
 Matrix = Literal["lora_A", "lora_B"]
 # experts_last: [out, r, E]. A fused tensor of three dimensions has the shape that it has flattened.
@@ -82,8 +80,13 @@ class Piece:
     transposed: bool
     peft_name: str
 
+    @property
+    def interleaves_experts(self) -> bool:
+        """Whether each row of the tensor has columns of every expert."""
+        return self.kind in {"experts_last", "rank_major", "grouped_by_expert"}
+
     def unpacked_shape(self, num_experts: int) -> tuple[int, int, int]:
-        """Shape of `unpack`'s result."""
+        """[E or 1, rows, columns] of the experts' matrices."""
         match self.kind:
             case "matrix":
                 count, rows, columns = 1, self.shape[0], self.shape[1]
@@ -109,22 +112,25 @@ class _Place:
     expert: int | None = None
 
 
-def unpack(tensor: Tensor, piece: Piece, num_experts: int) -> Tensor:
-    """Unpack the experts' matrices of a source tensor: [E or 1, rows, columns], contiguous."""
-    match piece.kind:
-        case "matrix":
-            experts = tensor[None]
-        case "stack":
-            experts = tensor
-        case "experts_last":
-            experts = tensor.permute(2, 0, 1)
-        case "rows":
-            experts = tensor.reshape(num_experts, -1, tensor.shape[-1])
-        case "rank_major":
-            experts = tensor.reshape(tensor.shape[0], -1, num_experts).permute(2, 0, 1)
-        case "grouped_by_expert":
-            experts = tensor.reshape(tensor.shape[0], num_experts, -1).permute(1, 0, 2)
-    return (experts.transpose(1, 2) if piece.transposed else experts).contiguous()
+def unpack_expert(values: Bits, piece: Piece, num_experts: int) -> Bits:
+    """One expert's elements of a source tensor, where they lie together: [rows, columns]."""
+    _, rows, columns = piece.unpacked_shape(num_experts)
+    shape = (columns, rows) if piece.transposed else (rows, columns)
+    matrix: Bits = values.reshape(shape)
+    return matrix.T if piece.transposed else matrix
+
+
+def unpack_rows(values: Bits, piece: Piece, num_experts: int) -> Bits:
+    """Some rows of a source tensor that interleaves the experts, n of `piece.shape[0]`.
+
+    values: [n, all else]. Returns [E, n, columns], or [E, rows, n] of a transposed one.
+    """
+    experts: Bits
+    if piece.kind == "grouped_by_expert":
+        experts = values.reshape(len(values), num_experts, -1).transpose(1, 0, 2)
+    else:  # experts_last is rank_major in three dimensions
+        experts = values.reshape(len(values), -1, num_experts).transpose(2, 0, 1)
+    return experts.transpose(0, 2, 1) if piece.transposed else experts
 
 
 def plain_key(name: str) -> str:

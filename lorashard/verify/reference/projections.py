@@ -21,6 +21,12 @@ class Factor:
     whole: Piece | None
     shared: bool
 
+    def piece_of(self, expert: int | None) -> Piece | None:
+        """The piece with an expert's matrix, None = all experts' matrix. None if it has none."""
+        if self.whole is not None or expert is None:
+            return self.whole
+        return self.per_expert.get(expert)
+
 
 @dataclass(frozen=True, slots=True)
 class Projection:
@@ -145,7 +151,7 @@ def _build_factor(pieces: list[Piece], num_experts: int) -> Factor | None:
     if not wholes:
         return Factor(per_expert, None, shared=False)
     count = wholes[0].unpacked_shape(num_experts)[0]
-    if count not in {1, num_experts}:
-        raise LayoutError(f"{wholes[0].name} holds {count} experts, not {num_experts}.")
     one_for_all = count == 1 and wholes[0].kind in {"matrix", "stack"} and not wholes[0].transposed
+    if count != num_experts and not one_for_all:
+        raise LayoutError(f"{wholes[0].name} holds {count} experts, not {num_experts}.")
     return Factor({}, wholes[0], shared=one_for_all)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -231,15 +232,14 @@ class Adapter:
         return described
 
     def findings(self, *, allow_pickle: bool = False) -> list[str]:
-        return list(
-            compare_with_source(
-                self.shards,
-                self.source,
-                self.manifest,
-                self.counted.append,
-                allow_pickle=allow_pickle,
-            )
+        comparisons = compare_with_source(
+            self.shards,
+            self.source,
+            self.manifest,
+            self.counted.append,
+            allow_pickle=allow_pickle,
         )
+        return list(chain.from_iterable(comparisons))
 
     def edit(self, file: str, change: Callable[[Tensors], object]) -> None:
         tensors = load_file(self.shards / file)
@@ -637,7 +637,7 @@ def test_an_expert_with_half_a_pair_is_not_proven(tmp_path: Path) -> None:
 def test_many_findings_in_one_tensor_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorashard.verify.reference.compare._MAX_FINDINGS_PER_TENSOR", 1)
+    monkeypatch.setattr("lorashard.verify.reference.stacks._MAX_FINDINGS_PER_TENSOR", 1)
     adapter = build(tmp_path, per_expert(), ranks=[[0, 1, 2, 3], [0, 1]])
     name = f"{MODULE}.up_proj.lora_A"
     adapter.edit(RANK_0, lambda tensors: tensors[name].neg_())
