@@ -19,9 +19,8 @@ from lorashard.verify.reference.files import SafetensorsFile, load_source
 from lorashard.verify.reference.patterns import Patterns
 from lorashard.verify.reference.pieces import Facts, plain_key
 from lorashard.verify.reference.projections import Factor, Projection, SourceReading, read_source
+from lorashard.verify.reference.sides import Source, Stack
 from lorashard.verify.reference.stacks import (
-    Source,
-    Stack,
     capped,
     compare_replicated,
     compare_stacks,
@@ -165,7 +164,7 @@ def _compare_experts(
             ):
                 holders = [(replicated, [None])] if factor.shared else zip(ranks, placed)
                 stacks = [
-                    Stack(file, file.reader(), f"{module}.{name}.{matrix}", tuple(experts), shape)
+                    Stack(file, f"{module}.{name}.{matrix}", tuple(experts), shape)
                     for file, experts in holders
                     if file is not None
                 ]

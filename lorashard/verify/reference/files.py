@@ -5,19 +5,12 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from lorashard.errors import AdapterError, UnsupportedAdapterError
 from lorashard.verify.reference.values import Bits, bits_of
-
-# Elements [begin, end) of the tensor of a name; valid until the next call.
-ReadTensor = Callable[[str, int, int], Bits]
 
 # By torch's names, and in bytes.
 _DTYPES = {
@@ -68,30 +61,15 @@ class SafetensorsFile:
             self.dtypes[name], size = ("uint8", 1) if is_bytes else _DTYPES[info["dtype"]]
             self.item_sizes[name], self._begins[name] = size, 8 + length + begin
 
-    def reader(self) -> ReadTensor:
-        """A function for one thread that reads into a buffer of its own."""
-        buffer = np.empty(0, np.uint8)
-
-        def read(name: str, begin: int, end: int) -> Bits:
-            nonlocal buffer
-            size = self.item_sizes[name]
-            num_bytes = (end - begin) * size
-            if buffer.nbytes < num_bytes:
-                buffer = np.empty(num_bytes, np.uint8)
-            data = buffer[:num_bytes]
-            self._fill(data, name, self._begins[name] + begin * size)
-            elements: Bits = data.view(f"u{size}")
-            return elements
-
-        return read
-
-    def _fill(self, data: npt.NDArray[np.uint8], name: str, offset: int) -> None:
-        done = 0
-        while done < data.nbytes:
-            count = os.preadv(self._file.fileno(), [data[done:].data], offset + done)
+    def read_into(self, name: str, begin: int, out: Bits) -> None:
+        """Fill `out` with the bits of a tensor's elements from `begin` on."""
+        size = self.item_sizes[name]
+        data, offset = out.data.cast("B"), self._begins[name] + begin * size
+        while data:
+            count = os.preadv(self._file.fileno(), [data], offset)
             if not count:
                 raise AdapterError(f"{self.name}: ended while {name} was read.")
-            done += count
+            data, offset = data[count:], offset + count
 
 
 class PickledTensors:
@@ -103,26 +81,19 @@ class PickledTensors:
 
         self.name = path.name
         try:
-            self._tensors = torch.load(path, weights_only=True, map_location="cpu")
+            tensors = torch.load(path, weights_only=True, map_location="cpu")
         except (OSError, EOFError, RuntimeError, UnpicklingError) as err:
             raise AdapterError(f"{path}: {err}.", hint="Copy or download it again.") from err
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        self.dtypes, self.item_sizes = {}, {}
-        for name, tensor in self._tensors.items():
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.dtypes, self.item_sizes, self._bits = {}, {}, {}
+        for name, tensor in tensors.items():
             self.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
             self.item_sizes[name] = tensor.element_size()
+            self._bits[name] = bits_of(tensor).reshape(-1)
 
-    def reader(self) -> ReadTensor:
-        """A function that gives what is in memory."""
-        whose, bits = "", np.empty(0, np.uint8)
-
-        def read(name: str, begin: int, end: int) -> Bits:
-            nonlocal whose, bits
-            if name != whose:
-                whose, bits = name, bits_of(self._tensors[name]).reshape(-1)
-            return bits[begin:end]
-
-        return read
+    def read_into(self, name: str, begin: int, out: Bits) -> None:
+        """Fill `out` with the bits of a tensor's elements from `begin` on."""
+        out[:] = self._bits[name][begin : begin + len(out)]
 
 
 def load_source(

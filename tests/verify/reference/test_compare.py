@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +292,13 @@ def build(
     return Adapter(source, shards, manifest)
 
 
+@pytest.fixture(params=[8, 2**19])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One or two values at a time, or a tensor."""
+    monkeypatch.setattr("lorashard.verify.reference.values._CHUNK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize(
     "case",
     [
@@ -362,6 +369,30 @@ def test_a_placement_that_leaves_an_expert_out_is_found(tmp_path: Path) -> None:
     adapter.manifest["placement"]["ranks"] = [[2, 0], [1, 1]]
     expected = f"lorashard.json: the placement of {MODULE} does not hold every expert."
     assert adapter.findings() == [expected]
+
+
+@pytest.mark.parametrize("chunk_bytes", [4, 20, 64, 4096])
+@pytest.mark.parametrize("ranks", [[[2, 0], [1, 3]], [[0, 1, 2], [2, 3]], [[3, 1, 0, 2]]])
+def test_every_wrong_value_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, ranks: list[list[int]]
+) -> None:
+    monkeypatch.setattr("lorashard.verify.reference.values._CHUNK_BYTES", chunk_bytes)
+    adapter = build(tmp_path, per_expert(), ranks=ranks)
+    name, last = f"{MODULE}.down_proj.lora_B", f"ep-{len(ranks) - 1:05d}-of-{len(ranks):05d}"
+    right = load_file(adapter.shards / f"{last}.safetensors")
+    for slot, row in product(range(len(ranks[-1])), range(H)):
+        wrong = right[name].clone()
+        wrong[slot, row:] += 1
+        wrong[(slot + 1) % len(wrong), -1, -1] += 1
+        save_file(right | {name: wrong}, adapter.shards / f"{last}.safetensors")
+        first, second = sorted([(slot, row, 0), ((slot + 1) % len(wrong), H - 1, R - 1)])
+        expected = [
+            f"{last}.safetensors: {name}: expert {ranks[-1][s]} (slot {s}): [{r}, {c}] is "
+            for s, r, c in (first, second)
+        ]
+        findings = adapter.findings()
+        assert len(findings) == 2
+        assert all(map(str.startswith, findings, expected))
 
 
 @pytest.mark.parametrize("make", [per_expert, fused])
@@ -549,6 +580,7 @@ def uneven(tmp_path: Path) -> Adapter:
     return adapter
 
 
+@pytest.mark.usefixtures("chunks")
 def test_uneven_experts_are_padded_with_zeros(tmp_path: Path) -> None:
     assert uneven(tmp_path).findings() == []
 
@@ -559,6 +591,7 @@ def test_one_scaling_may_stand_for_all_trained_experts(tmp_path: Path) -> None:
     assert adapter.findings() == []
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("pad", [1.0, -0.0])
 def test_a_pad_that_is_not_zero_is_found(tmp_path: Path, pad: float) -> None:
     adapter = uneven(tmp_path)

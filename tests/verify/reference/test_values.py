@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from lorashard.errors import AdapterError
 from lorashard.verify.reference import values
 from lorashard.verify.reference.files import SafetensorsFile
-from lorashard.verify.reference.values import Bits, Difference, Read, describe, first_difference
+from lorashard.verify.reference.values import (
+    Bits,
+    Difference,
+    Fill,
+    describe,
+    differing_chunks,
+    first_of,
+)
 from tests.imports import imported_by
 
 FLOATS = (
@@ -58,18 +65,32 @@ assert text == "[1, 2] is 0x39, from the source 0x38.", text
 def test_the_first_of_all_elements_that_differ_is_found(
     monkeypatch: pytest.MonkeyPatch, size: int, num_elements: int
 ) -> None:
-    monkeypatch.setattr(values, "_CHUNK", 8)
+    monkeypatch.setattr(values, "_CHUNK_BYTES", 8 * size)
     expected: Bits = np.arange(num_elements, dtype=f"u{size}")
-    assert first_difference(reading(expected), reading(expected), num_elements) is None
+    assert differences(expected, expected) == []
     for wrong in range(num_elements):
         actual = expected.copy()
         actual[wrong:] ^= 1
-        found = first_difference(reading(expected), reading(actual), num_elements)
-        assert found == Difference(wrong, expected[wrong], actual[wrong])
+        first, *others = differences(expected, actual)
+        assert first == Difference(wrong, expected[wrong], actual[wrong])
+        assert [other.element for other in others] == [
+            n for n in (8, 16) if wrong < n < num_elements
+        ]
 
 
-def reading(bits: Bits) -> Read:
-    return lambda begin, end: bits[begin:end]
+def differences(expected: Bits, actual: Bits) -> list[Difference]:
+    """The first one of each chunk."""
+    chunks = differing_chunks(reading(expected), reading(actual), len(expected), expected.itemsize)
+    found = [first_of(begin, *both) for begin, *both in chunks]
+    assert None not in found
+    return [difference for difference in found if difference]
+
+
+def reading(bits: Bits) -> Fill:
+    def fill(begin: int, out: Bits) -> None:
+        out[:] = bits[begin : begin + len(out)]
+
+    return fill
 
 
 def test_a_file_that_ends_while_it_is_read_is_an_error_and_no_crash(tmp_path: Path) -> None:
@@ -77,7 +98,8 @@ def test_a_file_that_ends_while_it_is_read_is_an_error_and_no_crash(tmp_path: Pa
     save_file({"weight": torch.ones(4096)}, path)
     file = SafetensorsFile(path)
     os.truncate(path, path.stat().st_size - 4)
-    read = file.reader()
-    assert (read("weight", 0, 4095).view(np.float32) == 1).all()
+    most, all_of_it = np.empty(4095, np.uint32), np.empty(4096, np.uint32)
+    file.read_into("weight", 0, most)
+    assert (most.view(np.float32) == 1).all()
     with pytest.raises(AdapterError, match=r"weights\.safetensors: ended while weight was read"):
-        read("weight", 0, 4096)
+        file.read_into("weight", 0, all_of_it)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorashard.verify.reference import stacks
+from lorashard.verify.reference import rows
 from lorashard.verify.reference.files import SafetensorsFile
 from lorashard.verify.reference.pieces import Piece
 from lorashard.verify.reference.projections import Factor
-from lorashard.verify.reference.stacks import Source, Stack, compare_stacks
+from lorashard.verify.reference.sides import Source, Stack
+from lorashard.verify.reference.stacks import compare_stacks
 
 E, R, OUT = 3, 2, 7
 KINDS = ("experts_last", "rank_major", "grouped_by_expert")
@@ -57,17 +58,17 @@ class Written:
     def findings(self) -> list[str]:
         file = SafetensorsFile(self.path)
         experts = tuple(reversed(range(len(self.stack))))
-        _, rows, columns = self.stack.shape
-        stack = Stack(file, file.reader(), "stack", experts, (rows, columns))
+        _, num_rows, num_columns = self.stack.shape
+        stack = Stack(file, "stack", experts, (num_rows, num_columns))
         return list(compare_stacks(self.source, self.factor, [stack]))
 
 
 @pytest.fixture(params=[1, 2, 3, 100])
 def rows_at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     row_bytes = 4 * E * R
-    monkeypatch.setattr(stacks, "_BLOCK_BYTES", row_bytes * request.param)
-    monkeypatch.setattr(stacks, "_STEP_BYTES", row_bytes)
-    monkeypatch.setattr(stacks, "_STEP_ROWS", min(2, request.param))
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", row_bytes * request.param)
+    monkeypatch.setattr(rows, "_STEP_BYTES", row_bytes)
+    monkeypatch.setattr(rows, "_STEP_ROWS", min(2, request.param))
 
 
 @pytest.mark.usefixtures("rows_at_a_time")
@@ -118,7 +119,8 @@ def test_a_stack_of_another_dtype_or_shape_is_not_read(
 def test_memory_is_that_of_a_block_and_not_of_a_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transposed: bool
 ) -> None:
-    monkeypatch.setattr(stacks, "_BLOCK_BYTES", 2**17)
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 2**17)
+    monkeypatch.setattr(rows, "_STEP_BYTES", 2**16)
     written = Written(tmp_path, "rank_major", transposed=transposed, shape=(32, 2048, 16))
     assert written.stack.nbytes == 2**22
     tracemalloc.start()
