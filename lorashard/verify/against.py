@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def compare_with_adapter(
             import_torch("comparing values that were cast")
         if allow_pickle and _weights_name(adapter) == PICKLE_NAME:
             import_torch("reading a pickle")
-        document = json.loads(format_manifest(manifest))  # checked, with every field there
+        # Checked, with every field there; of the source's header, `reference` has its own reading.
+        headless = replace(manifest, source=replace(manifest.source, header=b""))
+        document = json.loads(format_manifest(headless))
         with cancellable_pool(_THREADS, progress) as (pool, advance):
             comparisons = compare_with_source(
                 shards, adapter, document, advance, allow_pickle=allow_pickle
