@@ -123,14 +123,14 @@ def unpack_expert(values: Bits, piece: Piece, num_experts: int) -> Bits:
 def unpack_rows(values: Bits, piece: Piece, num_experts: int) -> Bits:
     """Some rows of a source tensor that interleaves the experts, n of `piece.shape[0]`.
 
-    values: [n, all else]. Returns [E, n, columns], or [E, rows, n] of a transposed one.
+    values: [n, all else]. Returns [E, n, columns], where it is transposed [E, n, rows].
     """
     experts: Bits
     if piece.kind == "grouped_by_expert":
         experts = values.reshape(len(values), num_experts, -1).transpose(1, 0, 2)
     else:  # experts_last is rank_major in three dimensions
         experts = values.reshape(len(values), -1, num_experts).transpose(2, 0, 1)
-    return experts.transpose(0, 2, 1) if piece.transposed else experts
+    return experts
 
 
 def plain_key(name: str) -> str:

@@ -18,7 +18,6 @@ from lorashard.verify.reference.values import Bits, Difference, are_equal, first
 
 _BLOCK_BYTES = 8 * 2**20
 _STEP_BYTES = 2**19  # read and unpacked at once: what the processor's cache holds
-_STEP_ROWS = 32  # at least, if rows become columns: together they fill cache lines
 
 
 def compare_rows(
@@ -58,42 +57,38 @@ def _compare_slot_rows(stack: Stack, begin: int, experts: Bits) -> Iterator[tupl
 
 
 def _compare_columns(stack: Stack, begin: int, experts: Bits) -> Iterator[tuple[int, Difference]]:
-    """experts: [E, rows, n], where the slots have columns from `begin` on."""
+    """experts: [E, n, rows], transposed: the slots have columns from `begin` on."""
     rows, columns = stack.matrix_shape
     matrix = np.empty((rows, columns), experts.dtype)
-    actual = matrix[:, begin : begin + experts.shape[2]]
+    actual = matrix[:, begin : begin + experts.shape[1]]
     for slot, expert in enumerate(stack.experts):
+        expected: Bits = experts[expert].T
         stack.read_into(slot, 0, matrix.reshape(-1))
-        differ = experts[expert] != actual
+        differ = expected != actual
         if differ.any():
-            row, column = np.unravel_index(int(differ.argmax()), differ.shape)
-            element = int(row) * columns + begin + int(column)
-            yield slot, Difference(element, experts[expert][row, column], actual[row, column])
+            row, column = divmod(int(differ.argmax()), differ.shape[1])
+            element = row * columns + begin + column
+            yield slot, Difference(element, expected[row, column], actual[row, column])
 
 
 def _unpacked_blocks(source: Source, piece: Piece, item_size: int) -> Iterator[tuple[int, Bits]]:
-    """Yield the number of a row, and rows from there on as `unpack_rows` gives them.
+    """Yield the number of a row, and rows from there on as `unpack_rows` gives them, contiguous.
 
     Valid until the next block. Few rows at a time are unpacked: a column of many would use one
     element of each part of memory that comes into the cache.
     """
-    num_experts = source.num_experts
     num_rows, width = piece.shape[0], prod(piece.shape[1:])
-    row_bytes = width * item_size
-    least = _STEP_ROWS if piece.transposed else 1
-    step = min(num_rows, max(least, _STEP_BYTES // row_bytes))
-    in_block = min(num_rows, max(step, _BLOCK_BYTES // row_bytes))
+    step = min(num_rows, max(1, _STEP_BYTES // (width * item_size)))
+    in_block = min(num_rows, max(step, _BLOCK_BYTES // (width * item_size)))
     values: Bits = np.empty((step, width), f"u{item_size}")
-    shape = unpack_rows(values, piece, num_experts).shape
-    row_axis = 2 if piece.transposed else 1
-    block = np.empty((*shape[:row_axis], in_block, *shape[row_axis + 1 :]), values.dtype)
-    by_row = np.moveaxis(block, row_axis, 0)
     for begin in range(0, num_rows, in_block):
         length = min(in_block, num_rows - begin)
+        if begin == 0 or length < in_block:
+            columns = width // source.num_experts
+            block: Bits = np.empty((source.num_experts, length, columns), values.dtype)
         for first in range(0, length, step):
             rows = values[: min(step, length - first)]
             source.read_into(piece.name, (begin + first) * width, rows.reshape(-1))
-            unpacked = unpack_rows(rows, piece, num_experts)
-            by_row[first : first + len(rows)] = np.moveaxis(unpacked, row_axis, 0)
+            block[:, first : first + len(rows)] = unpack_rows(rows, piece, source.num_experts)
         source.advance(piece.name, length * width)
-        yield begin, np.moveaxis(by_row[:length], 0, row_axis)
+        yield begin, block

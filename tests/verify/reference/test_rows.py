@@ -68,7 +68,6 @@ def rows_at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     row_bytes = 4 * E * R
     monkeypatch.setattr(rows, "_BLOCK_BYTES", row_bytes * request.param)
     monkeypatch.setattr(rows, "_STEP_BYTES", row_bytes)
-    monkeypatch.setattr(rows, "_STEP_ROWS", min(2, request.param))
 
 
 @pytest.mark.usefixtures("rows_at_a_time")
