@@ -81,18 +81,21 @@ class PickledTensors:
 
         self.name = path.name
         try:
-            tensors = torch.load(path, weights_only=True, map_location="cpu")
+            self._tensors = torch.load(path, weights_only=True, map_location="cpu")
         except (OSError, EOFError, RuntimeError, UnpicklingError) as err:
             raise AdapterError(f"{path}: {err}.", hint="Copy or download it again.") from err
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self.dtypes, self.item_sizes, self._bits = {}, {}, {}
-        for name, tensor in tensors.items():
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self._bits: dict[str, Bits] = {}
+        self.dtypes, self.item_sizes = {}, {}
+        for name, tensor in self._tensors.items():
             self.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
             self.item_sizes[name] = tensor.element_size()
-            self._bits[name] = bits_of(tensor).reshape(-1)
 
     def read_into(self, name: str, begin: int, out: Bits) -> None:
         """Fill `out` with the bits of a tensor's elements from `begin` on."""
+        if name not in self._bits:
+            # Only now: its shape is known to be right, and not that of a few bytes repeated.
+            self._bits[name] = bits_of(self._tensors[name]).reshape(-1)
         out[:] = self._bits[name][begin : begin + len(out)]
 
 

@@ -718,3 +718,13 @@ def test_a_source_without_weights_cannot_be_compared(tmp_path: Path) -> None:
     (adapter.source / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors"):
         adapter.findings()
+
+
+def test_a_pickled_tensor_of_repeated_elements_is_not_written_out(tmp_path: Path) -> None:
+    adapter = build(tmp_path, per_expert())
+    weights = adapter.source / "adapter_model.safetensors"
+    huge = torch.zeros(1).expand(2**40, R)
+    torch.save(load_file(weights) | {ROUTER: huge}, adapter.source / "adapter_model.bin")
+    weights.unlink()
+    expected = f"{REPLICATED}: {ROUTER}: shape is torch.Size([2, 6]), in the source torch.Size([{2**40}, 2])."
+    assert adapter.findings(allow_pickle=True) == [expected]
