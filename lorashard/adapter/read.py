@@ -18,6 +18,7 @@ from lorashard.adapter.config import (
     PICKLE_NAME,
     WEIGHTS_NAME,
     AdapterIndex,
+    LoraConfig,
     parse_config,
 )
 from lorashard.adapter.layout import AdapterLayout, detect_layout
@@ -26,10 +27,9 @@ from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.pickled import PickledTensors
 from lorashard.adapter.several_files import refuse_several_files
 from lorashard.errors import AdapterError, UnsupportedAdapterError
-from lorashard.header import Header
 from lorashard.storage.local import ByteSource, LocalFile, WatchedFile, watch_file
 from lorashard.storage.remote import Location, RemoteFile, RemoteFolder, locate
-from lorashard.storage.safetensors_file import read_header
+from lorashard.storage.safetensors_file import parse_raw_header, read_header, read_raw_header
 from lorashard.storage.small_files import parse_json, read_small_file, read_small_path
 
 _MODEL_CONFIG = "config.json"
@@ -63,21 +63,57 @@ class AdapterSource:
         """
         if isinstance(self.weights, RemoteFile):
             return self.weights.opened(self.index.data_begin)
-        return self._watched_weights(self.weights)
+        return _watched_weights(self.weights, self.watched)
 
-    @contextmanager
-    def _watched_weights(self, weights: LocalFile | PickledTensors) -> Iterator[ByteSource]:
-        try:
-            yield weights
-        except AdapterError:
-            self._check_unchanged(weights)  # a better reason than a file that ended too early
-            raise
-        self._check_unchanged(weights)
 
-    def _check_unchanged(self, weights: LocalFile | PickledTensors) -> None:
-        for file in self.watched:
+@dataclass(frozen=True, slots=True)
+class LocalAdapter:
+    """The files of an adapter on this machine, not understood yet.
+
+    header: the raw start of the weights, up to their data. watched: the config.
+    """
+
+    directory: Path
+    config_bytes: bytes
+    weights: LocalFile | PickledTensors
+    header: bytes
+    watched: WatchedFile
+
+    def parsed(self) -> AdapterSource:
+        """What config and header say. Raises AdapterError (HeaderError for a damaged file)."""
+        header = parse_raw_header(self.header, self.weights)
+        refuse_notice(self.directory, header.tensors)
+        index = AdapterIndex(
+            self.parsed_config(), header.tensors, header.data_begin, header.file_size
+        )
+        return AdapterSource(
+            self.directory, self.config_bytes, self.weights, self.header, index,
+            watched=(self.watched,),
+        )  # fmt: skip
+
+    def parsed_config(self) -> LoraConfig:
+        """What the config says. Raises AdapterError."""
+        return parse_config(self.config_bytes, str(self.watched.path))
+
+    def opened(self) -> AbstractContextManager[ByteSource]:
+        """The same as `AdapterSource.opened`."""
+        return _watched_weights(self.weights, (self.watched,))
+
+
+@contextmanager
+def _watched_weights(
+    weights: LocalFile | PickledTensors, others: Sequence[WatchedFile]
+) -> Iterator[ByteSource]:
+    def check_unchanged() -> None:
+        for file in (*others, weights):
             file.check_unchanged()
-        weights.check_unchanged()
+
+    try:
+        yield weights
+    except AdapterError:
+        check_unchanged()  # a better reason than a file that ended too early
+        raise
+    check_unchanged()
 
 
 @contextmanager
@@ -89,14 +125,25 @@ def opened_adapter(adapter: Location, *, allow_pickle: bool) -> Iterator[Adapter
     if isinstance(adapter, RemoteFolder):
         yield _read_remote(find_remote_adapter(adapter))
         return
+    with opened_files(adapter, allow_pickle=allow_pickle) as files:
+        yield files.parsed()
+
+
+@contextmanager
+def opened_files(adapter: Path, *, allow_pickle: bool) -> Iterator[LocalAdapter]:
+    """The files of a local adapter, as `opened_adapter` finds them. Raises AdapterError."""
     directory = find_adapter(adapter)
+    config = watch_file(directory / CONFIG_NAME)
     has_weights = (directory / WEIGHTS_NAME).exists()
     if allow_pickle and not has_weights and (directory / PICKLE_NAME).exists():
-        config = watch_file(directory / CONFIG_NAME)
         yield _read_local(directory, config, PickledTensors(directory / PICKLE_NAME))
         return
-    with _opened_local(directory) as source:
-        yield source
+    if not is_no_folder(directory / WEIGHTS_NAME):
+        read_small_file(directory, CONFIG_NAME)  # what is wrong with that is said first
+        refuse_several_files(directory)
+        raise _no_weights(directory)
+    with closing(LocalFile(directory / WEIGHTS_NAME)) as weights:
+        yield _read_local(directory, config, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,25 +227,11 @@ def read_model_facts(model: Location) -> ModelFacts:
     return parse_model_config(config, file)
 
 
-@contextmanager
-def _opened_local(directory: Path) -> Iterator[AdapterSource]:
-    config = watch_file(directory / CONFIG_NAME)
-    if not is_no_folder(directory / WEIGHTS_NAME):
-        read_small_file(directory, CONFIG_NAME)  # what is wrong with that is said first
-        refuse_several_files(directory)
-        raise _no_weights(directory)
-    with closing(LocalFile(directory / WEIGHTS_NAME)) as weights:
-        yield _read_local(directory, config, weights)
-
-
 def _read_local(
     directory: Path, config: WatchedFile, weights: LocalFile | PickledTensors
-) -> AdapterSource:
+) -> LocalAdapter:
     config_bytes = read_small_file(directory, CONFIG_NAME)
-    raw, header = read_header(weights)
-    refuse_notice(directory, header.tensors)
-    index = _index(config_bytes, header, str(config.path))
-    return AdapterSource(directory, config_bytes, weights, raw, index, watched=(config,))
+    return LocalAdapter(directory, config_bytes, weights, read_raw_header(weights), config)
 
 
 def _read_remote(folder: RemoteFolder) -> AdapterSource:
@@ -209,13 +242,9 @@ def _read_remote(folder: RemoteFolder) -> AdapterSource:
         raise _no_weights(folder)
     raw, header = read_header(weights)
     refuse_notice(folder, header.tensors)
-    index = _index(config_bytes, header, str(folder))
+    config = parse_config(config_bytes, str(folder))
+    index = AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
     return AdapterSource(folder, config_bytes, weights, raw, index, folder.repo, folder.revision)
-
-
-def _index(config_bytes: bytes, header: Header, where: str) -> AdapterIndex:
-    config = parse_config(config_bytes, where)
-    return AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
 
 
 def _no_adapter(place: Location, named: Sequence[Location]) -> AdapterError:

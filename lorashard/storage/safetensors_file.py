@@ -31,12 +31,22 @@ def read_header(file: Path | SizedSource) -> tuple[bytes, Header]:
     Raises HeaderError for a damaged file, OSError or AdapterError for one that cannot be read.
     """
     if not isinstance(file, Path):
-        size, name = file.size_bytes, file.name
-        prefix = file.read(0, min(LENGTH_BYTES, size))
-        text = file.read(LENGTH_BYTES, LENGTH_BYTES + header_length(prefix, size, name))
-    else:
-        with os.fdopen(open_regular(file), "rb") as opened:
-            size, name = os.fstat(opened.fileno()).st_size, str(file)
-            prefix = opened.read(LENGTH_BYTES)
-            text = opened.read(header_length(prefix, size, name))
+        raw = read_raw_header(file)
+        return raw, parse_raw_header(raw, file)
+    with os.fdopen(open_regular(file), "rb") as opened:
+        size, name = os.fstat(opened.fileno()).st_size, str(file)
+        prefix = opened.read(LENGTH_BYTES)
+        text = opened.read(header_length(prefix, size, name))
     return prefix + text, parse_header(text, size, name)
+
+
+def read_raw_header(file: SizedSource) -> bytes:
+    """The bytes up to the data, of which only the length is checked. Raises as `read_header` does."""
+    size, name = file.size_bytes, file.name
+    prefix = file.read(0, min(LENGTH_BYTES, size))
+    return prefix + file.read(LENGTH_BYTES, LENGTH_BYTES + header_length(prefix, size, name))
+
+
+def parse_raw_header(raw: bytes, file: SizedSource) -> Header:
+    """The validated header of a file that begins with these bytes. Raises HeaderError."""
+    return parse_header(raw[LENGTH_BYTES:], file.size_bytes, file.name)

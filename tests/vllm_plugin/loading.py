@@ -162,6 +162,29 @@ def bits_of_stock() -> list[str]:
     return wrong
 
 
+def adapters_of_one_form() -> list[str]:
+    """Versions of an adapter one after another, as in an RL loop: each is served with its own values."""
+    wrong = []
+    for layout, wrapper in itertools.product(("L1", "L2"), ("2d", "3d")):
+        engine = harness.make_engine(**SIZES, wrapper=wrapper, ep_rank=1, module_names=modules())
+        versions = [
+            adapter_of(layout, seed=seed, config={"lora_alpha": alpha})
+            for seed, alpha in ((0, 4), (1, 4), (2, 4), (2, 8), (0, 4))
+        ]
+        for number, built in enumerate(versions, 1):
+            path = built.write(Path(tempfile.mkdtemp()))
+            engine.add_adapter(harness.request(engine, path, f"v{number}", number))
+            expected = {
+                place: {p: delta * built.config["lora_alpha"] / 4 for p, delta in deltas.items()}
+                for place, deltas in expected_deltas(built).items()
+            }
+            lines = mismatches(engine, harness.slot_of(engine, number), expected)
+            wrong += [f"{layout} {wrapper} version {number}: {line}" for line in lines[:2]]
+        if len(attached_loader(engine).plans) != 2:
+            wrong.append(f"{layout} {wrapper}: not the plans of two forms")
+    return wrong
+
+
 def _knows_rslora() -> bool:
     """Before 0.30 stock scales experts with alpha / r, whatever the config says."""
     import inspect
@@ -668,7 +691,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     check.__name__: check
     for check in (
         all_layouts, bits_of_stock, collections_while_loading, partly_trained, other_dtypes, only_needed_files, stays_inert,
-        without_experts,
+        adapters_of_one_form, without_experts,
         interleaved_rows, shared_factors, model_names, draft_layers, fully_sharded, slots_and_eviction, refused,
         experts_classes, found_by_vllm,
         engine_refusals,

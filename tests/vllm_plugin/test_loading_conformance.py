@@ -47,7 +47,7 @@ def test_every_layout_on_every_rank(release: str) -> None:
 
 @pytest.mark.parametrize(
     "check",
-    ["bits_of_stock", "collections_while_loading", "partly_trained", "other_dtypes", "only_needed_files", "stays_inert", "without_experts",
+    ["bits_of_stock", "collections_while_loading", "adapters_of_one_form", "partly_trained", "other_dtypes", "only_needed_files", "stays_inert", "without_experts",
      "interleaved_rows", "shared_factors", "model_names", "draft_layers", "fully_sharded", "slots_and_eviction", "experts_classes", "found_by_vllm"],
 )  # fmt: skip
 def test_nothing_is_wrong(release: str, check: str) -> None:

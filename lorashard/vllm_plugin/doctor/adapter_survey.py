@@ -23,7 +23,8 @@ from lorashard.vllm_plugin.doctor.findings import (
     SurveyedAdapter,
 )
 from lorashard.vllm_plugin.load.contents import AdapterContents, NoSources
-from lorashard.vllm_plugin.load.plain_source import module_contents, open_with_experts
+from lorashard.vllm_plugin.load.plain_plan import module_contents
+from lorashard.vllm_plugin.load.plain_source import open_with_experts
 from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 
 

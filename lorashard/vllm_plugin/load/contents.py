@@ -14,15 +14,18 @@ from lorashard.adapter.config import LoraConfig
 from lorashard.adapter.keys import Projection
 from lorashard.header import TensorEntry
 from lorashard.shards.placement import Ranks
+from lorashard.shards.plan import Rearrange
 from lorashard.storage.local import ByteSource
 from lorashard.vllm_plugin.load.assembly import ShardStack
 
-REPLICATED = -1  # in place of an ep rank: the source of what every rank needs
+# In place of an ep rank:
+REPLICATED = -1  # the source of what every rank needs
+WEIGHTS = -2  # a plain adapter's own file, for what is rearranged
 Scaling = Union[float, tuple[float, ...]]
 
 
 class RankSources(Protocol):
-    """The bytes of an adapter's tensors, by ep rank or REPLICATED."""
+    """The bytes of an adapter's tensors, by ep rank, REPLICATED or WEIGHTS."""
 
     def offset_of(self, ep_rank: int, name: str) -> int:
         """First byte of a tensor in its rank's source. Opens nothing."""
@@ -58,13 +61,27 @@ class ModuleContents:
 
 
 @dataclass(frozen=True, slots=True)
+class Rearrangement:
+    """A tensor with several experts' factors of a stack of source 0, in another order of axes.
+
+    op: its bytes in the adapter's weights, and how they lie; its targets mean nothing here. slots:
+    for each expert along axis e the slot of the stack that it fills, None if the rank lacks it.
+    """
+
+    stack: str
+    op: Rearrange
+    slots: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterContents:
     """What one adapter has for this engine.
 
     dense: the tensors beside the experts, entries of the replicated source. gate_up_known: False
     if "concatenated" is only assumed, so that the model decides. version: the same on all
     ranks that read the same version: the manifest's BLAKE3 in hex, or that of a plain adapter's
-    config and header.
+    config and header. rearrangements: what has to be put in order. rearranged: the stacks that this
+    fills; the others are read from the sources before, where what is to come is zero.
     """
 
     config: LoraConfig
@@ -74,6 +91,8 @@ class AdapterContents:
     dense: tuple[TensorEntry, ...]
     sources: RankSources
     version: str = ""
+    rearrangements: tuple[Rearrangement, ...] = ()
+    rearranged: frozenset[str] = frozenset()
 
     @property
     def lora_names(self) -> Iterator[str]:

@@ -6,17 +6,20 @@ otherwise through a block of scratch memory. Many threads; each byte is read onc
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from math import prod
 from typing import Any
 
 from lorashard.dtypes import ELEMENT_SIZE, TORCH_DTYPES
+from lorashard.storage.buffers import ThreadBuffer
 from lorashard.storage.local import ByteSource
 from lorashard.vllm_plugin.load.contents import RankSources, Scaling
 from lorashard.vllm_plugin.load.reads import CopyJob, LayerPlan, PlacedFactor, ReadJob
-from lorashard.writing.blocks import BLOCK_BYTES
+from lorashard.vllm_plugin.load.rearrangements import RearrangeJob
+from lorashard.writing.rearrange import LARGE_TILE_BYTES, copy_in_tiles
+
+Job = ReadJob | CopyJob | RearrangeJob
 
 
 class Filler:
@@ -25,13 +28,14 @@ class Filler:
     def __init__(self, region: Any, sources: RankSources, dtype: str, threads: Executor) -> None:
         import torch
 
+        self._region = region
         self._memory = memoryview(region)
         self._bytes = torch.from_numpy(region)
         self._sources = sources
-        self._dtype = getattr(torch, TORCH_DTYPES[dtype])
+        self._dtype = _torch_dtype(dtype)
         self._element_size = ELEMENT_SIZE[dtype]
         self._threads = threads
-        self._scratch = threading.local()
+        self._scratch, self._ordered = ThreadBuffer(), ThreadBuffer()
 
     def tensor(self, placed: PlacedFactor) -> Any:
         """The torch tensor [num_slots, rows, cols] of a factor: a view of the region."""
@@ -39,7 +43,7 @@ class Filler:
         view = self._bytes[placed.offset : placed.offset + size]
         return view.view(self._dtype).view(placed.shape)
 
-    def run(self, layers: Sequence[LayerPlan], jobs: Sequence[ReadJob | CopyJob]) -> int:
+    def run(self, layers: Sequence[LayerPlan], jobs: Sequence[Job]) -> int:
         """Do all jobs and zero what none of them fills; the number of bytes read.
 
         Raises the first error, once no thread writes to the region any more.
@@ -61,11 +65,13 @@ class Filler:
             # the region: without the cycle the region is free again as soon as the error is gone.
             del futures, errors
 
-    def _do(self, job: ReadJob | CopyJob, source: ByteSource) -> int:
+    def _do(self, job: Job, source: ByteSource) -> int:
         if isinstance(job, CopyJob):
             source.read_into(self._memory[job.target : job.target + job.size], job.begin)
             return job.size
-        if job.is_verbatim:
+        if isinstance(job, RearrangeJob):
+            self._rearrange(job, source)
+        elif job.is_verbatim:
             self._read_verbatim(job, source)
         else:
             self._read_through_scratch(job, source)
@@ -79,10 +85,9 @@ class Filler:
     def _read_through_scratch(self, job: ReadJob, source: ByteSource) -> None:
         import torch
 
-        scratch = self._scratch_of_thread(job.size_bytes)
-        source.read_into(memoryview(scratch)[: job.size_bytes], job.offset)
-        data = torch.frombuffer(scratch, dtype=torch.uint8, count=job.size_bytes)
-        stored = data.view(getattr(torch, TORCH_DTYPES[job.stack.dtype])).view(job.shape)
+        scratch = self._scratch.get(job.size_bytes)
+        source.read_into(scratch, job.offset)
+        stored = torch.frombuffer(scratch, dtype=_torch_dtype(job.stack.dtype)).view(job.shape)
         values = stored.to(self._dtype)
         for placed in job.pieces:
             rows, cols = placed.piece.target
@@ -90,11 +95,33 @@ class Filler:
             part.copy_(values[:, placed.piece.source])
             _scale(part, job.scaling)
 
-    def _scratch_of_thread(self, size: int) -> bytearray:
-        scratch: bytearray | None = getattr(self._scratch, "buffer", None)
-        if scratch is None or len(scratch) < size:
-            self._scratch.buffer = scratch = bytearray(max(size, BLOCK_BYTES))
-        return scratch
+    def _rearrange(self, job: RearrangeJob, source: ByteSource) -> None:
+        import numpy as np
+        import torch
+
+        block, stored = job.block, job.block.op.source_dtype
+        scratch = self._scratch.get(block.end - block.begin)
+        source.read_into(scratch, block.begin)
+        bits = f"u{ELEMENT_SIZE[stored]}"
+        factors = np.frombuffer(scratch, bits).reshape(job.shape).transpose(job.order)
+        for each in job.parts:
+            part, values = self.tensor(each.into)[each.target], factors[each.source]
+            if _torch_dtype(stored) == self._dtype:
+                copy_in_tiles(values, part.view(torch.uint8).numpy().view(bits), LARGE_TILE_BYTES)
+            else:  # in order first: torch casts a row at a time
+                ordered = self._ordered.get(values.nbytes)
+                copy_in_tiles(
+                    values, np.frombuffer(ordered, bits).reshape(values.shape), LARGE_TILE_BYTES
+                )
+                cast = torch.frombuffer(ordered, dtype=_torch_dtype(stored)).view(values.shape)
+                part.copy_(cast)
+            _scale(part, each.scaling)
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, TORCH_DTYPES[name])
 
 
 def _scale(values: Any, scaling: Scaling | None) -> None:

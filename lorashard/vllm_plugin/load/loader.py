@@ -24,6 +24,7 @@ from lorashard.vllm_plugin.engine.names import ModuleNames, read_model_names
 from lorashard.vllm_plugin.load.collector import paused_collection
 from lorashard.vllm_plugin.load.contents import AdapterContents
 from lorashard.vllm_plugin.load.fill import Filler
+from lorashard.vllm_plugin.load.kept_plans import KeptPlans
 from lorashard.vllm_plugin.load.lora_model import (
     make_lora_model,
     packed_experts,
@@ -40,6 +41,7 @@ from lorashard.vllm_plugin.load.reads import (
     plan_copies,
     plan_reads,
 )
+from lorashard.vllm_plugin.load.rearrangements import plan_rearrangements
 from lorashard.vllm_plugin.load.regions import RegionPool
 from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 from lorashard.vllm_plugin.load.threads import reader_threads
@@ -80,7 +82,8 @@ class AdapterLoader:
     """Loads adapters for one LoRA manager, into regions of host memory that it keeps.
 
     experts: the engine's MoE layers on this rank, by name, in the order of the model.
-    last_report: of the last load; None where vLLM's own loader did it, or it failed.
+    plans: of the plain adapters loaded last. last_report: of the last load; None where vLLM's own
+    loader did it, or it failed.
     """
 
     def __init__(self, manager: Any, stock: Any) -> None:
@@ -96,10 +99,10 @@ class AdapterLoader:
         self.ep_rank = max((live.ep_rank for live in self.experts.values()), default=0)
         self._dtype = safetensors_dtype(manager.lora_config.lora_dtype)
         self._threads = reader_threads(settings.reader_threads())
-        # Two more than vLLM keeps: it loads an adapter before it evicts another, and a plain one
-        # that has to be rearranged is in a region of its own meanwhile.
-        limit = int(manager.lora_config.max_cpu_loras or manager.lora_config.max_loras) + 2
+        # One more than vLLM keeps: it loads an adapter before it evicts another.
+        limit = int(manager.lora_config.max_cpu_loras or manager.lora_config.max_loras) + 1
         self.regions = RegionPool(limit, manager.device, self._threads)
+        self.plans = KeptPlans()
         self.last_report: LoadReport | None = None
         self.has_loaded = False  # set once all ranks have agreed on a load
         self._model_names = read_model_names(manager)
@@ -135,9 +138,7 @@ class AdapterLoader:
             name = names.moe_module(module, self.experts)
             return self.experts[name].local_experts if name else ()
 
-        contents = open_plain_adapter(
-            path, self.layout_options(), local_experts, stack, self._threads, self.regions.take
-        )
+        contents = open_plain_adapter(path, self.layout_options(), local_experts, stack, self.plans)
         return None if contents is None else _OpenedAdapter(path, False, contents)
 
     def _outcome(self, adapter: _OpenedAdapter, names: ModuleNames) -> LoadOutcome:
@@ -177,9 +178,11 @@ class AdapterLoader:
         filler = Filler(region, contents.sources, self._dtype, self._threads)
         jobs: list[ReadJob | CopyJob] = [
             *plan_copies(begin, end),
-            *plan_reads(layers, contents.sources.offset_of, self._dtype),
+            *plan_reads(layers, contents.sources.offset_of, self._dtype, contents.rearranged),
         ]
         num_bytes = filler.run(layers, jobs)
+        # After the reads, which fill with zeros what a rearrangement may fill in part.
+        num_bytes += filler.run((), list(plan_rearrangements(layers, contents.rearrangements)))
         model = make_lora_model(
             self._stock, {entry.name: tensor_in(region, entry, begin) for entry in dense},
             peft_helper, arguments, contents.config, names,

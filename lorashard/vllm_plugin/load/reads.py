@@ -6,7 +6,7 @@ tensor begins. Out: reads of at most BLOCK_BYTES, or of one expert if that is mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -133,20 +133,28 @@ def plan_copies(begin: int, end: int) -> Iterator[CopyJob]:
         yield CopyJob(REPLICATED, at, at - begin, min(BLOCK_BYTES, end - at))
 
 
-def plan_reads(layers: Sequence[LayerPlan], offset_of: OffsetOf, dtype: str) -> Iterator[ReadJob]:
+def plan_reads(
+    layers: Sequence[LayerPlan],
+    offset_of: OffsetOf,
+    dtype: str,
+    rearranged: Collection[str] = (),
+) -> Iterator[ReadJob]:
     """Every read of every layer. dtype: of the device's LoRA buffers, a safetensors name.
 
+    rearranged: stacks that are left to `rearrangements`.
     Raises LayoutError if the engine keeps one factor where the experts' scalings differ.
     """
     for layer in layers:
-        for stack, pieces in _pieces_by_stack(layer).items():
+        for stack, pieces in pieces_by_stack(layer).items():
+            if stack.name in rearranged:
+                continue
             if stack.shared:
                 yield _read_of_shared(layer, stack, pieces, offset_of, dtype)
             else:
                 yield from _reads_of_experts(layer, stack, pieces, offset_of, dtype)
 
 
-def _pieces_by_stack(layer: LayerPlan) -> dict[ShardStack, tuple[PlacedPiece, ...]]:
+def pieces_by_stack(layer: LayerPlan) -> dict[ShardStack, tuple[PlacedPiece, ...]]:
     """Each stack is read once, whatever the number of tensors that it goes into."""
     pieces: dict[ShardStack, list[PlacedPiece]] = {}
     for placed in layer.factors:
@@ -166,7 +174,7 @@ def _read_of_shared(
 
     Only the repeated one can be scaled expert by expert.
     """
-    scaling = _scaling_of(layer, stack)
+    scaling = scaling_of(layer, stack)
     if pieces[0].into.factor.num_slots == 1 and len(layer.experts) != 1:
         scaling = _common_scaling(layer.name, scaling)
     return ReadJob(
@@ -175,7 +183,7 @@ def _read_of_shared(
         stack,
         first_slot=0,
         num_slots=1,
-        scaling=_scaling_of_slots(scaling, layer.experts),
+        scaling=scaling_of_slots(scaling, layer.experts),
         pieces=pieces,
         is_verbatim=_is_verbatim(stack, pieces, dtype),
     )
@@ -189,7 +197,7 @@ def _reads_of_experts(
     dtype: str,
 ) -> Iterator[ReadJob]:
     """The factors of this rank's experts, run by run, in blocks."""
-    scaling = _scaling_of(layer, stack)
+    scaling = scaling_of(layer, stack)
     is_verbatim = _is_verbatim(stack, pieces, dtype)
     slot_bytes = stack.rows * stack.cols * ELEMENT_SIZE[stack.dtype]
     slots_per_block = max(1, BLOCK_BYTES // max(1, slot_bytes))
@@ -205,7 +213,7 @@ def _reads_of_experts(
                 stack,
                 first_slot,
                 num_slots,
-                _scaling_of_slots(scaling, experts),
+                scaling_of_slots(scaling, experts),
                 pieces,
                 is_verbatim,
             )
@@ -215,12 +223,12 @@ def _is_verbatim(stack: ShardStack, pieces: Sequence[PlacedPiece], dtype: str) -
     return len(pieces) == 1 and stack.dtype == dtype and pieces[0].into.factor.is_verbatim
 
 
-def _scaling_of(layer: LayerPlan, stack: ShardStack) -> Scaling:
+def scaling_of(layer: LayerPlan, stack: ShardStack) -> Scaling:
     """Scaling belongs into lora_B, where vLLM's `optimize` puts it."""
     return layer.scaling[stack.projection] if stack.matrix == "lora_B" else 1.0
 
 
-def _scaling_of_slots(scaling: Scaling, experts: Sequence[int]) -> Scaling | None:
+def scaling_of_slots(scaling: Scaling, experts: Sequence[int]) -> Scaling | None:
     """What to multiply these experts' slots by; None for nothing. vLLM skips a scaling of 1 too."""
     if isinstance(scaling, tuple):
         return tuple(scaling[expert] for expert in experts)

@@ -13,7 +13,7 @@ from lorashard.vllm_plugin.doctor.flags import EngineFlags
 from lorashard.vllm_plugin.doctor.live_layers import NamesOfAdapter, expected_layers, shown_sizes
 from lorashard.vllm_plugin.load.contents import AdapterContents, NoSources
 from lorashard.vllm_plugin.load.matching import match_layers
-from lorashard.vllm_plugin.load.plain_source import module_contents
+from lorashard.vllm_plugin.load.plain_plan import module_contents
 from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, Spec, build
 from tests.strategies import index_of, layout_of
 

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +18,7 @@ from lorashard.errors import AdapterError, LorashardError
 from lorashard.storage.local import LocalFile
 from lorashard.storage.safetensors_file import read_header
 from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents
+from lorashard.vllm_plugin.load.kept_plans import KeptPlans
 from lorashard.vllm_plugin.load.plain_source import has_experts, open_plain_adapter
 from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 from tests.tiny import (
@@ -32,6 +32,7 @@ from tests.tiny import (
     save_fused,
     save_pickled,
 )
+from tests.vllm_plugin.load.plain_loads import read_stacks
 
 OPTIONS = LayoutOptions(num_experts=E, hidden_size=H, intermediate_size=I, gate_up="concatenated")
 RANKS = ((0, 1), (2, 3))
@@ -44,42 +45,27 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield made
 
 
-def dirty_memory(size: int) -> Any:
-    return np.full(size, 0xC3, np.uint8)
-
-
 @pytest.fixture
-def opened(threads: ThreadPoolExecutor) -> Iterator[Opened]:
+def opened() -> Iterator[Opened]:
     """What a rank with these experts has of an adapter, whose files stay open for the test."""
     with ExitStack() as stack:
 
         def open_for_rank(
             path: Path, experts: tuple[int, ...] = RANKS[0]
         ) -> AdapterContents | None:
-            return open_plain_adapter(
-                path, OPTIONS, lambda _: experts, stack, threads, dirty_memory
-            )
+            return open_plain_adapter(path, OPTIONS, lambda _: experts, stack, KeptPlans())
 
         yield open_for_rank
-
-
-def stacks_of(contents: AdapterContents) -> dict[str, bytes]:
-    """Every stack's bytes, by name."""
-    (module,) = contents.modules
-    found = {}
-    for stack in module.stacks:
-        ep_rank, slots = (REPLICATED, 1) if stack.shared else (0, len(module.ranks[0]))
-        data = bytearray(slots * stack.rows * stack.cols * 2)
-        offset = contents.sources.offset_of(ep_rank, stack.name)
-        contents.sources.source_of(ep_rank).read_into(memoryview(data), offset)
-        found[stack.name] = bytes(data)
-    return found
 
 
 @pytest.mark.parametrize("save", [save_adapter, save_fused, save_pickled])
 @pytest.mark.parametrize("ep_rank", [0, 1])
 def test_a_rank_has_what_its_file_of_a_split_has(
-    tmp_path: Path, opened: Opened, save: Callable[[Path], Path], ep_rank: int
+    tmp_path: Path,
+    opened: Opened,
+    threads: ThreadPoolExecutor,
+    save: Callable[[Path], Path],
+    ep_rank: int,
 ) -> None:
     adapter = save(tmp_path / "adapter")
     request = SplitRequest(2, options=OPTIONS, allow_pickle=True)
@@ -87,7 +73,7 @@ def test_a_rank_has_what_its_file_of_a_split_has(
     contents = opened(adapter, RANKS[ep_rank])
     assert contents is not None
     expected = load_file(tmp_path / "shards" / RANK_FILES[ep_rank])
-    assert stacks_of(contents) == {
+    assert read_stacks(contents, threads) == {
         name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in expected.items()
     }
     with ExitStack() as stack:
@@ -113,43 +99,29 @@ def test_dense_tensors_are_those_beside_the_experts(tmp_path: Path, opened: Open
 
 
 def test_experts_without_lora_are_zero_whatever_the_memory_held(
-    tmp_path: Path, opened: Opened
+    tmp_path: Path, opened: Opened, threads: ThreadPoolExecutor
 ) -> None:
     tensors = per_expert_tensors()
     trained = {name: t for name, t in tensors.items() if ".experts.1." not in name}
     contents = opened(save_adapter(tmp_path, trained))
     assert contents is not None
-    for name, data in stacks_of(contents).items():
+    for name, data in read_stacks(contents, threads).items():
         half = len(data) // 2
         assert any(data[:half]), name
         assert not any(data[half:]), name
 
 
-def test_an_adapter_with_a_tensor_per_expert_takes_no_memory_before_it_is_read(
-    tmp_path: Path, threads: ThreadPoolExecutor
+@pytest.mark.parametrize("save", [save_adapter, save_fused])
+def test_a_rank_without_experts_has_stacks_of_no_bytes(
+    tmp_path: Path, opened: Opened, threads: ThreadPoolExecutor, save: Callable[[Path], Path]
 ) -> None:
-    taken: list[int] = []
-
-    def take(size: int) -> Any:
-        taken.append(size)
-        return dirty_memory(size)
-
-    for save, expected in ((save_adapter, 0), (save_fused, 1)):
-        taken.clear()
-        with ExitStack() as stack:
-            adapter = save(tmp_path / save.__name__)
-            assert open_plain_adapter(adapter, OPTIONS, lambda _: (0,), stack, threads, take)
-        assert len(taken) == expected
-
-
-def test_a_rank_without_experts_has_stacks_of_no_bytes(tmp_path: Path, opened: Opened) -> None:
-    contents = opened(save_adapter(tmp_path), experts=())
+    contents = opened(save(tmp_path), experts=())
     assert contents is not None
-    assert set(stacks_of(contents).values()) == {b""}
+    assert set(read_stacks(contents, threads).values()) == {b""}
 
 
 def test_bytes_of_other_ranks_experts_are_not_read(
-    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, opened: Opened, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = save_adapter(tmp_path)
     _, header = read_header(adapter / "adapter_model.safetensors")
@@ -163,7 +135,7 @@ def test_bytes_of_other_ranks_experts_are_not_read(
     monkeypatch.setattr(LocalFile, "read_into", recorded)
     contents = opened(adapter, experts=(2,))
     assert contents is not None
-    stacks_of(contents)
+    read_stacks(contents, threads)
     by_expert = dict.fromkeys("0123", 0)
     sizes = dict.fromkeys("0123", 0)
     for entry in header.tensors:
