@@ -177,9 +177,7 @@ def _add_sources(
 
 
 def _peft_module(entry: TensorEntry) -> str:
-    name = clean_name(entry.name)
-    begin = len(PEFT_PREFIX) if name.startswith(PEFT_PREFIX) else 0
-    return name[begin : name.rindex(".lora_")]
+    return clean_name(entry.name).removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
 
 
 def _per_expert(tensors: ContainerTensors) -> Iterable[_NamedSources]:

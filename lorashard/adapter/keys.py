@@ -164,23 +164,27 @@ def parse_key(name: str, num_dims: int) -> ParsedKey:
     """Say what a tensor name means. Expert ids are integers, never strings to sort by."""
     name = clean_name(name)
     # The first pattern matches nearly every key of a per-expert adapter, so it comes first.
-    if match := _EXPERT.fullmatch(name) or _PROJECTION_LIST.fullmatch(name):
-        return _expert_key("expert", match, "", int(match["expert"]))
+    if match := _EXPERT.fullmatch(name):
+        module, expert, leaf, matrix = match.groups()
+        return _expert_key("expert", module, leaf, matrix, int(expert))
+    if match := _PROJECTION_LIST.fullmatch(name):
+        module, leaf, expert, matrix = match.groups()
+        return _expert_key("expert", module, leaf, matrix, int(expert))
     for kind, pattern in _WRAPPERS:
         if match := pattern.fullmatch(name):
             return ExpertKey(kind, match["module"], None, _MATRICES[match["matrix"]], None)
     for kind, pattern, suffix, dims in _EXPERT_STACKS:
         if num_dims in dims and (match := pattern.fullmatch(name)):
-            return _expert_key(kind, match, suffix, None)
+            module, leaf, matrix = match.group("module", "projection", "matrix")
+            return _expert_key(kind, module + suffix, leaf, matrix, None)
     return _foreign_key(name.split(".")) or _parse_other(name, num_dims)
 
 
-def _expert_key(kind: Kind, match: re.Match[str], suffix: str, expert: int | None) -> ParsedKey:
-    module, leaf, matrix = match.group("module", "projection", "matrix")
+def _expert_key(kind: Kind, module: str, leaf: str, matrix: str, expert: int | None) -> ParsedKey:
     projection = _PROJECTIONS.get(leaf)
     if projection is None:
         return UnknownKey(f"an expert projection called {leaf!r}")
-    return ExpertKey(kind, module + suffix, projection, _MATRICES[matrix], expert)
+    return ExpertKey(kind, module, projection, _MATRICES[matrix], expert)
 
 
 def _foreign_key(parts: list[str]) -> UnknownKey | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 
 from lorashard.adapter.containers import Axes, SourceFactor
 from lorashard.adapter.keys import clean_name
@@ -131,7 +132,7 @@ def build_plan(layout: AdapterLayout, placement: Placement, dtype: str | None) -
                 zeros.extend(_untrained_slots(stack, slots, cast))
                 for source in stack.sources:
                     _plan_source(source, stack, slots, cast, reads, zeros)
-    reads.sort(key=lambda op: op.begin)
+    reads.sort(key=attrgetter("begin"))
     return ShardPlan(files, tuple(merge_copies(reads)), tuple(zeros))
 
 
@@ -206,13 +207,14 @@ def expert_slots(
     begins: per file, where each tensor begins. dtype: that of the stack in the files.
     """
     slot_bytes = stack.rows * stack.cols * ELEMENT_SIZE[dtype]
-    slots: dict[int, list[Target]] = {}
+    slots: dict[int, tuple[Target, ...]] = {}
     for ep_rank, experts in enumerate(ranks):
-        begin = begins[1 + ep_rank][stack.name]
-        for local_expert, expert in enumerate(experts):
-            target = Target(1 + ep_rank, begin + local_expert * slot_bytes)
-            slots.setdefault(expert, []).append(target)
-    return {expert: tuple(targets) for expert, targets in slots.items()}
+        offset = begins[1 + ep_rank][stack.name]
+        for expert in experts:
+            target = Target(1 + ep_rank, offset)
+            slots[expert] = (*slots[expert], target) if expert in slots else (target,)
+            offset += slot_bytes
+    return slots
 
 
 def _untrained_slots(
@@ -237,7 +239,7 @@ def _plan_source(
     entry = source.entry
     if entry.size_bytes == 0:
         return  # r=0: the slots are zero, as those of any expert that is not trained
-    targets = tuple(slots[expert] for expert in source.experts)
+    targets = tuple(map(slots.__getitem__, source.experts))
     padded = source.cols != stack.cols
     if source.axes != "erc" or padded or entry.dtype != dtype:
         # One expert's [row, col] is also [row, expert, col], which blocks of rows can run through.
@@ -250,10 +252,11 @@ def _plan_source(
         )  # fmt: skip
         return
     size = source.rows * source.cols * ELEMENT_SIZE[dtype]
-    rest = stack.rows * stack.cols * ELEMENT_SIZE[dtype] - size
-    for position, expert_targets in enumerate(targets):
-        begin = entry.begin + position * size
+    rest = (stack.rows - source.rows) * stack.cols * ELEMENT_SIZE[dtype]
+    begin = entry.begin
+    for expert_targets in targets:
         reads.append(CopyRange(begin, begin + size, expert_targets))
+        begin += size
         if rest:
             zeros.extend(ZeroFill(Target(t.file, t.offset + size), rest) for t in expert_targets)
 
@@ -278,8 +281,10 @@ def merge_copies(reads: Sequence[ReadOp]) -> Iterator[ReadOp]:
 
 
 def _continues(first: CopyRange, second: CopyRange) -> bool:
+    if first.end != second.begin or len(first.targets) != len(second.targets):
+        return False
     size = first.end - first.begin
-    return first.end == second.begin and len(first.targets) == len(second.targets) and all(
-        a.file == b.file and a.offset + size == b.offset
-        for a, b in zip(first.targets, second.targets)
-    )  # fmt: skip
+    for a, b in zip(first.targets, second.targets):
+        if a.offset + size != b.offset or a.file != b.file:
+            return False
+    return True
