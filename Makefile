@@ -17,7 +17,7 @@ help: ## show this list
 demo: $(VENV)/.test ## make a small real MoE adapter, split it for EP 2, verify it, and show what is where
 	$(BIN)/python -m tests.demo
 
-test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm ## set up everything and run the tests (what CI runs)
+test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside ## set up everything and run the tests (what CI runs)
 	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q
 
 check: lint type test ## the tests, lint and types: run this before a review
@@ -80,6 +80,12 @@ $(VENV)/.vllm: $(VENV)/.test tests/vllm_release.py
 	$(PIP) --group vllm
 	$(PIP) --no-deps --group vllm-alone
 	$(BIN)/python tests/vllm_release.py $(VLLM)
+	touch $@
+
+# Packages that patch vLLM's LoRA, for tests beside them: in a directory that only those import.
+$(VENV)/.beside: $(VENV)/.vllm
+	rm -rf $(VENV)/beside
+	$(PIP) --target $(VENV)/beside --no-deps --group beside
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.base

@@ -6,29 +6,24 @@ The pickle is held in memory once; no file is written.
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from lorashard.dtypes import ELEMENT_SIZE, FROM_TORCH
-from lorashard.errors import AdapterError, HeaderError
-from lorashard.header import GIT_LFS_POINTER, build_header
+from lorashard.adapter.tensor_file import TensorFile
+from lorashard.errors import AdapterError
+from lorashard.header import GIT_LFS_POINTER
 from lorashard.storage.local import open_regular, watch_file
 from lorashard.storage.small_files import is_git_lfs_pointer
 from lorashard.storage.torch_import import import_torch
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import torch
 
-    Bytes = npt.NDArray[np.uint8]
 
-
-class PickledTensors:
+class PickledTensors(TensorFile):
     """A ByteSource: the safetensors file that the tensors of a pickle would make.
 
     The pickle is read with weights_only=True: tensors and plain containers, no code.
@@ -38,40 +33,7 @@ class PickledTensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._watched = watch_file(path)
-        tensors = _load(path)
-        self._header, entries = build_header(
-            [(name, _dtype_name(name, t, path), tuple(t.shape)) for name, t in tensors.items()],
-            {"format": "pt"},
-        )
-        self._begins = [entry.begin for entry in entries]
-        self._tensors = [tensors[entry.name] for entry in entries]
-        self.size_bytes = entries[-1].end if entries else len(self._header)
-
-    @property
-    def name(self) -> str:
-        """Its path, for messages."""
-        return str(self.path)
-
-    def read(self, begin: int, end: int) -> bytes:
-        """Bytes [begin, end) of the safetensors file."""
-        buffer = bytearray(end - begin)
-        self.read_into(memoryview(buffer), begin)
-        return bytes(buffer)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from byte `offset`; raise HeaderError if the file ends before."""
-        if offset + len(buffer) > self.size_bytes:
-            raise HeaderError(self.path, f"its tensors end at byte {self.size_bytes}")
-        head = self._header[offset : offset + len(buffer)]
-        buffer[: len(head)] = head
-        buffer, offset = buffer[len(head) :], offset + len(head)
-        index = bisect_right(self._begins, offset) - 1
-        while buffer:
-            data = _bytes_of(self._tensors[index])
-            begin = offset - self._begins[index]
-            part = data[begin : begin + len(buffer)]
-            buffer[: part.size] = part.data
-            buffer, offset, index = buffer[part.size :], offset + part.size, index + 1
+        super().__init__(str(path), _load(path))
 
     def check_unchanged(self) -> None:
         """Raise AdapterError if the pickle is another one by now, or was written to."""
@@ -130,22 +92,3 @@ def _refuse_repeated_elements(tensors: Mapping[str, torch.Tensor], path: Path) -
 def _is_plain(tensor: torch.Tensor) -> bool:
     on_disk = tensor.device.type == "cpu" and str(tensor.layout) == "torch.strided"
     return on_disk and not tensor.is_complex() and not tensor.is_quantized
-
-
-def _dtype_name(name: str, tensor: torch.Tensor, path: Path) -> str:
-    """What safetensors calls the dtype of a tensor: torch.int64 -> I64."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    known = FROM_TORCH.get(dtype, dtype.upper().replace("UINT", "U").replace("INT", "I"))
-    if known not in ELEMENT_SIZE:
-        raise AdapterError(
-            f"{path}: tensor {name!a} has dtype {dtype}, which is no adapter's.",
-            hint="Save the adapter again with safe_serialization=True.",
-        )
-    return known
-
-
-def _bytes_of(tensor: torch.Tensor) -> Bytes:
-    import torch
-
-    data: Bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return data

@@ -34,7 +34,7 @@ def _metrics() -> tuple[Any, Any, Any]:
 
 
 def record_load(ep_rank: int, kind: str, seconds: float, num_bytes: int) -> None:
-    """Count one load. kind: "shards" or "plain adapter"."""
+    """Count one load. kind: as in LoadReport."""
     histogram, size, _ = _metrics()
     histogram.labels(ep_rank, kind).observe(seconds)
     size.labels(ep_rank, kind).inc(num_bytes)

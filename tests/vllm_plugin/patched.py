@@ -101,7 +101,7 @@ def logged() -> Iterator[list[str]]:
 
 
 def class_after_loads() -> dict[str, list[Any]]:
-    """What became of a load, and whether vLLM's own class is in its place afterwards."""
+    """What became of a load, and whether what was in place of vLLM's class is there afterwards."""
     damaged = shards()
     for file in damaged.glob("ep-*"):
         file.unlink()
@@ -109,9 +109,11 @@ def class_after_loads() -> dict[str, list[Any]]:
     answers: dict[str, list[Any]] = {}
     for ep_size in (1, 2):
         engine = engine_of(ep_size=ep_size)
+        before = engine._lora_model_cls
+        assert (before is LoRAModel) == (ep_size == 1)
         for number, (name, path) in enumerate(paths.items(), start=1):
             outcome = load(engine, path, number)
-            is_back = engine._lora_model_cls is LoRAModel
+            is_back = engine._lora_model_cls is before
             answers[f"{name}, ep_size {ep_size}"] = [outcome.replace(str(path), "PATH"), is_back]
     return answers
 
@@ -131,7 +133,7 @@ def stand_in() -> dict[str, Any]:
     made = adapter_loading.LoraModelStandIn(engine, LoRAModel)
     return {
         "seen": seen,
-        "other attributes": made.from_lora_tensors == LoRAModel.from_lora_tensors,
+        "other attributes": made.clone == LoRAModel.clone,
         "no attribute": hasattr(made, "no_such_thing"),
     }
 

@@ -16,6 +16,7 @@ class Installation:
     entry_point: vLLM can find the plugin. allowed: VLLM_PLUGINS does not exclude it.
     variables: every LORASHARD_* that is set. switched_on: those that are not empty, 0 or off.
     unknown: those that nothing reads. faults: values that would make the plugin fail.
+    foreign: what other packages have put in the place of patches, without harm. displaced: with harm.
     """
 
     lorashard: str
@@ -29,6 +30,8 @@ class Installation:
     switched_on: tuple[str, ...]
     unknown: tuple[str, ...]
     faults: tuple[str, ...]
+    foreign: tuple[str, ...] = ()
+    displaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.doctor.findings import Installation, PatchState
 from lorashard.vllm_plugin.doctor.flags import EngineFlags
 from lorashard.vllm_plugin.doctor.releases import FIRST_KNOWN, KNOWN_RANGE, release_number
-from lorashard.vllm_plugin.engine.guards import Refusal
+from lorashard.vllm_plugin.engine.guards import Refusal, displaced_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,19 @@ def installation_problems(
         yield Problem("plugin", f"{settings.DISABLE} is set: the plugin does nothing.")
     for fault in installation.faults:
         yield Problem("plugin", fault)
+    yield from _patch_problems(installation, patches)
+
+
+def _patch_problems(
+    installation: Installation, patches: Sequence[PatchState]
+) -> Iterator[Problem]:
     for patch in patches:
         if patch.state == "broken":
             yield Problem("patches", f"{patch.target} cannot be patched: {patch.reason}.")
+    if installation.displaced:
+        refusal = displaced_refusal(installation.displaced)
+        if refusal.variable not in installation.switched_on:
+            yield Problem("patches", refusal.explanation)
 
 
 def flag_problems(flags: EngineFlags, refusals: Sequence[Refusal]) -> Iterator[Problem]:

@@ -1,6 +1,7 @@
 """What this Python has, for `lorashard doctor`: versions, settings, patches.
 
-Looks, and decides nothing. Patches are really applied, to vLLM as it is imported here.
+Looks, and decides nothing. Patches are really applied, to vLLM as it is imported here, and the other
+plugins that vLLM finds are called, as it would.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 
 from lorashard.version import __version__
@@ -19,6 +20,7 @@ from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.doctor.findings import Installation, PatchState
 from lorashard.vllm_plugin.engine import guards
 from lorashard.vllm_plugin.patches.apply import apply_when_imported, outcomes
+from lorashard.vllm_plugin.patches.foreign import find_foreign_patches
 from lorashard.vllm_plugin.patches.table import PATCHES
 
 NOT_INSTALLED = "vLLM is not installed"
@@ -32,6 +34,7 @@ _CHECKED_SETTINGS = (settings.verifies_fully, settings.warm_buffers, settings.re
 def survey() -> tuple[Installation, tuple[PatchState, ...]]:
     """Look at this Python. Imports vLLM if it is installed, which takes seconds."""
     vllm, patches = _survey_vllm()
+    foreign = find_foreign_patches()
     variables = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_PREFIX)}
     allowed = os.environ.get("VLLM_PLUGINS")
     installation = Installation(
@@ -46,6 +49,8 @@ def survey() -> tuple[Installation, tuple[PatchState, ...]]:
         switched_on=tuple(name for name in variables if settings.is_set(name)),
         unknown=tuple(name for name in variables if name not in _known_variables()),
         faults=tuple(fault for fault in map(_setting_fault, _CHECKED_SETTINGS) if fault),
+        foreign=tuple(str(found) for found in foreign if found.is_harmless),
+        displaced=tuple(str(found) for found in foreign if not found.is_harmless),
     )
     return installation, patches
 
@@ -63,8 +68,17 @@ def _survey_vllm() -> tuple[str | None, tuple[PatchState, ...]]:
     with _quiet_stdout():
         apply_when_imported(PATCHES)
         failures = {module: _import_failure(module) for module in {p.module for p in PATCHES}}
+        _call_other_plugins()
     imported = getattr(sys.modules.get("vllm"), "__version__", None)
     return imported or _installed("vllm") or "?", _patch_states(failures, None)
+
+
+def _call_other_plugins() -> None:
+    allowed = os.environ.get("VLLM_PLUGINS")
+    for point in metadata.entry_points(group=_GROUP):
+        if point.name != _NAME and (allowed is None or point.name in allowed.split(",")):
+            with suppress(Exception):  # vLLM logs it, and goes on as well
+                point.load()()
 
 
 def _import_failure(module: str) -> str | None:

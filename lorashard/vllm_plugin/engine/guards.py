@@ -18,6 +18,7 @@ class EngineFacts:
     LoRA context. leaves_rows: it sums rows of remote experts that nothing has written.
     rearranged_for: the kernel whose weight layout the experts have, where LoRA computes them with
     another. contract_breaks: sentences on how this vLLM differs from what the plugin relies on.
+    displaced: sentences on what other packages have put in the place of the plugin's patches.
     """
 
     expert_parallel: bool
@@ -29,6 +30,7 @@ class EngineFacts:
     leaves_rows: bool = False
     rearranged_for: str | None = None
     contract_breaks: tuple[str, ...] = ()
+    displaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Refusal:
 class Rule:
     """When an engine is refused, and what it is told.
 
-    reason: a format string over the fields of EngineFacts, and `breaks`, the contract breaks joined.
+    reason: a format string over the fields of EngineFacts, and `breaks` and `displaced`, joined.
     """
 
     variable: str
@@ -65,8 +67,12 @@ class Rule:
 
     def refusal(self, facts: EngineFacts) -> Refusal:
         """The refusal of the engine that the rule applies to."""
-        breaks = "; ".join(facts.contract_breaks)
-        return Refusal(self.variable, self.reason.format(facts=facts, breaks=breaks), self.way_out)
+        reason = self.reason.format(
+            facts=facts,
+            breaks="; ".join(facts.contract_breaks),
+            displaced="; ".join(facts.displaced),
+        )
+        return Refusal(self.variable, reason, self.way_out)
 
 
 _BROKEN_CONTRACTS = Rule(
@@ -74,6 +80,13 @@ _BROKEN_CONTRACTS = Rule(
     applies=lambda facts: bool(facts.contract_breaks),
     reason="This vLLM differs from what lorashard relies on: {breaks}.",
     way_out="Update lorashard, or use a vLLM release that `lorashard doctor` lists.",
+)
+
+_DISPLACED = Rule(
+    variable="LORASHARD_RISK_PATCHED_BY_OTHERS",
+    applies=lambda facts: bool(facts.displaced),
+    reason="Another package has taken the place of a patch that LoRA on experts needs here: {displaced}.",
+    way_out="Start without that patch, or have it call the function that it found there.",
 )
 
 RULES: tuple[Rule, ...] = (
@@ -94,6 +107,7 @@ RULES: tuple[Rule, ...] = (
         "each data-parallel rank.",
     ),
     _BROKEN_CONTRACTS,
+    _DISPLACED,
     Rule(
         variable="LORASHARD_RISK_IGNORED_EXPERT_LORA",
         applies=lambda facts: not facts.reads_lora,
@@ -126,6 +140,14 @@ def find_refusals(facts: EngineFacts) -> tuple[Refusal, ...]:
     if not facts.expert_parallel or facts.num_experts == 0:
         return ()
     return tuple(rule.refusal(facts) for rule in RULES if rule.applies(facts))
+
+
+def displaced_refusal(displaced: Sequence[str]) -> Refusal:
+    """The refusal of an engine where another package has replaced what lorashard put there.
+
+    displaced: a sentence for each method, without full stop.
+    """
+    return _DISPLACED.refusal(EngineFacts(expert_parallel=True, displaced=tuple(displaced)))
 
 
 def contract_refusal(contract_breaks: Sequence[str]) -> Refusal | None:

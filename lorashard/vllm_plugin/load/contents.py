@@ -95,6 +95,11 @@ class AdapterContents:
     rearranged: frozenset[str] = frozenset()
 
     @property
+    def dense_range(self) -> tuple[int, int]:
+        """The bytes [begin, end) of the dense tensors in the replicated source."""
+        return (self.dense[0].begin, self.dense[-1].end) if self.dense else (0, 0)
+
+    @property
     def lora_names(self) -> Iterator[str]:
         """One name for each module with LoRA: of the experts containers, and of other lora_A."""
         yield from (module.name for module in self.modules)

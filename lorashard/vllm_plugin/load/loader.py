@@ -1,21 +1,24 @@
 """The loader: an adapter -> vLLM's LoRAModel with the experts of this rank, packed.
 
 One `AdapterLoader` per LoRA manager. vLLM's own `_load_adapter` keeps its steps (paths, config
-checks, name mapping) and calls this for `from_local_checkpoint`, in place of `LoRAModel`. A load
-opens the adapter, matches it with the engine's layers (`outcome`), reads this rank's bytes into a
-region of pinned host memory (`fill`) and wraps them (`lora_model`).
+checks, name mapping) and calls this for `from_local_checkpoint`, in place of `LoRAModel`; packages
+that have an adapter in memory call it for `from_lora_tensors`. A load opens the adapter, matches it
+with the engine's layers (`outcome`), reads this rank's bytes into a region of pinned host memory
+(`fill`) and wraps them (`lora_model`). A LoRAModel that came about without the loader gets its
+experts packed here, too.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorashard.adapter.options import GateUp, LayoutOptions
+from lorashard.adapter.tensor_file import TensorFile
 from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.shards.directory import claims_to_be_shards
 from lorashard.vllm_plugin import settings
@@ -24,6 +27,7 @@ from lorashard.vllm_plugin.engine.names import ModuleNames, read_model_names
 from lorashard.vllm_plugin.load.collector import paused_collection
 from lorashard.vllm_plugin.load.contents import AdapterContents
 from lorashard.vllm_plugin.load.fill import Filler
+from lorashard.vllm_plugin.load.in_memory import config_of, find_raw_experts, narrow_stacks
 from lorashard.vllm_plugin.load.kept_plans import KeptPlans
 from lorashard.vllm_plugin.load.lora_model import (
     make_lora_model,
@@ -32,10 +36,12 @@ from lorashard.vllm_plugin.load.lora_model import (
     tensor_in,
 )
 from lorashard.vllm_plugin.load.outcome import LoadOutcome, explain_load, strict_error
-from lorashard.vllm_plugin.load.plain_source import open_plain_adapter
+from lorashard.vllm_plugin.load.plain_plan import LocalExperts
+from lorashard.vllm_plugin.load.plain_source import open_plain_adapter, open_plain_tensors
 from lorashard.vllm_plugin.load.reads import (
     CopyJob,
     LayerPlan,
+    PlacedFactor,
     ReadJob,
     place_factors,
     plan_copies,
@@ -43,39 +49,28 @@ from lorashard.vllm_plugin.load.reads import (
 )
 from lorashard.vllm_plugin.load.rearrangements import plan_rearrangements
 from lorashard.vllm_plugin.load.regions import RegionPool
+from lorashard.vllm_plugin.load.report import LoadReport
 from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 from lorashard.vllm_plugin.load.threads import reader_threads
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What one load did. advice: what to run instead, on the rank that gives it for all.
-
-    num_left_to_mtp: modules of a block for multi-token prediction, which vLLM serves without LoRA.
-    version: of what was read, to be compared between ranks.
-    """
+class _OpenedAdapter:
+    """An adapter with experts. path, kind: as in LoadReport."""
 
     path: str
     kind: str
-    num_local_experts: int
-    num_experts: int
-    num_layers: int
-    num_bytes: int
-    seconds: float
-    ep_rank: int
-    ep_size: int
-    advice: str | None
-    num_left_to_mtp: int = 0
-    version: str = ""
+    contents: AdapterContents
 
 
 @dataclass(frozen=True, slots=True)
-class _OpenedAdapter:
-    """An adapter with experts. has_placement: it is a shard directory."""
+class _FilledRegion:
+    """What was read of an adapter. layers: in the order of the outcome's."""
 
-    path: Path
-    has_placement: bool
-    contents: AdapterContents
+    region: Any
+    layers: Sequence[LayerPlan]
+    tensor: Callable[[PlacedFactor], Any]
+    num_bytes: int
 
 
 class AdapterLoader:
@@ -127,29 +122,93 @@ class AdapterLoader:
             lora_dir, expected_lora_modules, peft_helper=peft_helper, **arguments
         )
 
+    def from_lora_tensors(
+        self,
+        lora_model_id: int,
+        tensors: Mapping[str, Any],
+        peft_helper: Any,
+        device: str = "cuda",
+        dtype: Any = None,
+        **arguments: Any,
+    ) -> Any:
+        """In place of `LoRAModel.from_lora_tensors`: the same arguments, the same result.
+
+        tensors: on any device, with all experts or only this rank's; they are copied.
+        Raises ValueError for an adapter that cannot be served, as vLLM does.
+        """
+        self.last_report = None
+        began = time.perf_counter()
+        arguments |= {"lora_model_id": lora_model_id, "device": device, "dtype": dtype}
+        names = ModuleNames(self._manager, self._model_names, arguments)
+        with paused_collection():
+            contents = None
+            if self.ep_size > 1:
+                file = TensorFile(f"the tensors of adapter {lora_model_id}", tensors)
+                contents = self._open_tensors(file, config_of(peft_helper), names)
+            if contents is not None:
+                adapter = _OpenedAdapter(file.name, "tensors", contents)
+                outcome = self._outcome(adapter, names)
+                return self._load(adapter, outcome, peft_helper, names, arguments, began)
+        return self._stock.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **arguments)
+
+    def pack_experts(self, model: Any) -> None:
+        """Give a LoRAModel of any origin this rank's experts, in place of what it has of experts.
+
+        One that the loader has made stays as it is. Raises LorashardError for experts that cannot
+        be served.
+        """
+        if self.ep_size == 1:
+            return
+        names = ModuleNames(self._manager, self._model_names, {})
+        narrow_stacks(model, self.experts)
+        raw = find_raw_experts(model)
+        if raw is None:
+            return
+        with paused_collection():
+            file = TensorFile(f"adapter {model.id}", raw.tensors)
+            contents = self._open_tensors(file, raw.config, names)
+            if contents is None:
+                return
+            outcome = explain_load(contents, self.experts, names, None)
+            filled = self._fill(contents, outcome)
+        for name in raw.names:
+            del model.loras[name]
+        model.loras.update(self._packed(outcome, filled))
+
     def _open(self, path: Path, names: ModuleNames, stack: ExitStack) -> _OpenedAdapter | None:
         """The adapter; None for one that vLLM's own loader gets right."""
         if claims_to_be_shards(path):
-            return _OpenedAdapter(path, True, open_shard_directory(path, stack))
+            return _OpenedAdapter(str(path), "shards", open_shard_directory(path, stack))
         if self.ep_size == 1:
             return None
+        contents = open_plain_adapter(
+            path, self.layout_options(), self._local_experts(names), stack, self.plans
+        )
+        return None if contents is None else _OpenedAdapter(str(path), "plain adapter", contents)
 
+    def _open_tensors(
+        self, file: TensorFile, config: bytes, names: ModuleNames
+    ) -> AdapterContents | None:
+        # vLLM takes the columns of a fused lora_B in PEFT's order (0.33.0 lora/model_manager.py:1004).
+        options = replace(self.layout_options(), lora_b_layout="rank_major")
+        return open_plain_tensors(file, config, options, self._local_experts(names), self.plans)
+
+    def _local_experts(self, names: ModuleNames) -> LocalExperts:
         def local_experts(module: str) -> tuple[int, ...]:
             name = names.moe_module(module, self.experts)
             return self.experts[name].local_experts if name else ()
 
-        contents = open_plain_adapter(path, self.layout_options(), local_experts, stack, self.plans)
-        return None if contents is None else _OpenedAdapter(path, False, contents)
+        return local_experts
 
     def _outcome(self, adapter: _OpenedAdapter, names: ModuleNames) -> LoadOutcome:
         """What to load from where. Raises LorashardError for what the engine does not take."""
-        path, contents = str(adapter.path), adapter.contents
+        contents = adapter.contents
         outcome = explain_load(
-            contents, self.experts, names, path if adapter.has_placement else None
+            contents, self.experts, names, adapter.path if adapter.kind == "shards" else None
         )
         names.check_dense(contents.dense)
         if outcome.advice and settings.is_set(settings.STRICT):
-            raise strict_error(path, outcome.advice)
+            raise strict_error(adapter.path, outcome.advice)
         return outcome
 
     def _load(
@@ -162,8 +221,34 @@ class AdapterLoader:
         began: float,
     ) -> Any:
         contents = adapter.contents
-        dense = contents.dense
-        begin, end = (dense[0].begin, dense[-1].end) if dense else (0, 0)
+        filled = self._fill(contents, outcome)
+        begin, _ = contents.dense_range
+        model = make_lora_model(
+            self._stock,
+            {entry.name: tensor_in(filled.region, entry, begin) for entry in contents.dense},
+            peft_helper, arguments, contents.config, names,
+            int(self._manager.lora_config.max_lora_rank),
+        )  # fmt: skip
+        model.loras.update(self._packed(outcome, filled))
+        self.last_report = LoadReport(
+            path=adapter.path,
+            kind=adapter.kind,
+            num_local_experts=max((len(layer.experts) for layer in filled.layers), default=0),
+            num_experts=contents.num_experts,
+            num_layers=len(filled.layers),
+            num_bytes=filled.num_bytes,
+            seconds=time.perf_counter() - began,
+            ep_rank=self.ep_rank,
+            ep_size=self.ep_size,
+            advice=outcome.advice if outcome.gives_advice else None,
+            num_left_to_mtp=sum(map(names.is_left_to_mtp, contents.lora_names)),
+            version=contents.version,
+        )
+        return model
+
+    def _fill(self, contents: AdapterContents, outcome: LoadOutcome) -> _FilledRegion:
+        """Read the dense tensors and this rank's experts into a region."""
+        begin, end = contents.dense_range
         placed, size = place_factors(
             [layer.assembly for layer in outcome.layers], ELEMENT_SIZE[self._dtype], end - begin
         )
@@ -183,29 +268,16 @@ class AdapterLoader:
         num_bytes = filler.run(layers, jobs)
         # After the reads, which fill with zeros what a rearrangement may fill in part.
         num_bytes += filler.run((), list(plan_rearrangements(layers, contents.rearrangements)))
-        model = make_lora_model(
-            self._stock, {entry.name: tensor_in(region, entry, begin) for entry in dense},
-            peft_helper, arguments, contents.config, names,
-            int(self._manager.lora_config.max_lora_rank),
-        )  # fmt: skip
-        for matched, layer in zip(outcome.layers, layers):
-            tensors = [filler.tensor(factor) for factor in layer.factors]
-            model.loras[layer.name] = packed_experts(layer.name, matched.assembly, tensors)
-        self.last_report = LoadReport(
-            path=str(adapter.path),
-            kind="shards" if adapter.has_placement else "plain adapter",
-            num_local_experts=max((len(layer.experts) for layer in layers), default=0),
-            num_experts=contents.num_experts,
-            num_layers=len(layers),
-            num_bytes=num_bytes,
-            seconds=time.perf_counter() - began,
-            ep_rank=self.ep_rank,
-            ep_size=self.ep_size,
-            advice=outcome.advice if outcome.gives_advice else None,
-            num_left_to_mtp=sum(map(names.is_left_to_mtp, contents.lora_names)),
-            version=contents.version,
-        )
-        return model
+        return _FilledRegion(region, layers, filler.tensor, num_bytes)
+
+    def _packed(self, outcome: LoadOutcome, filled: _FilledRegion) -> dict[str, Any]:
+        """The experts of each live layer, by its name."""
+        return {
+            layer.name: packed_experts(
+                layer.name, matched.assembly, [filled.tensor(factor) for factor in layer.factors]
+            )
+            for matched, layer in zip(outcome.layers, filled.layers)
+        }
 
     def layout_options(self) -> LayoutOptions:
         """What the live layers say of a plain adapter's layout, as far as they agree."""

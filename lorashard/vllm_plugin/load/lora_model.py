@@ -19,6 +19,7 @@ from lorashard.vllm_options import smallest_max_lora_rank
 from lorashard.vllm_plugin.engine.names import ModuleNames
 from lorashard.vllm_plugin.load.assembly import Assembly
 
+_MARK = "_lorashard_packed"  # an attribute of the packed weights that come from here
 # The arguments of `from_local_checkpoint` that `from_lora_tensors` has too. The others say how to
 # read and slice files (tensorizer_config_dict, moe_ep_spec), which has been done by then.
 _SHARED_ARGUMENTS = (
@@ -71,7 +72,7 @@ def packed_experts(name: str, assembly: Assembly, tensors: Sequence[Any]) -> Any
     from vllm.lora.lora_weights import PackedLoRALayerWeights
 
     parts = len(assembly.lora_a)
-    return PackedLoRALayerWeights(
+    packed = PackedLoRALayerWeights(
         name,
         assembly.lora_rank,
         [assembly.lora_rank] * parts,
@@ -79,6 +80,13 @@ def packed_experts(name: str, assembly: Assembly, tensors: Sequence[Any]) -> Any
         [tensors[index] for index in assembly.lora_b],
         scaling=[1] * parts,
     )
+    setattr(packed, _MARK, True)
+    return packed
+
+
+def is_packed_here(weights: Any) -> bool:
+    """Whether these are weights from `packed_experts`."""
+    return hasattr(weights, _MARK)
 
 
 def tensor_in(region: Any, entry: TensorEntry, begin: int) -> Any:

@@ -1,4 +1,4 @@
-"""A plain PEFT adapter -> AdapterContents, sliced by the plan of `lorashard split`.
+"""A plain PEFT adapter, files or tensors -> AdapterContents, sliced by the plan of `lorashard split`.
 
 What the plan would write to `replicated.safetensors` and to this rank's file is read when it is
 asked for. Other ranks' experts are not read at all where each has tensors of its own. The plan of
@@ -15,17 +15,18 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from lorashard.adapter.config import WEIGHTS_NAME
+from lorashard.adapter.config import WEIGHTS_NAME, AdapterIndex, LoraConfig, parse_config
 from lorashard.adapter.keys import ExpertKey, LoraKey, is_unsloth_alias, parse_key
 from lorashard.adapter.layout import detect_layout
 from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.read import AdapterSource, LocalAdapter, opened_files
+from lorashard.adapter.tensor_file import TensorFile
 from lorashard.errors import AdapterError
 from lorashard.header import TensorEntry
 from lorashard.storage.local import ByteSource
-from lorashard.storage.safetensors_file import read_header
+from lorashard.storage.safetensors_file import parse_raw_header, read_header
 from lorashard.vllm_plugin.load.contents import REPLICATED, WEIGHTS, AdapterContents
-from lorashard.vllm_plugin.load.kept_plans import KeptPlans, form_of
+from lorashard.vllm_plugin.load.kept_plans import AdapterForm, KeptPlans, form_of
 from lorashard.vllm_plugin.load.plain_plan import LocalExperts, PlainPlan, plan_plain
 from lorashard.vllm_plugin.load.planned_file import FileMap, PlannedFile
 
@@ -47,22 +48,72 @@ def open_plain_adapter(
     files = _unless_without_experts(path, lambda: _open(path, stack))
     if files is None:
         return None
+
+    def read_index() -> AdapterIndex | None:
+        source = _unless_without_experts(path, files.parsed)
+        return None if source is None else source.index
+
     form = form_of(files.config_bytes, files.header, files.weights.size_bytes, options)
+    plan = _plan(form, read_index, local_experts, plans, str(path))
+    if plan is None:
+        return None
+    version = blake3(files.config_bytes + files.header).hexdigest()
+    weights = stack.enter_context(files.opened())
+    return _contents(files.parsed_config(), plan, weights, version)
+
+
+def open_plain_tensors(
+    weights: TensorFile,
+    config_bytes: bytes,
+    options: LayoutOptions,
+    local_experts: LocalExperts,
+    plans: KeptPlans,
+) -> AdapterContents | None:
+    """The same for an adapter that is in memory, whole or with the experts of this rank alone.
+
+    config_bytes: as in adapter_config.json. The contents have no version, since each rank may have
+    been given other tensors.
+    """
+    config = parse_config(config_bytes, weights.name)
+
+    def read_index() -> AdapterIndex:
+        header = parse_raw_header(weights.header, weights)
+        return AdapterIndex(config, header.tensors, header.data_begin, header.file_size)
+
+    form = form_of(config_bytes, weights.header, weights.size_bytes, options)
+    plan = _plan(form, read_index, local_experts, plans, weights.name)
+    return None if plan is None else _contents(config, plan, weights, "")
+
+
+def _plan(
+    form: AdapterForm,
+    read_index: Callable[[], AdapterIndex | None],
+    local_experts: LocalExperts,
+    plans: KeptPlans,
+    where: str,
+) -> PlainPlan | None:
+    """The plan of an adapter, kept or new; None if it has no expert weights."""
     plan = plans.find(form, local_experts)
     if plan is None:
-        source = _unless_without_experts(path, files.parsed)
-        if source is None or not has_experts(source.index.tensors):
+        index = read_index()
+        if index is None or not has_experts(index.tensors):
             return None
-        plan = plan_plain(detect_layout(source.index, options, str(path)), local_experts)
+        plan = plan_plain(detect_layout(index, form.options, where), local_experts)
         plans.keep(form, plan)
+    return plan
+
+
+def _contents(
+    config: LoraConfig, plan: PlainPlan, weights: ByteSource, version: str
+) -> AdapterContents:
     return AdapterContents(
-        files.parsed_config(),
+        config,
         plan.num_experts,
         gate_up_known=True,
         modules=plan.modules,
         dense=plan.dense,
-        sources=_PlainSources(plan, stack.enter_context(files.opened())),
-        version=blake3(files.config_bytes + files.header).hexdigest(),
+        sources=_PlainSources(plan, weights),
+        version=version,
         rearrangements=plan.rearrangements,
         rearranged=plan.rearranged,
     )
@@ -96,13 +147,14 @@ def _unless_without_experts(path: Path, read: Callable[[], Read]) -> Read | None
 
 def has_experts(tensors: Sequence[TensorEntry]) -> bool:
     """Whether any tensor is an expert's, or at least has a name that says so."""
-    return any(_names_experts(entry) for entry in tensors)
+    return any(names_experts(entry.name, len(entry.shape)) for entry in tensors)
 
 
-def _names_experts(entry: TensorEntry) -> bool:
-    if "experts" in entry.name.split("."):
+def names_experts(name: str, num_dims: int) -> bool:
+    """The same for one tensor."""
+    if "experts" in name.split("."):
         return True
-    key = parse_key(entry.name, len(entry.shape))
+    key = parse_key(name, num_dims)
     return isinstance(key, ExpertKey) or (isinstance(key, LoraKey) and is_unsloth_alias(key.module))
 
 

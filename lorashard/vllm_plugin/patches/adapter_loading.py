@@ -1,8 +1,10 @@
 """Loading an adapter: vLLM's own steps, with lorashard's loader in place of vLLM's LoRAModel.
 
 `WorkerLoRAManager._load_adapter` resolves the path, checks the configuration, has
-`self._lora_model_cls.from_local_checkpoint` read the files, and checks the result. During the call
-a stand-in takes the place of that class; everything else stays vLLM's.
+`self._lora_model_cls.from_local_checkpoint` read the files, and checks the result. A stand-in takes
+the place of that class; everything else stays vLLM's. Under expert parallelism it stands there from
+the start of the engine: verl and ms-swift put a `_load_adapter` of their own in the place of this
+one, and call the class for `from_lora_tensors` as well. Without, it is there during a call.
 """
 
 from __future__ import annotations
@@ -29,15 +31,19 @@ _LOADER = "_lorashard_loader"  # an attribute of vLLM's WorkerLoRAManager
 
 
 def attach_loader(worker_manager: Any, lora_model_class: Any) -> AdapterLoader:
-    """Give a WorkerLoRAManager a loader for its model, and return it."""
-    loader = AdapterLoader(worker_manager._adapter_manager, lora_model_class)  # noqa: SLF001 - vLLM gives no other way
+    """Give a WorkerLoRAManager, and its LoRAModelManager, a loader for its model, and return it."""
+    manager = worker_manager._adapter_manager  # noqa: SLF001 - vLLM gives no other way
+    loader = AdapterLoader(manager, lora_model_class)
     setattr(worker_manager, _LOADER, loader)
+    setattr(manager, _LOADER, loader)
+    if loader.ep_size > 1:
+        worker_manager._lora_model_cls = LoraModelStandIn(worker_manager, lora_model_class)  # noqa: SLF001
     return loader
 
 
-def attached_loader(worker_manager: Any) -> AdapterLoader | None:
-    """The loader of a WorkerLoRAManager, if it has one."""
-    loader: AdapterLoader | None = getattr(worker_manager, _LOADER, None)
+def attached_loader(manager: Any) -> AdapterLoader | None:
+    """The loader of a WorkerLoRAManager or a LoRAModelManager, if it has one."""
+    loader: AdapterLoader | None = getattr(manager, _LOADER, None)
     return loader
 
 
@@ -60,14 +66,19 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             agreeing_group(self),
             partial(_version, self),
         )
-        loader = attached_loader(self)
-        if loader is not None:
-            loader.has_loaded = True
-            if loader.last_report is not None:
-                report_load(loader.last_report, lora_request)
+        _note_load(self, lora_request.lora_name, lora_request.lora_int_id)
         return model
 
     return load_adapter
+
+
+def _note_load(worker_manager: Any, name: str, number: int) -> None:
+    """Report a load on which the ranks have agreed. Never raises."""
+    loader = attached_loader(worker_manager)
+    if loader is not None:
+        loader.has_loaded = True
+        if loader.last_report is not None:
+            report_load(loader.last_report, name, number)
 
 
 def _version(worker_manager: Any) -> bytes:
@@ -82,8 +93,8 @@ def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, reque
 
     Raises ValueError, as vLLM does, for an adapter that cannot be loaded.
     """
-    lora_model_class = worker_manager._lora_model_cls  # noqa: SLF001
-    stand_in = LoraModelStandIn(worker_manager, lora_model_class)
+    in_place = worker_manager._lora_model_cls  # noqa: SLF001
+    stand_in = LoraModelStandIn(worker_manager, stock_of(in_place), agrees=False)
     worker_manager._lora_model_cls = stand_in  # noqa: SLF001
     try:
         return original(worker_manager, request)
@@ -96,7 +107,12 @@ def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, reque
             _raise_explained(err, worker_manager, request)
         raise
     finally:
-        worker_manager._lora_model_cls = lora_model_class  # noqa: SLF001
+        worker_manager._lora_model_cls = in_place  # noqa: SLF001
+
+
+def stock_of(lora_model_class: Any) -> Any:
+    """The class LoRAModel itself, where the stand-in may be in its place."""
+    return getattr(lora_model_class, "stock", lora_model_class)
 
 
 def _raise_explained(error: Exception, worker_manager: Any, request: Any) -> None:
@@ -114,27 +130,64 @@ def _count_failure(worker_manager: Any) -> None:
 
 
 class LoraModelStandIn:
-    """What vLLM's `_load_adapter` sees in place of the class LoRAModel.
+    """What is found in place of the class LoRAModel.
 
-    It passes `from_local_checkpoint`, all that vLLM uses of the class there (0.33.0
-    lora/worker_manager.py:140), to the loader, or to the class itself where there is nothing to do
-    for a loader. Any other attribute is the class's. was_asked: vLLM has come as far as this.
+    It passes what reads an adapter to the loader, or to the class itself where there is nothing to
+    do for a loader. Any other attribute is the class's, and so is what a call makes.
+    stock: the class. was_asked: vLLM has come as far as this.
     """
 
-    def __init__(self, worker_manager: Any, lora_model_class: Any) -> None:
+    def __init__(self, worker_manager: Any, stock: Any, *, agrees: bool = True) -> None:
+        """agrees: the ranks agree on each load here, as nothing else does that."""
         self._worker_manager = worker_manager
-        self._lora_model_class = lora_model_class
+        self._agrees = agrees
+        self.stock = stock
         self.was_asked = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """An instance of the class."""
+        return self.stock(*args, **kwargs)
 
     def from_local_checkpoint(self, lora_dir: str, *args: Any, **kwargs: Any) -> Any:
         """The LoRAModel of an adapter; arguments and result are those of vLLM's method."""
         self.was_asked = True
-        loader = _loader_for(Path(lora_dir), self._worker_manager, self._lora_model_class)
-        reader = self._lora_model_class if loader is None else loader
-        return reader.from_local_checkpoint(lora_dir, *args, **kwargs)
+
+        def read() -> Any:
+            loader = _loader_for(Path(lora_dir), self._worker_manager, self.stock)
+            reader = self.stock if loader is None else loader
+            return reader.from_local_checkpoint(lora_dir, *args, **kwargs)
+
+        return self._read(read, str(lora_dir), kwargs.get("lora_model_id"))
+
+    def from_lora_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """The LoRAModel of an adapter in memory; arguments and result are those of vLLM's method."""
+        self.was_asked = True
+        loader = attached_loader(self._worker_manager)
+        if loader is None:
+            return self.stock.from_lora_tensors(*args, **kwargs)
+        number = args[0] if args else kwargs.get("lora_model_id")
+        return self._read(
+            partial(loader.from_lora_tensors, *args, **kwargs), f"tensors {number}", number
+        )
+
+    def _read(self, read: Callable[[], Any], name: str, number: Any) -> Any:
+        if not self._agrees:
+            return read()
+        try:
+            model = load_together(
+                read, agreeing_group(self._worker_manager), partial(_version, self._worker_manager)
+            )
+        except LorashardError as err:
+            _count_failure(self._worker_manager)
+            raise ValueError(f"LoRA adapter {name!r}: {for_a_server(err)}") from err
+        except Exception:
+            _count_failure(self._worker_manager)
+            raise
+        _note_load(self._worker_manager, name, number or 0)
+        return model
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._lora_model_class, name)
+        return getattr(self.stock, name)
 
 
 def _loader_for(

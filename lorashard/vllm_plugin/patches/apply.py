@@ -63,6 +63,7 @@ class Outcome:
 
 
 outcomes: dict[str, Outcome] = {}
+replacements: dict[str, Callable[..., Any]] = {}  # by the target of their patch
 _registered: dict[str, Patch] = {}
 
 
@@ -113,6 +114,7 @@ def _applied(patch: Patch, owner: Any, method: Any) -> Outcome:
     replacement = functools.wraps(method)(patch.wrap(method))
     setattr(replacement, _MARK, method)
     setattr(owner, patch.method, replacement)
+    replacements[patch.target] = replacement
     return Outcome(patch, "applied")
 
 

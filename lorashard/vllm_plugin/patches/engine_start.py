@@ -17,8 +17,9 @@ from lorashard.vllm_plugin.engine.guards import find_refusals
 from lorashard.vllm_plugin.engine.live import moe_wrappers, slot_bytes
 from lorashard.vllm_plugin.load.host_memory import affordable_buffers
 from lorashard.vllm_plugin.load.loader import AdapterLoader
-from lorashard.vllm_plugin.patches.adapter_loading import attach_loader
+from lorashard.vllm_plugin.patches.adapter_loading import attach_loader, stock_of
 from lorashard.vllm_plugin.patches.apply import broken_patches
+from lorashard.vllm_plugin.patches.foreign import log_foreign_patches, refuse_displaced
 from lorashard.vllm_plugin.patches.refusals import enforce
 
 logger = logging.getLogger("vllm.lorashard")
@@ -48,9 +49,12 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
         wrapped = original(self, model, vllm_config)
         wrappers = moe_wrappers(self._adapter_manager)
         if vllm_config is not None and config_facts(vllm_config).expert_parallel and wrappers:
-            breaks = contract_breaks(self._adapter_manager, self._lora_model_cls, broken_patches())
+            stock = stock_of(self._lora_model_cls)
+            refuse_displaced()
+            log_foreign_patches()
+            breaks = contract_breaks(self._adapter_manager, stock, broken_patches())
             enforce(find_refusals(module_facts(vllm_config, wrappers, breaks)))
-            _warm(attach_loader(self, self._lora_model_cls), slot_bytes(self._adapter_manager))
+            _warm(attach_loader(self, stock), slot_bytes(self._adapter_manager))
         return wrapped
 
     return create_lora_manager

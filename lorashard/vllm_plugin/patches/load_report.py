@@ -9,22 +9,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
-from lorashard.vllm_plugin.load.loader import LoadReport
+from lorashard.vllm_plugin.load.report import LoadReport
 from lorashard.vllm_plugin.metrics import record_failure, record_load
 
 logger = logging.getLogger("vllm.lorashard")
 
 
-def report_load(report: LoadReport, lora_request: Any) -> None:
-    """Log what was loaded, how fast and what would be faster, and count it."""
+def report_load(report: LoadReport, name: str, number: int) -> None:
+    """Log what was loaded, how fast and what would be faster, and count it.
+
+    name, number: of the adapter, as vLLM knows it.
+    """
     with _errors_logged():
         logger.info(
             "lorashard: adapter %r (id %d) from %s: experts of ep rank %d of %d (%d of %d in each "
             "of %d layers), %.3f GB in %.3f s, %.1f GB/s",
-            lora_request.lora_name, lora_request.lora_int_id, report.kind, report.ep_rank,
-            report.ep_size, report.num_local_experts, report.num_experts, report.num_layers,
+            name, number, report.kind, report.ep_rank, report.ep_size, report.num_local_experts,
+            report.num_experts, report.num_layers,
             report.num_bytes / 1e9, report.seconds,
             report.num_bytes / 1e9 / max(report.seconds, 1e-9),
         )  # fmt: skip
@@ -32,7 +34,7 @@ def report_load(report: LoadReport, lora_request: Any) -> None:
             logger.info(
                 "lorashard: adapter %r: %d modules for multi-token prediction are left out, as vLLM "
                 "serves the draft model without LoRA",
-                lora_request.lora_name, report.num_left_to_mtp,
+                name, report.num_left_to_mtp,
             )  # fmt: skip
         if report.advice:
             logger.warning("lorashard: %s: %s", report.path, report.advice)

@@ -6,6 +6,7 @@ from lorashard.vllm_plugin.patches import (
     activations,
     adapter_adding,
     adapter_loading,
+    adapter_packing,
     engine_start,
     expert_parallel,
     fully_sharded,
@@ -100,6 +101,19 @@ PATCHES: tuple[Patch, ...] = (
         since="0.16.0",
         until=None,
         wrap=engine_start.wrap_create_engine_config,
+    ),
+    Patch(
+        module="vllm.lora.model_manager",
+        owner="LoRAModelManager",
+        method="_add_adapter",
+        parameters=("self", "lora"),
+        why="An adapter that another package has made of tensors gets the experts [ep_rank * n, "
+        "(ep_rank + 1) * n), which are the wrong ones if experts are uneven or round-robin.",
+        how="Experts that are not packed yet are packed first, those in each layer's _expert_map.",
+        upstream=f"{_SOURCE}/lora/model_manager.py#L421",
+        since="0.16.0",
+        until=None,
+        wrap=adapter_packing.wrap_add_adapter_to_manager,
     ),
     Patch(
         module="vllm.lora.model_manager",

@@ -57,6 +57,15 @@ def test_a_broken_patch_is_one_with_its_reason() -> None:
     assert problem.text == "vllm.x.Y.z cannot be patched: there is no class Y."
 
 
+def test_a_displaced_patch_is_one_unless_that_is_accepted() -> None:
+    displaced = replace(HERE, displaced=("A.f is g (x.py:1)",))
+    (problem,) = installation_problems(displaced, [])
+    assert problem.about == "patches"
+    assert "A.f is g (x.py:1)" in problem.text
+    accepted = replace(displaced, switched_on=("LORASHARD_RISK_PATCHED_BY_OTHERS",))
+    assert list(installation_problems(accepted, [])) == []
+
+
 def test_a_refusal_is_explained_with_its_way_out_and_variable() -> None:
     refusal = Refusal("LORASHARD_RISK_X", "It is wrong.", "Do not.")
     (problem,) = flag_problems(EngineFlags(), [refusal])

@@ -37,6 +37,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"contract_breaks": ("no create_lora_weights", "no modules")},
         "no create_lora_weights; no modules",
     ),
+    "LORASHARD_RISK_PATCHED_BY_OTHERS": (
+        {"displaced": ("A.f is g (x.py:1)", "B.f is h (y.py:2)")},
+        "A.f is g (x.py:1); B.f is h (y.py:2)",
+    ),
     "LORASHARD_RISK_IGNORED_EXPERT_LORA": (
         {"experts_class": "TritonWNA16Experts", "reads_lora": False},
         "TritonWNA16Experts",

@@ -322,6 +322,9 @@ VLLM = {
     """,
     "vllm/lora/model_manager.py": """
         class LoRAModelManager:
+            def _add_adapter(self, lora):
+                return None
+
             def create_dummy_lora(self, lora_id, rank, embedding_modules=None):
                 return None
     """,

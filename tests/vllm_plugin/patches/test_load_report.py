@@ -8,18 +8,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from lorashard.vllm_plugin.load.loader import LoadReport
+from lorashard.vllm_plugin.load.report import LoadReport
 from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
 from tests.tiny import REPO
 
 if os.environ.get("LORASHARD_REQUIRE_ALL", "") in ("", "0"):
     pytest.importorskip("prometheus_client")
 
-REQUEST = SimpleNamespace(lora_name="mine", lora_int_id=3)
+
 REPORT = LoadReport(
     path="/adapters/mine", kind="shards", num_local_experts=4, num_experts=8, num_layers=2,
     num_bytes=3_000_000_000, seconds=1.5, ep_rank=1, ep_size=2, advice=None,
@@ -29,9 +28,9 @@ REPORT = LoadReport(
 SCRIPT = """
 import logging
 logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-from tests.vllm_plugin.patches.test_load_report import REPORT, REQUEST
+from tests.vllm_plugin.patches.test_load_report import REPORT
 from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
-report_load(REPORT, REQUEST)
+report_load(REPORT, "mine", 3)
 report_failure(1)
 from prometheus_client import generate_latest
 print(generate_latest().decode())
@@ -77,19 +76,19 @@ def test_what_is_left_to_the_draft_model_is_a_line_of_its_own(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO, logger="vllm.lorashard"):
-        report_load(replace(REPORT, num_left_to_mtp=5), REQUEST)
+        report_load(replace(REPORT, num_left_to_mtp=5), "mine", 3)
     assert "5 modules for multi-token prediction are left out" in caplog.messages[1]
 
 
 def test_advice_is_a_warning_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="vllm.lorashard"):
-        report_load(replace(REPORT, advice="run this"), REQUEST)
+        report_load(replace(REPORT, advice="run this"), "mine", 3)
     assert caplog.messages == ["lorashard: /adapters/mine: run this"]
 
 
 def test_a_load_in_no_time_has_a_speed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vllm.lorashard"):
-        report_load(replace(REPORT, seconds=0.0, num_bytes=0), REQUEST)
+        report_load(replace(REPORT, seconds=0.0, num_bytes=0), "mine", 3)
     (message,) = caplog.messages
     assert message.endswith("0.000 GB in 0.000 s, 0.0 GB/s")
 
@@ -109,7 +108,7 @@ def test_logging_that_fails_is_not_raised_either() -> None:
     try:
         with pytest.raises(OSError, match="no space left"):
             logger.info("so it does raise")
-        report_load(replace(REPORT, advice="run this"), REQUEST)
+        report_load(replace(REPORT, advice="run this"), "mine", 3)
         report_failure(1)
     finally:
         logger.removeHandler(handler)

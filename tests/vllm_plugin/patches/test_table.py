@@ -60,8 +60,8 @@ def test_every_replacement_is_in_the_table() -> None:
     from importlib import import_module
 
     names = (
-        "activations", "adapter_adding", "adapter_loading", "engine_start", "expert_parallel",
-        "fully_sharded", "punica", "warm_up",
+        "activations", "adapter_adding", "adapter_loading", "adapter_packing", "engine_start",
+        "expert_parallel", "fully_sharded", "punica", "warm_up",
     )  # fmt: skip
     written: set[Any] = set()
     for name in names:

@@ -1,0 +1,28 @@
+"""What a load did, to be logged, counted and compared between ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What one load did. advice: what to run instead, on the rank that gives it for all.
+
+    path: the directory, or what to call tensors. kind: "shards", "plain adapter" or "tensors".
+    num_left_to_mtp: modules of a block for multi-token prediction, which vLLM serves without LoRA.
+    version: of what was read, to be compared between ranks.
+    """
+
+    path: str
+    kind: str
+    num_local_experts: int
+    num_experts: int
+    num_layers: int
+    num_bytes: int
+    seconds: float
+    ep_rank: int
+    ep_size: int
+    advice: str | None
+    num_left_to_mtp: int = 0
+    version: str = ""
