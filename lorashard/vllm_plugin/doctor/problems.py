@@ -46,9 +46,7 @@ def installation_problems(
     yield from _patch_problems(installation, patches)
 
 
-def _patch_problems(
-    installation: Installation, patches: Sequence[PatchState]
-) -> Iterator[Problem]:
+def _patch_problems(installation: Installation, patches: Sequence[PatchState]) -> Iterator[Problem]:
     for patch in patches:
         if patch.state == "broken":
             yield Problem("patches", f"{patch.target} cannot be patched: {patch.reason}.")
