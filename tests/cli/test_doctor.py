@@ -402,3 +402,45 @@ def test_a_newline_in_a_name_adds_no_line(tmp_path: Path) -> None:
     assert done.returncode == 5
     assert "x\\nok: nothing is broken" in done.stdout
     assert not [line for line in done.stdout.splitlines() if line.startswith("ok: nothing")]
+
+
+OTHER_PLUGIN = """
+def register():
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    def load_in_memory(self, lora_request):
+        raise NotImplementedError
+
+    def add_somehow(self, lora):
+        raise NotImplementedError
+
+    LRUCacheWorkerLoRAManager._load_adapter = load_in_memory
+    if REPLACES_MORE:
+        LoRAModelManager._add_adapter = add_somehow
+"""
+
+
+@pytest.mark.parametrize("replaces_more", [False, True])
+def test_another_plugin_s_patches_are_shown(
+    tmp_path: Path, python_path: str, replaces_more: bool
+) -> None:
+    site = tmp_path / "site"
+    (site / "other_plugin.py").write_text(f"REPLACES_MORE = {replaces_more}\n{OTHER_PLUGIN}")
+    (site / "other-1.dist-info").mkdir()
+    (site / "other-1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: other\nVersion: 1\n"
+    )
+    (site / "other-1.dist-info" / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nother = other_plugin:register\n"
+    )
+    path = os.pathsep.join((python_path, str(require_release("0.33.0"))))
+    found = examine(PYTHONPATH=path, code=5 if replaces_more else 0)
+    (loading,) = found["installation"]["foreign_patches"]
+    assert "LRUCacheWorkerLoRAManager._load_adapter is " in loading
+    assert f"load_in_memory ({site / 'other_plugin.py'}:" in loading
+    assert any(loading in note for note in found["notes"])
+    if replaces_more:
+        (text,) = problems(found, "patches")
+        assert "LoRAModelManager._add_adapter is " in text
+        assert "add_somehow (" in text

@@ -16,7 +16,8 @@ class Installation:
     entry_point: vLLM can find the plugin. allowed: VLLM_PLUGINS does not exclude it.
     variables: every LORASHARD_* that is set. switched_on: those that are not empty, 0 or off.
     unknown: those that nothing reads. faults: values that would make the plugin fail.
-    foreign: what other packages have put in the place of patches, without harm. displaced: with harm.
+    foreign_patches: what other packages have put in the place of patches, without harm.
+    displaced_patches: the same, where adapters would be wrong.
     """
 
     lorashard: str
@@ -30,8 +31,8 @@ class Installation:
     switched_on: tuple[str, ...]
     unknown: tuple[str, ...]
     faults: tuple[str, ...]
-    foreign: tuple[str, ...] = ()
-    displaced: tuple[str, ...] = ()
+    foreign_patches: tuple[str, ...] = ()
+    displaced_patches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

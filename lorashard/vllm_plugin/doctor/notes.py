@@ -15,7 +15,7 @@ def installation_notes(installation: Installation) -> Iterator[str]:
     """On a vLLM that nobody has tested, other packages' patches, and misspelt variables."""
     if installation.vllm and not is_known(release_number(installation.vllm)):
         yield f"lorashard is not tested with vLLM {installation.vllm}, only with {KNOWN_RANGE}."
-    for found in installation.foreign:
+    for found in installation.foreign_patches:
         yield f"{found}. Its adapters get the right experts, too."
     for name in installation.unknown:
         yield f"{name} is set, but nothing reads it."

@@ -50,8 +50,8 @@ def _patch_problems(installation: Installation, patches: Sequence[PatchState]) -
     for patch in patches:
         if patch.state == "broken":
             yield Problem("patches", f"{patch.target} cannot be patched: {patch.reason}.")
-    if installation.displaced:
-        refusal = displaced_refusal(installation.displaced)
+    if installation.displaced_patches:
+        refusal = displaced_refusal(installation.displaced_patches)
         if refusal.variable not in installation.switched_on:
             yield Problem("patches", refusal.explanation)
 

@@ -49,8 +49,8 @@ def survey() -> tuple[Installation, tuple[PatchState, ...]]:
         switched_on=tuple(name for name in variables if settings.is_set(name)),
         unknown=tuple(name for name in variables if name not in _known_variables()),
         faults=tuple(fault for fault in map(_setting_fault, _CHECKED_SETTINGS) if fault),
-        foreign=tuple(str(found) for found in foreign if found.is_harmless),
-        displaced=tuple(str(found) for found in foreign if not found.is_harmless),
+        foreign_patches=tuple(str(found) for found in foreign if found.is_harmless),
+        displaced_patches=tuple(str(found) for found in foreign if not found.is_harmless),
     )
     return installation, patches
 

@@ -58,7 +58,7 @@ def test_a_broken_patch_is_one_with_its_reason() -> None:
 
 
 def test_a_displaced_patch_is_one_unless_that_is_accepted() -> None:
-    displaced = replace(HERE, displaced=("A.f is g (x.py:1)",))
+    displaced = replace(HERE, displaced_patches=("A.f is g (x.py:1)",))
     (problem,) = installation_problems(displaced, [])
     assert problem.about == "patches"
     assert "A.f is g (x.py:1)" in problem.text
