@@ -14,7 +14,7 @@ from typing import Any
 from lorashard.adapter.keys import PEFT_PREFIX
 from lorashard.errors import LayoutError
 from lorashard.vllm_plugin.engine.live import LiveExperts
-from lorashard.vllm_plugin.load.lora_model import is_packed_here
+from lorashard.vllm_plugin.load.lora_model import is_ready
 from lorashard.vllm_plugin.load.plain_source import names_experts
 
 # The fields of a PEFTHelper that adapter_config.json has, too. The others are vLLM's own.
@@ -45,7 +45,7 @@ def find_raw_experts(model: Any) -> RawExperts | None:
     raw = {
         name: weights
         for name, weights in model.loras.items()
-        if not _is_stacked(weights) and _is_of_experts(name, weights)
+        if not (is_ready(weights) or _is_stacked(weights)) and _is_of_experts(name, weights)
     }
     if not raw:
         return None
@@ -64,7 +64,7 @@ def narrow_stacks(model: Any, layers: Mapping[str, LiveExperts]) -> None:
     """
     for name, live in layers.items():
         weights = model.loras.get(name)
-        if weights is None or not _is_stacked(weights) or is_packed_here(weights):
+        if weights is None or not _is_stacked(weights) or is_ready(weights):
             continue
         weights.lora_a = [_narrowed(tensor, live) for tensor in weights.lora_a]
         weights.lora_b = [_narrowed(tensor, live) for tensor in weights.lora_b]

@@ -19,7 +19,7 @@ from lorashard.vllm_options import smallest_max_lora_rank
 from lorashard.vllm_plugin.engine.names import ModuleNames
 from lorashard.vllm_plugin.load.assembly import Assembly
 
-_MARK = "_lorashard_packed"  # an attribute of the packed weights that come from here
+_MARK = "_lorashard_ready"  # an attribute of weights that vLLM may have as they are
 # The arguments of `from_local_checkpoint` that `from_lora_tensors` has too. The others say how to
 # read and slice files (tensorizer_config_dict, moe_ep_spec), which has been done by then.
 _SHARED_ARGUMENTS = (
@@ -80,12 +80,17 @@ def packed_experts(name: str, assembly: Assembly, tensors: Sequence[Any]) -> Any
         [tensors[index] for index in assembly.lora_b],
         scaling=[1] * parts,
     )
-    setattr(packed, _MARK, True)
+    mark_ready(packed)
     return packed
 
 
-def is_packed_here(weights: Any) -> bool:
-    """Whether these are weights from `packed_experts`."""
+def mark_ready(weights: Any) -> None:
+    """Say of weights that vLLM may have them as they are."""
+    setattr(weights, _MARK, True)
+
+
+def is_ready(weights: Any) -> bool:
+    """Whether that was said: of weights from `packed_experts`, and of a warm-up's dummies."""
     return hasattr(weights, _MARK)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lorashard.vllm_plugin.engine.live import WRAPPER_3D, moe_wrappers
+from lorashard.vllm_plugin.load.lora_model import mark_ready
 
 
 def wrap_create_dummy_lora(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,7 +22,7 @@ def wrap_create_dummy_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_dummy_lora(self: Any, lora_id: int, rank: int, *args: Any, **kwargs: Any) -> Any:
         moe = {name: w for name, w in moe_wrappers(self).items() if _fails_in_vllm(w)}
         if not moe:
-            return original(self, lora_id, rank, *args, **kwargs)
+            return _ready(original(self, lora_id, rank, *args, **kwargs))
         matches = self._match_target_modules
         self._match_target_modules = lambda name, *more: name not in moe and matches(name, *more)
         try:
@@ -29,9 +30,16 @@ def wrap_create_dummy_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             del self._match_target_modules  # so that the class's own is back
         dummy.loras.update(_zeros(moe, rank))
-        return dummy
+        return _ready(dummy)
 
     return create_dummy_lora
+
+
+def _ready(dummy: Any) -> Any:
+    """The dummy, of whose experts vLLM may take any: a 3D layer's have r times their number as r."""
+    for weights in dummy.loras.values():
+        mark_ready(weights)
+    return dummy
 
 
 def _fails_in_vllm(wrapper: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 from lorashard.adapter.config import parse_config
 from lorashard.errors import LayoutError
 from lorashard.vllm_plugin.load.in_memory import config_of, find_raw_experts, narrow_stacks
+from lorashard.vllm_plugin.load.lora_model import mark_ready
 
 EXPERTS = "model.layers.0.mlp.experts"
 
@@ -63,6 +64,18 @@ def test_experts_get_the_names_that_peft_gives_them() -> None:
 )
 def test_what_is_no_expert_or_stacked_already_is_left(loras: dict[str, Any]) -> None:
     assert find_raw_experts(model(**loras)) is None
+
+
+def test_what_is_ready_is_left() -> None:
+    ready = weights(lora_a=[torch.zeros(5, 1, 1)], lora_b=[torch.zeros(5, 1, 1)])
+    dummy = weights()
+    mark_ready(ready)
+    mark_ready(dummy)
+    made = model(**{EXPERTS: ready, f"{EXPERTS}.base_layer": dummy})
+    live = SimpleNamespace(num_experts=5, local_experts=(4, 1))
+    narrow_stacks(made, {EXPERTS: live})  # type: ignore[dict-item]
+    assert len(ready.lora_a[0]) == 5
+    assert find_raw_experts(made) is None
 
 
 def test_each_expert_keeps_its_own_r_and_scaling() -> None:
