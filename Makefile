@@ -22,9 +22,9 @@ test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside ## set up ever
 
 check: lint type test ## the tests, lint and types: run this before a review
 
-compat: $(VENV)/.test $(VENV)/.vllm ## run the plugin in one vLLM of every minor release, on the CPU; writes docs/compat
+compat: $(VENV)/.test $(VENV)/.vllm $(VENV)/.beside ## run the plugin in one vLLM of every minor release, on the CPU; writes docs/compat
 	$(BIN)/python tests/vllm_release.py $(COMPAT)
-	LORASHARD_RECORD=docs/compat LORASHARD_RELEASES="$(COMPAT)" LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q tests/vllm_plugin/test_loading_conformance.py tests/vllm_plugin/test_layers_conformance.py tests/vllm_plugin/test_without_plugin_conformance.py
+	LORASHARD_RECORD=docs/compat LORASHARD_RELEASES="$(COMPAT)" LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q tests/vllm_plugin/test_loading_conformance.py tests/vllm_plugin/test_layers_conformance.py tests/vllm_plugin/test_without_plugin_conformance.py tests/vllm_plugin/test_beside_conformance.py
 
 resolve: $(VENV)/.base ## show that installing lorashard changes no package next to any vLLM release
 	$(PIP) --group resolve
