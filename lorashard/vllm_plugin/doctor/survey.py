@@ -36,7 +36,6 @@ def survey() -> tuple[Installation, tuple[PatchState, ...]]:
     vllm, patches = _survey_vllm()
     foreign = find_foreign_patches()
     variables = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_PREFIX)}
-    allowed = os.environ.get("VLLM_PLUGINS")
     installation = Installation(
         lorashard=__version__,
         python=platform.python_version(),
@@ -44,7 +43,7 @@ def survey() -> tuple[Installation, tuple[PatchState, ...]]:
         torch=_installed("torch"),
         vllm=vllm,
         entry_point=any(point.name == _NAME for point in metadata.entry_points(group=_GROUP)),
-        allowed=allowed is None or _NAME in allowed.split(","),  # as vLLM's envs.py splits it
+        allowed=_is_allowed(_NAME),
         variables=variables,
         switched_on=tuple(name for name in variables if settings.is_set(name)),
         unknown=tuple(name for name in variables if name not in _known_variables()),
@@ -73,10 +72,14 @@ def _survey_vllm() -> tuple[str | None, tuple[PatchState, ...]]:
     return imported or _installed("vllm") or "?", _patch_states(failures, None)
 
 
-def _call_other_plugins() -> None:
+def _is_allowed(plugin: str) -> bool:
     allowed = os.environ.get("VLLM_PLUGINS")
+    return allowed is None or plugin in allowed.split(",")  # as vLLM's envs.py splits it
+
+
+def _call_other_plugins() -> None:
     for point in metadata.entry_points(group=_GROUP):
-        if point.name != _NAME and (allowed is None or point.name in allowed.split(",")):
+        if point.name != _NAME and _is_allowed(point.name):
             with suppress(Exception):  # vLLM logs it, and goes on as well
                 point.load()()
 

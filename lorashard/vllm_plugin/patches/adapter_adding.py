@@ -15,7 +15,6 @@ from typing import Any
 
 from lorashard.vllm_plugin.load.agreement import held_by_all, load_together
 from lorashard.vllm_plugin.patches.adapter_loading import agreeing_group, attached_loader
-from lorashard.vllm_plugin.patches.foreign import refuse_displaced
 
 
 def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,10 +26,7 @@ def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def add_adapter(self: Any, adapter_request: Any) -> Any:
         group, loader = agreeing_group(self), attached_loader(self)
-        if loader is None or loader.ep_size == 1:
-            return original(self, adapter_request)
-        refuse_displaced()  # by a package that came after the start
-        if group is None:
+        if group is None or loader is None:
             return original(self, adapter_request)
         loader.has_loaded = False
         try:
