@@ -28,7 +28,6 @@ class Filler:
     def __init__(self, region: Any, sources: RankSources, dtype: str, threads: Executor) -> None:
         import torch
 
-        self._region = region
         self._memory = memoryview(region)
         self._bytes = torch.from_numpy(region)
         self._sources = sources

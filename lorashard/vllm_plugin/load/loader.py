@@ -157,8 +157,6 @@ class AdapterLoader:
         One that the loader has made stays as it is. Raises LorashardError for experts that cannot
         be served.
         """
-        if self.ep_size == 1:
-            return
         names = ModuleNames(self._manager, self._model_names, {})
         narrow_stacks(model, self.experts)
         raw = find_raw_experts(model)
