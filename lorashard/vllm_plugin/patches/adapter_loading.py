@@ -22,6 +22,7 @@ from lorashard.vllm_plugin.load.agreement import load_together, tensor_parallel_
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.patches.apply import broken_patches
 from lorashard.vllm_plugin.patches.explanations import explain_refusal, for_a_server, text_of
+from lorashard.vllm_plugin.patches.foreign import refuse_displaced
 from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
 from lorashard.vllm_plugin.patches.refusals import enforce
 
@@ -171,11 +172,19 @@ class LoraModelStandIn:
         )
 
     def _read(self, read: Callable[[], Any], name: str, number: Any) -> Any:
-        if not self._agrees:
+        def checked_read() -> Any:
+            loader = attached_loader(self._worker_manager)
+            if loader is not None and loader.ep_size > 1:
+                refuse_displaced()  # by a package that came after the start
             return read()
+
+        if not self._agrees:
+            return checked_read()
         try:
             model = load_together(
-                read, agreeing_group(self._worker_manager), partial(_version, self._worker_manager)
+                checked_read,
+                agreeing_group(self._worker_manager),
+                partial(_version, self._worker_manager),
             )
         except LorashardError as err:
             _count_failure(self._worker_manager)
