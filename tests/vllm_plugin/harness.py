@@ -43,7 +43,7 @@ from vllm.model_executor import parameter  # noqa: E402
 from vllm.model_executor.layers import linear  # noqa: E402
 from vllm.model_executor.models.interfaces import SupportsLoRA  # noqa: E402
 from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
-from vllm.utils import platform_utils  # noqa: E402
+from vllm.utils import platform_utils, torch_utils  # noqa: E402
 
 from tests.vllm_plugin.moe_stand_in import (  # noqa: E402
     HAS_RUNNER,
@@ -65,6 +65,9 @@ platform_utils.is_pin_memory_available.cache_clear()
 for _name, _module in list(sys.modules.items()):
     if _name.startswith("vllm.") and hasattr(_module, "PIN_MEMORY"):
         _module.PIN_MEMORY = False
+_copy = getattr(torch_utils, "async_tensor_h2d", None)
+if _copy is not None and _copy.__defaults__ == (True,):  # 0.21 to 0.23: of its pin_memory
+    _copy.__defaults__ = (False,)
 
 Pair = tuple[Tensor, Tensor]  # lora_A, lora_B
 Wrapper = Literal["2d", "3d"]

@@ -29,10 +29,11 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 class Patch:
     """One change to vLLM.
 
-    module, owner, method: what is replaced. parameters: the leading parameter names that the
-    replacement relies on. why, how: sentences that `lorashard doctor` shows. upstream: the code,
-    issue or pull request in question. since, until: releases, inclusive; until None = still
-    needed. needed: given the class, False if this release does not need the patch.
+    module, owner, method: what is replaced; owner is a class, or "" for a function of the module.
+    parameters: the leading parameter names that the replacement relies on. why, how: sentences that
+    `lorashard doctor` shows. upstream: the code, issue or pull request in question. since, until:
+    releases, inclusive; until None = still needed. needed: given the owner, False if this release
+    does not need the patch.
     """
 
     module: str
@@ -45,12 +46,18 @@ class Patch:
     since: str
     until: str | None
     wrap: Wrap
-    needed: Callable[[type], bool] = lambda _: True
+    needed: Callable[[Any], bool] = lambda _: True
 
     @property
     def target(self) -> str:
         """The full name of what is replaced."""
-        return f"{self.module}.{self.owner}.{self.method}"
+        return ".".join(filter(None, (self.module, self.owner, self.method)))
+
+    def find_owner(self) -> Any:
+        """The class or module that has the method, as it is imported; None if there is no such."""
+        module = sys.modules[self.module]
+        owner = getattr(module, self.owner, None) if self.owner else module
+        return owner if isinstance(owner, (type, ModuleType)) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +90,8 @@ def broken_patches() -> tuple[str, ...]:
 
 def apply_patch(patch: Patch) -> Outcome:
     """Replace the method if the module has what the patch relies on. Never replaces it twice."""
-    owner = getattr(sys.modules[patch.module], patch.owner, None)
-    method = vars(owner).get(patch.method) if isinstance(owner, type) else None
+    owner = patch.find_owner()
+    method = None if owner is None else vars(owner).get(patch.method)
     if hasattr(method, _MARK):
         return outcomes.setdefault(patch.target, Outcome(patch, "applied"))
     outcome = _applied(patch, owner, method)
@@ -119,9 +126,13 @@ def _applied(patch: Patch, owner: Any, method: Any) -> Outcome:
 
 
 def _absent(patch: Patch, owner: Any, method: Any) -> str:
-    if not isinstance(owner, type):
+    if owner is None:
         return f"there is no class {patch.owner}"
-    return f"{patch.owner} has no method {patch.method} of its own" if method is None else ""
+    if method is not None:
+        return ""
+    if isinstance(owner, ModuleType):
+        return f"there is no function {patch.method}"
+    return f"{patch.owner} has no method {patch.method} of its own"
 
 
 def apply_when_imported(patches: Sequence[Patch]) -> None:

@@ -70,21 +70,26 @@ def log_foreign_patches() -> None:
 
 
 def _on_classes(patch: Patch) -> Iterator[ForeignPatch]:
-    """On the patched class, and on each subclass that another package has given the method."""
+    """In the patched place, and on each subclass that another package has given the method."""
     ours = replacements[patch.target]
-    owner = getattr(sys.modules[patch.module], patch.owner)
+    owner = patch.find_owner()
     for place in (owner, *_subclasses(owner)):
         function = vars(place).get(patch.method)
         if function is None or function is ours or _is_of_vllm(function):
             continue
-        name = f"{place.__module__}.{place.__qualname__}.{patch.method}"
         if function in replacements.values():
             continue  # a subclass has a patch of its own
-        yield ForeignPatch(name, _describe(function), _reaches(function, ours, _DEPTH))
+        name = f"{_name_of(place)}.{patch.method}"
+        calls_ours = _reaches(function, ours, _DEPTH) or _calls_super(function, patch.method)
+        yield ForeignPatch(name, _describe(function), calls_ours)
 
 
-def _subclasses(owner: type) -> Iterator[type]:
-    direct: list[type] = owner.__subclasses__()
+def _name_of(place: Any) -> str:
+    return f"{place.__module__}.{place.__qualname__}" if isinstance(place, type) else place.__name__
+
+
+def _subclasses(owner: Any) -> Iterator[type]:
+    direct: list[type] = owner.__subclasses__() if isinstance(owner, type) else []
     for subclass in direct:
         yield subclass
         yield from _subclasses(subclass)
@@ -122,6 +127,12 @@ def _reaches(function: Any, ours: Callable[..., Any], depth: int) -> bool:
         *map(_content, function.__closure__ or ()),
     ]
     return any(_reaches(one, ours, depth - 1) for one in held)
+
+
+def _calls_super(function: Any, method: str) -> bool:
+    """Whether a method of a subclass calls the one that it overrides."""
+    code = getattr(function, "__code__", None)
+    return code is not None and "__class__" in code.co_freevars and method in code.co_names
 
 
 def _content(cell: CellType) -> Any:

@@ -85,6 +85,16 @@ def test_the_replacement_looks_like_the_original(module: Any) -> None:
     assert inspect.signature(replaced) == inspect.signature(original)
 
 
+def test_a_function_of_the_module_can_be_replaced(module: Any) -> None:
+    module.describe = lambda request: f"about {request}"
+    wanted = patch(owner="", method="describe", parameters=("request",), wrap=lambda original: (
+        lambda request: original(request).upper()
+    ))  # fmt: skip
+    assert wanted.target == f"{MODULE}.describe"
+    assert apply_patch(wanted).state == "applied"
+    assert module.describe("x") == "ABOUT X"
+
+
 def test_what_a_class_inherits_is_not_touched_through_its_base(module: Any) -> None:
     apply_patch(patch())
     assert "load" not in vars(module.Derived)
@@ -99,6 +109,7 @@ def test_what_a_class_inherits_is_not_touched_through_its_base(module: Any) -> N
         ({"owner": "number"}, "there is no class number"),
         ({"method": "missing"}, "Manager has no method missing of its own"),
         ({"owner": "Derived"}, "Derived has no method load of its own"),
+        ({"owner": "", "method": "missing"}, "there is no function missing"),
     ],
 )
 def test_what_is_not_known_is_left_alone_reported_and_logged(
@@ -337,6 +348,38 @@ VLLM = {
             def create_lora_weights(self, max_loras, lora_config, model_config=None):
                 return None
     """,
+    "vllm/entrypoints/__init__.py": "", "vllm/entrypoints/openai/__init__.py": "",
+    "vllm/entrypoints/openai/models/__init__.py": "",
+    "vllm/entrypoints/openai/models/serving.py": """
+        class OpenAIServingModels:
+            async def unload_lora_adapter(self, request):
+                return None
+    """,
+    "vllm/v1/__init__.py": "", "vllm/v1/engine/__init__.py": "", "vllm/v1/core/__init__.py": "",
+    "vllm/v1/core/sched/__init__.py": "",
+    "vllm/v1/engine/core.py": """
+        class EngineCore:
+            def __init__(self, vllm_config):
+                pass
+
+            def add_lora(self, lora_request):
+                return True
+
+            def remove_lora(self, lora_id):
+                return True
+    """,
+    "vllm/v1/core/sched/scheduler.py": """
+        class Scheduler:
+            def add_request(self, request):
+                return None
+
+            def _free_request(self, request):
+                return None
+    """,
+    "vllm/v1/core/kv_cache_utils.py": """
+        def _gen_lora_extra_hash_keys(request):
+            return []
+    """,
 }  # fmt: skip
 REGISTER = """
 from lorashard.vllm_plugin import register
@@ -344,6 +387,8 @@ from lorashard.vllm_plugin import register
 MODULES = (
     "vllm.engine.arg_utils", "vllm.lora.worker_manager", "vllm.lora.layers.fused_moe",
     "vllm.lora.model_manager", "vllm.lora.punica_wrapper.punica_gpu",
+    "vllm.entrypoints.openai.models.serving", "vllm.v1.engine.core",
+    "vllm.v1.core.sched.scheduler", "vllm.v1.core.kv_cache_utils",
 )
 
 def state():
