@@ -22,6 +22,7 @@ from torch import Tensor
 from tests.gpu.cases import CASES
 from tests.gpu.engine import Expected
 from tests.gpu.processes import child_environment, end, start
+from tests.gpu.unloading import check_unloading
 
 # Served name -> adapter of glm16; each is a shard directory.
 ADAPTERS = {"a": "e0", "b": "e1", "c": "fused0", "d": "rs"}
@@ -52,6 +53,7 @@ class Server:
             changes={
                 "PROMETHEUS_MULTIPROC_DIR": str(metrics),
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+                "VLLM_SERVER_DEV_MODE": "1",
             },
         )
         where = ("--host", "127.0.0.1", "--port", str(self._port))
@@ -203,6 +205,19 @@ class Session:
         )
         self._report("unloaded adapter is unknown", status == 404, status=status)
 
+    def unload_in_use(self, scratch: Path) -> None:
+        """See unloading.py."""
+        try:
+            lines = check_unloading(
+                self._server,
+                self._shards("e2"), self._shards(ADAPTERS["a"]), "a",
+                self._expected.prompts[0].tolist(), scratch,
+            )  # fmt: skip
+        except (RuntimeError, OSError) as err:
+            lines = [{"check": "unloading", "right": False, "failure": str(err)[:500]}]
+        for line in lines:
+            self._report(line.pop("check"), line.pop("right"), **line)
+
     def damaged(self, how: str, directory: Path) -> None:
         """The request fails and names the file; the engine lives and still answers right."""
         path = directory / f"damaged-{how}"
@@ -230,6 +245,7 @@ def run_session(
     for served, adapter in ADAPTERS.items():
         session.answers(served, adapter, f"adapter {served} ({adapter})")
     session.load_and_unload()
+    session.unload_in_use(scratch)
     for how in ("truncated", "swapped", "missing"):
         session.damaged(how, scratch)
     for served, adapter in ADAPTERS.items():
