@@ -1,7 +1,8 @@
 """Packages that patch how vLLM loads LoRA, and how each adds an adapter; used inside a vLLM release.
 
 Their own code runs, as `make .venv/.beside` installs it. What it imports beside vLLM (Ray, a trainer)
-is not there, and not needed for this part of it. SkyRL's wrap is not released: it is rebuilt here.
+is not there, and not needed for this part of it. SkyRL's wrap and prime-rl are not released: what they
+replace is rebuilt here.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 INSTALLED = Path(__file__).resolve().parents[2] / ".venv" / "beside"
 # What an adapter arrives as: in memory, whole or only the experts of this rank; or as files.
@@ -109,6 +112,44 @@ def skyrl() -> Adding:
     return Adding(InMemoryRequest)
 
 
+class PrimeRl(Adding):
+    """Its plugin gives LoRAModel another `from_local_checkpoint`, which accepts more names."""
+
+    forms = ("plain", "shards")
+
+    def __init__(self) -> None:
+        from vllm.lora.lora_model import LoRAModel
+
+        def from_local_checkpoint(
+            cls: Any,
+            lora_dir: str,
+            expected_lora_modules: set[str],
+            peft_helper: Any,
+            *,
+            lora_model_id: int | None = None,
+            device: str = "cuda",
+            dtype: torch.dtype | None = None,
+            model_vocab_size: int | None = None,
+            weights_mapper: Any = None,
+            tensorizer_config_dict: dict[str, Any] | None = None,
+            skip_prefixes: list[str] | None = None,
+            moe_ep_spec: Any = None,
+        ) -> Any:
+            given = {
+                "lora_model_id": lora_model_id, "device": device, "dtype": dtype,
+                "model_vocab_size": model_vocab_size, "weights_mapper": weights_mapper,
+                "skip_prefixes": skip_prefixes,
+            }  # fmt: skip
+            known = signature(cls.from_lora_tensors).parameters
+            return cls.from_lora_tensors(
+                tensors=load_file(Path(lora_dir) / "adapter_model.safetensors"),
+                peft_helper=peft_helper,
+                **{name: value for name, value in given.items() if name in known},
+            )
+
+        LoRAModel.from_local_checkpoint = classmethod(from_local_checkpoint)
+
+
 class Areal(Adding):
     """Its worker extension makes a LoRAModel and gives it to the LoRAModelManager itself.
 
@@ -179,6 +220,7 @@ def _stub(name: str, **members: Any) -> None:
 
 _PACKAGES: dict[str, Callable[[], Adding]] = {
     "verl": verl, "ms-swift": ms_swift, "AReaL": Areal, "SkyRL's wrap": skyrl,
+    "prime-rl's plugin": PrimeRl,
 }  # fmt: skip
 NAMES = tuple(_PACKAGES)
 

@@ -1,6 +1,7 @@
 """Beside other packages that patch the same methods, in real vLLM releases, on the CPU: nothing is wrong.
 
-Their own code runs, as it is installed; only SkyRL's wrap, which is not released, is rebuilt.
+Their own code runs, as it is installed; SkyRL's wrap and prime-rl's plugin are not released, so what
+they replace is rebuilt.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ RUNS = [
     or (release == PLUGIN_RELEASES[0] and (package == "verl" or not plugin_first))
     or (package == "AReaL" and not plugin_first)
 ]
-LOADS = {"AReaL": 52}  # the others: 208
+LOADS = {"AReaL": 52, "prime-rl's plugin": 104}  # the others: 208
 VERL_BEGINS = (0, 18)
 
 
