@@ -1,13 +1,14 @@
 """Named tensors in memory -> the bytes of the safetensors file that they would make.
 
 The tensors may be on any device, and are never changed. What is contiguous is copied only as it is
-read.
+read, in whatever thread. The CUDA stream of another thread does not wait for the one on which the
+caller's tensors are being made, so this is waited for first.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from lorashard.dtypes import ELEMENT_SIZE, FROM_TORCH
@@ -25,7 +26,10 @@ class TensorFile:
     """
 
     def __init__(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raises AdapterError for a dtype that no adapter has."""
+        """Waits for what this thread has queued on the tensors' devices.
+
+        Raises AdapterError for a dtype that no adapter has.
+        """
         self.name = name
         self.header, entries = build_header(
             [(key, _dtype_name(key, t, name), tuple(t.shape)) for key, t in tensors.items()],
@@ -34,6 +38,7 @@ class TensorFile:
         self._begins = [entry.begin for entry in entries]
         self._tensors = [tensors[entry.name].detach() for entry in entries]
         self.size_bytes = entries[-1].end if entries else len(self.header)
+        _wait_for({tensor.device for tensor in self._tensors})
 
     def read(self, begin: int, end: int) -> bytes:
         """Bytes [begin, end) of the safetensors file."""
@@ -55,6 +60,15 @@ class TensorFile:
                 self._tensors[index] = self._tensors[index].contiguous()  # once, not for each read
             size = _copy_bytes(self._tensors[index], begin, buffer)
             buffer, offset, index = buffer[size:], offset + size, index + 1
+
+
+def _wait_for(devices: Collection[torch.device]) -> None:
+    """Return once this thread's current stream on each device is done with what is queued now."""
+    import torch
+
+    for device in devices:
+        if device.type in ("cuda", "xpu"):
+            torch.get_device_module(device).current_stream(device).synchronize()
 
 
 def _copy_bytes(tensor: torch.Tensor, begin: int, buffer: memoryview) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,21 @@ def test_the_tensors_stay_as_they_are() -> None:
     assert not given["transposed"].is_contiguous()
     assert all(tensor.equal(tensors()[name]) for name, tensor in given.items())
     assert needs_grad.requires_grad
+
+
+def test_what_is_queued_on_a_gpu_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # There is no GPU here; tests/gpu/tensor_order.py does the same on one.
+    waited: list[torch.device] = []
+
+    def current_stream(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: waited.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    gpu = torch.device("cuda", 1)
+    there: Any = SimpleNamespace(dtype=torch.float32, shape=(2,), device=gpu)
+    there.detach = lambda: there
+    TensorFile("memory", {"a": there, "b": there, "c": torch.zeros(2)})
+    assert waited == [gpu]
 
 
 def test_what_is_beyond_its_end_is_an_error() -> None:
