@@ -27,6 +27,7 @@ register()
 import torch  # noqa: E402
 from vllm.lora import lora_weights, model_manager  # noqa: E402
 from vllm.lora.lora_model import LoRAModel  # noqa: E402
+from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
 
 from lorashard.vllm_plugin.engine.contracts import contract_breaks  # noqa: E402
 from lorashard.vllm_plugin.load import host_memory  # noqa: E402
@@ -239,6 +240,33 @@ def dense_sizes() -> dict[str, dict[str, list[Any]]]:
     return answers
 
 
+def no_tensors_on_this_rank() -> dict[str, Any]:
+    """An adapter in memory that trains experts of other ranks alone takes the place of another."""
+    engine = engine_of(max_loras=1)
+    before = load(engine, plain())
+    engine.remove_adapter(1)
+    model = engine._lora_model_cls.from_lora_tensors(
+        lora_model_id=2,
+        tensors={},
+        peft_helper=PEFTHelper.from_dict(adapter_of("L1").config),
+        device="cpu",
+        dtype=torch.bfloat16,
+    )
+    with logged() as messages:
+        engine._adapter_manager.add_adapter(model)
+    engine._adapter_manager.activate_adapter(2)
+    slot = harness.slot_of(engine, 2)
+    left = [
+        f"{module}.{name}"
+        for module, pairs in harness.buffers(engine, slot).items()
+        for name, pair in pairs.items()
+        if any(factor.count_nonzero() for factor in pair)
+    ]
+    engine.remove_adapter(2)
+    after = load(engine, plain(), 3)
+    return {"before": before, "left": left, "after": after, "warnings": messages}
+
+
 def loader_of_an_engine_without_ep() -> list[Any]:
     """Whether there is a loader, and whether it was used: after a plain adapter, shards, plain."""
     engine = engine_of(ep_size=1)
@@ -367,7 +395,7 @@ def dummies() -> dict[str, Any]:
 
 CHECKS: tuple[Callable[[], Any], ...] = (
     class_after_loads, stand_in, configurations_refused_by_vllm, dense_sizes,
-    loader_of_an_engine_without_ep, contracts_without_ep, contracts,
+    no_tensors_on_this_rank, loader_of_an_engine_without_ep, contracts_without_ep, contracts,
     buffers_at_start, needed, dummies,
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ Here they are taken by the layers' expert maps before, from every layout, and vL
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from lorashard.errors import LorashardError
 from lorashard.vllm_plugin.patches.adapter_loading import attached_loader
 from lorashard.vllm_plugin.patches.explanations import for_a_server
 from lorashard.vllm_plugin.patches.foreign import refuse_displaced
+
+logger = logging.getLogger("vllm.lorashard")
 
 
 def wrap_add_adapter_to_manager(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,6 +30,16 @@ def wrap_add_adapter_to_manager(original: Callable[..., Any]) -> Callable[..., A
                 loader.pack_experts(lora)
             except LorashardError as err:
                 raise ValueError(f"LoRA adapter {lora.id}: {for_a_server(err)}") from err
+            if not lora.loras:
+                # Tensors of this rank's experts alone, and none of them is trained. vLLM's packing
+                # wants at least one module; without any, activating the adapter clears its slot.
+                logger.warning(
+                    "lorashard: adapter %d: no tensors were given on ep rank %d",
+                    lora.id,
+                    loader.ep_rank,
+                )
+                self._registered_adapters[lora.id] = lora
+                return None
         return original(self, lora)
 
     return _add_adapter
