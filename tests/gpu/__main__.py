@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.cases import Case, applying, as_stock
+from tests.gpu.cases import CASES, Case, applying, as_stock
 from tests.gpu.engine import LEAK_ROOM
 from tests.gpu.models import MODELS, build_all
 from tests.gpu.prepare import split_all
@@ -190,7 +190,7 @@ def main() -> int:
     if not args.release_label:
         args.release_label = _installed_release()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    build_all(args.work / "models")
+    build_all(args.work / "models", dict.fromkeys(case.model for case in CASES))
     split_all(args.work / "models", MODELS)
     if args.prepare:
         return 0

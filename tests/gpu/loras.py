@@ -6,6 +6,7 @@ Shape letters: `E` experts, `r` LoRA rank, `H` hidden size, `I` expert intermedi
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,9 @@ def _num_experts(views: Views, experts: str) -> int:
     return sum(weight.startswith(f"{experts}.") for weight in views if _leaf(weight) == "down_proj")
 
 
+# What a trainer makes step by step: the same form, other values.
+VERSIONS = tuple(f"v{number}" for number in range(10))
+
 RECIPES: Mapping[str, Callable[[Views], Adapter]] = {
     "e0": lambda views: per_expert(views, 100),
     "e1": lambda views: per_expert(views, 101),
@@ -249,4 +253,5 @@ RECIPES: Mapping[str, Callable[[Views], Adapter]] = {
     "rs": lambda views: rslora(views, 105),
     "fused0": lambda views: fused(views, 106),
     "fused1": lambda views: fused(views, 107),
+    **{name: partial(per_expert, seed=200 + number) for number, name in enumerate(VERSIONS)},
 }

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.gpu.checkpoint import quantise_views, save_fp8, save_tokenizer
-from tests.gpu.loras import RECIPES
+from tests.gpu.loras import RECIPES, VERSIONS
 from tests.gpu.reference import VOCABULARY, Reference, make_prompts
 
 HIDDEN, INTERMEDIATE = 512, 384
@@ -157,6 +157,11 @@ MODELS: Mapping[str, TinyModel] = {
         lambda: _glm4_moe(16), (*_PER_EXPERT, "e3", "half", "half_padded", "rs", "fused0")
     ),
     "glm15": TinyModel(lambda: _glm4_moe(15), (*_PER_EXPERT, "half", "fused0")),
+    # For tests.gpu.beside_verl. vLLM places experts round-robin only where they are in groups.
+    "glm15-versions": TinyModel(lambda: _glm4_moe(15), (*VERSIONS, "half", "fused0"), fp8=False),
+    "glm15g3-versions": TinyModel(
+        lambda: _glm4_moe(15, num_groups=3), (*VERSIONS, "half", "fused0"), fp8=False
+    ),
     "glm16g2": TinyModel(lambda: _glm4_moe(16, num_groups=2), (*_PER_EXPERT, "half", "fused0")),
     "qwen1": TinyModel(lambda: _qwen3_moe(1), ("e0", "e1", "fused0"), optional=True),
     "gpt_oss": TinyModel(_gpt_oss, ("fused0", "fused1"), fp8=False, transposed=True),
@@ -214,9 +219,9 @@ def build(name: str, out: Path) -> None:
         print(f"{name} {adapter}: mean effect {effect:.3f}", flush=True)
 
 
-def build_all(out: Path) -> None:
+def build_all(out: Path, names: Iterable[str]) -> None:
     """Make what is missing."""
-    for name in MODELS:
+    for name in names:
         if not (out / name / FINISHED).exists():
             started = time.perf_counter()
             try:
@@ -233,4 +238,4 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.models", description=__doc__)
     parser.add_argument("out", type=Path)
-    build_all(parser.parse_args().out)
+    build_all(parser.parse_args().out, MODELS)

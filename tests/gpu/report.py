@@ -142,6 +142,59 @@ def _pair(values: Sequence[float], unit: str) -> str:
     return f"{stock:.3f} → {plugin:.3f} {unit}{ratio}"
 
 
+def verl_table(documents: Iterable[Document]) -> str:
+    """verl's updates of adapters in memory (tests/gpu/beside_verl.py): an engine and way a row."""
+    rows = [
+        "| release | engine | tensors | right | error (base) | least correlation |",
+        "|---|---|---|---|---|---|",
+    ]
+    machines: set[str] = set()
+    for document in documents:
+        for engine in document.get("beside_verl", {}).get("engines", ()):
+            lines = engine["results"]
+            machines |= {f"{line['gpu']}" for line in lines if "gpu" in line}
+            base = next((line["error"] for line in lines if line.get("base")), None)
+            updates = [line for line in lines if "adapter" in line]
+            name = engine["engine"] + (", without lorashard" if engine["stock"] else "")
+            rows += [
+                f"| {document['release']} | {name} | {form} | "
+                f"{_verl_cells([line for line in updates if line['form'] == form], base)} |"
+                for form in dict.fromkeys(line["form"] for line in updates)
+            ]
+    if len(rows) == 2:
+        return ""
+    return "\n\n".join([VERL.format(gpu=", ".join(sorted(machines))).strip(), "\n".join(rows)])
+
+
+def _verl_cells(lines: Sequence[Result], base: float | None) -> str:
+    right = sum(bool(line["right"]) for line in lines)
+    judged = [line for line in lines if "error" in line]
+    if not judged:
+        return f"{right} of {len(lines)} | no answer | –"
+    errors = [line["error"] for line in judged]
+    correlation = min(line["correlation"] for line in judged)
+    failed = f", {len(lines) - len(judged)} failed" if len(judged) < len(lines) else ""
+    return (
+        f"{right} of {len(lines)} | {min(errors):.3f} to {max(errors):.3f} ({_number(base)}){failed}"
+        f" | {correlation:.3f}"
+    )
+
+
+# Before the table of verl's updates.
+VERL = """
+Two {gpu} in one host. verl 0.9.1's own code runs: its extension of vLLM's workers (`vLLMColocateWorkerExtension`, which patches `_load_adapter`),
+and its transfer of tensors from a trainer process on each GPU, in buckets of 1 MB. As verl does it, each update removes the adapter and adds it
+again under the same name and id, with `--max-loras 1`. The model is a GLM-4-MoE of 15 experts on two ranks (8 + 7; round-robin: even and odd).
+Each way has ten updates of one form with other values, judged as above. After them comes an adapter of every second expert's down_proj alone, except
+through shared memory, and a fused one through CUDA IPC and on the CPU. Tensors that come through CUDA IPC or shared memory are on the GPU when vLLM
+gets them. "Own experts only": each trainer sends its rank's; with the partial adapter and round-robin, one rank is sent nothing. The rows without
+lorashard are from an earlier run, and the two updates that failed there are the last.
+
+Two earlier runs of these engines found two faults of the plugin, which are fixed. Its threads could read tensors before the GPU had made them: two
+of 584 answers were wrong (0.24.0, round-robin; one was NaN). `python -m tests.gpu.tensor_order` shows it: without the wait each of 1,048,576 bytes is
+read too early, with it none. And a rank that was sent nothing refused the adapter.
+"""
+
 INTRO = """# vLLM with lorashard, on GPUs
 
 Two H200 GPUs in one host, tensor parallel size 2, tiny models with random weights. Each figure is the mean absolute difference of 188
@@ -160,6 +213,7 @@ To repeat, for each release (results go to `docs/gpu/`); the last line writes th
 
     python -m tests.gpu --work W --out docs/gpu/RELEASE.json --http --load    # make gpu-test
     python -m tests.gpu --work W --stock --out docs/gpu/RELEASE-stock.json
+    python -m tests.gpu.beside_verl --work W --out docs/gpu/RELEASE-verl.json    # with verl's files on PYTHONPATH
     make docs
 
 Notes on these runs:
@@ -187,6 +241,7 @@ def make_report(documents: Sequence[Document]) -> str:
         ("Not right", failures(documents)),
         ("Sorting tokens by adapter and local expert", align_table(documents)),
         ("Over HTTP", http_table(documents)),
+        ("Beside verl, adapters in memory", verl_table(documents)),
         ("Load times, stock → lorashard", load_table(documents)),
     ]
     return "\n\n".join([INTRO.strip(), *(f"## {t}\n\n{text}" for t, text in parts if text)]) + "\n"
