@@ -1,96 +1,149 @@
 """All tensor-parallel workers of an engine load an adapter, or none does.
 
-In: a load, and the group of the workers that must agree. Out: the load's result, or an error on
-every rank; and which adapters all of them have. Without this, one damaged file would leave the
-adapter loaded on the other ranks, and a second request for the same id would find it there: old
-bytes on some ranks, new ones on one.
+In: what a worker does, and an `Exchange` with the workers that must agree. Out: the result, or an
+error on every rank. Without this, one damaged file would leave the adapter loaded on the other
+ranks, and a second request for the same id would find it there: old bytes on some ranks, new ones
+on one.
+
+An exchange is a single all-gather. A rank has taken part in it, or has not; so whatever goes wrong
+on a rank, and wherever, it knows whether the others wait for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
+from functools import reduce
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_SIGNLESS = 2**63 - 1  # as much of a number as an int64 holds beside the -1 that fills up
+_MOST_CHARACTERS = 2000  # of a failure
+_FIXED_BYTES = 6 * _MOST_CHARACTERS + 200  # JSON has at most 6 for a character
+_BYTES_A_NUMBER = 32  # of an adapter, which is an int64 nearly everywhere
 
 
-def load_together(
-    load: Callable[[], T], group: Any | None, version: Callable[[], bytes] = bytes
-) -> T:
-    """The result of `load` if it succeeds on every rank of the group; otherwise raise on each.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one rank has to say.
 
-    group: a torch process group on the CPU, whose ranks must all call this at the same time; None
-    for a worker on its own. version: called after `load`, a digest of what this rank has loaded.
-    Raises the error of this rank's own `load`, or ValueError with the message of another's, or if
+    failure: "" if all is well. version: of what it has loaded; "" where there is none, or it does
+    not matter. held: the numbers of the adapters that it has now. is_adding: it has changed what
+    it has.
+    """
+
+    failure: str = ""
+    version: str = ""
+    held: tuple[int, ...] = ()
+    is_adding: bool = False
+
+
+class Exchange:
+    """Each rank of a group says one thing, and hears what the others say.
+
+    All ranks must come to it at about the same time. None for a worker on its own.
+    """
+
+    def __init__(self, group: Any | None, num_adapters: int = 0) -> None:
+        """group: a torch process group on the CPU. num_adapters: at most in `Outcome.held`."""
+        self._group = group
+        self._size = _FIXED_BYTES + _BYTES_A_NUMBER * num_adapters
+        self._sent: Any = None
+        self._received: list[Any] = []
+        self._work: Any = None
+
+    @property
+    def has_said(self) -> bool:
+        """Whether this rank has taken part. Until then the others wait."""
+        return self._work is not None
+
+    def say(self, own: Outcome) -> None:
+        """Take part. Only what is said first counts."""
+        if self.has_said:
+            return
+        import torch.distributed as dist
+
+        self._sent = _encode(own, self._size)
+        if self._group is None:
+            self._work = _Alone()
+            self._received = [self._sent]
+            return
+        self._received = [self._sent.clone() for _ in range(dist.get_world_size(self._group))]
+        self._work = dist.all_gather(self._received, self._sent, self._group, async_op=True)
+
+    def hear(self) -> tuple[Outcome, ...]:
+        """What each rank has said, this one too. Waits until all have."""
+        self._work.wait()
+        return tuple(map(_decode, self._received))
+
+
+class _Alone:
+    def wait(self) -> None:
+        """There is nobody to wait for."""
+
+
+def do_together(do: Callable[[], T], exchange: Exchange, version: Callable[[], str] = str) -> T:
+    """The result of `do` if it succeeds on every rank of the exchange; otherwise raise on each.
+
+    version: called after `do`, the version of what this rank has loaded.
+    Raises the error of this rank's own `do`, or ValueError with the message of another's, or if
     the ranks have loaded different versions.
     """
-    error: Exception | None = None
-    result: T | None = None
-    loaded = 0
     try:
-        try:
-            result = load()
-            loaded = int.from_bytes(version()[:8], "big") >> 1  # so that its negative fits as well
-        except Exception as err:  # noqa: BLE001 - raised again below, once the others know
-            error = err
-        failure = "" if error is None else f"{type(error).__name__}: {error}"
-        failures = () if group is None else _failures_of_all(failure, loaded, group)
-        if error is not None:
-            raise error
-    finally:
-        # An error and the frame that it passed through hold each other, and with them all that the
-        # load has read. Without the cycle its memory is free as soon as the error is handled.
-        del error
-    if failed := next(filter(None, failures), None):
-        raise ValueError(f"Another rank could not load the adapter: {failed}")
-    assert result is not None
+        result = do()
+        exchange.say(Outcome(version=version()))
+    except Exception as err:
+        exchange.say(Outcome(describe(err)))
+        exchange.hear()
+        raise
+    raise_failure(exchange.hear())
     return result
 
 
-def _failures_of_all(failure: str, loaded: int, group: Any) -> tuple[str | None, ...]:
-    """What went wrong on each rank of the group, "" for nothing; () if all is well everywhere.
+def raise_failure(outcomes: Iterable[Outcome]) -> None:
+    """Raise ValueError if any rank has failed, or the versions differ; the same on every rank."""
+    outcomes = tuple(outcomes)
+    for outcome in outcomes:
+        if outcome.failure:
+            raise ValueError(f"Another rank could not load the adapter: {outcome.failure}")
+    if len({outcome.version for outcome in outcomes}) > 1:
+        raise ValueError(
+            "The ranks have read different versions of the adapter. Was the directory replaced "
+            "while it was being loaded, or do hosts have different copies of it? Load it again "
+            "once every host has the same copy."
+        )
 
-    One small all-reduce if all is well. Raises ValueError on every rank if all have loaded
-    something, but not the same.
-    """
+
+def has_failed(outcomes: Iterable[Outcome]) -> bool:
+    """Whether that would be raised."""
+    try:
+        raise_failure(outcomes)
+    except ValueError:
+        return True
+    return False
+
+
+def describe(error: Exception) -> str:
+    """An error as the other ranks are told."""
+    return f"{type(error).__name__}: {error}"[:_MOST_CHARACTERS]
+
+
+def held_by_all(outcomes: Iterable[Outcome]) -> frozenset[int]:
+    """The numbers of the adapters that every rank has."""
+    return reduce(frozenset.intersection, (frozenset(outcome.held) for outcome in outcomes))
+
+
+def _encode(outcome: Outcome, size: int) -> Any:
     import torch
-    import torch.distributed as dist
 
-    # The largest of the negatives is the smallest, negated: so both with one operation.
-    largest = torch.tensor([int(bool(failure)), loaded, -loaded], dtype=torch.int64)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    any_failed, highest, lowest = largest.tolist()
-    if not any_failed:
-        if highest != -lowest:
-            raise ValueError(
-                "The ranks have read different versions of the adapter. Was the directory replaced "
-                "while it was being loaded, or do hosts have different copies of it? Load it again "
-                "once every host has the same copy."
-            )
-        return ()
-    failures: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(failures, failure, group=group)
-    return tuple(failures)
+    text = json.dumps(astuple(outcome)).encode()
+    return torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
 
 
-def held_by_all(numbers: Collection[int], group: Any) -> frozenset[int]:
-    """Those of the numbers, each at least 0, that every rank of the group names.
-
-    All ranks must call this at the same time. What is exchanged has one size on all of them.
-    """
-    import torch
-    import torch.distributed as dist
-
-    own = [number & _SIGNLESS for number in numbers]
-    most = torch.tensor([max(1, len(own))], dtype=torch.int64)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    filled = torch.tensor(own + [-1] * (int(most) - len(own)), dtype=torch.int64)
-    of_each = [torch.empty_like(filled) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(of_each, filled, group=group)
-    common = set(own).intersection(*(of_one.tolist() for of_one in of_each))
-    return frozenset(number for number in numbers if number & _SIGNLESS in common)
+def _decode(received: Any) -> Outcome:
+    failure, version, held, is_adding = json.loads(bytes(received.tolist()))
+    return Outcome(failure, version, tuple(held), is_adding)
 
 
 def tensor_parallel_group() -> Any | None:

@@ -7,7 +7,7 @@ otherwise through a block of scratch memory. Many threads; each byte is read onc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from math import prod
 from typing import Any
 
@@ -53,13 +53,17 @@ class Filler:
                     self.tensor(placed).zero_()
         # Opened by this thread, before the others share them.
         sources = {rank: self._sources.source_of(rank) for rank in {j.ep_rank for j in jobs}}
-        futures = [self._threads.submit(self._do, job, sources[job.ep_rank]) for job in jobs]
-        errors = [err for err in (future.exception() for future in futures) if err]
+        futures: list[Future[int]] = []
+        errors: list[BaseException] = []
         try:
+            # `extend` keeps what was submitted before an error.
+            futures.extend(self._threads.submit(self._do, j, sources[j.ep_rank]) for j in jobs)
+            errors.extend(err for err in (future.exception() for future in futures) if err)
             if errors:
                 raise errors[0]
             return sum(future.result() for future in futures)
         finally:
+            wait(futures)
             # An error and the frame that it passed through hold each other, and this frame holds
             # the region: without the cycle the region is free again as soon as the error is gone.
             del futures, errors

@@ -24,6 +24,7 @@ from lorashard.shards.directory import claims_to_be_shards
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.engine.live import interleaves, live_experts, moe_wrappers
 from lorashard.vllm_plugin.engine.names import ModuleNames, read_model_names
+from lorashard.vllm_plugin.load.agreement import Exchange
 from lorashard.vllm_plugin.load.collector import paused_collection
 from lorashard.vllm_plugin.load.contents import AdapterContents
 from lorashard.vllm_plugin.load.fill import Filler
@@ -78,7 +79,7 @@ class AdapterLoader:
 
     experts: the engine's MoE layers on this rank, by name, in the order of the model.
     plans: of the plain adapters loaded last. last_report: of the last load; None where vLLM's own
-    loader did it, or it failed.
+    loader did it, or it failed. most_adapters: that there are at a time.
     """
 
     def __init__(self, manager: Any, stock: Any) -> None:
@@ -95,11 +96,13 @@ class AdapterLoader:
         self._dtype = safetensors_dtype(manager.lora_config.lora_dtype)
         self._threads = reader_threads(settings.reader_threads())
         # One more than vLLM keeps: it loads an adapter before it evicts another.
-        limit = int(manager.lora_config.max_cpu_loras or manager.lora_config.max_loras) + 1
-        self.regions = RegionPool(limit, manager.device, self._threads)
+        self.most_adapters = (
+            int(manager.lora_config.max_cpu_loras or manager.lora_config.max_loras) + 1
+        )
+        self.regions = RegionPool(self.most_adapters, manager.device, self._threads)
         self.plans = KeptPlans()
         self.last_report: LoadReport | None = None
-        self.has_loaded = False  # set once all ranks have agreed on a load
+        self.loading: Exchange | None = None  # for the load of the adapter that is being added
         self._model_names = read_model_names(manager)
 
     def from_local_checkpoint(

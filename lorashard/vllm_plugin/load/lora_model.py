@@ -20,6 +20,7 @@ from lorashard.vllm_plugin.engine.names import ModuleNames
 from lorashard.vllm_plugin.load.assembly import Assembly
 
 _MARK = "_lorashard_ready"  # an attribute of weights that vLLM may have as they are
+_DUMMY = "dummy"
 # The arguments of `from_local_checkpoint` that `from_lora_tensors` has too. The others say how to
 # read and slice files (tensorizer_config_dict, moe_ep_spec), which has been done by then.
 _SHARED_ARGUMENTS = (
@@ -89,9 +90,19 @@ def mark_ready(weights: Any) -> None:
     setattr(weights, _MARK, True)
 
 
+def mark_dummy(weights: Any) -> None:
+    """The same of weights that the warm-up has made up."""
+    setattr(weights, _MARK, _DUMMY)
+
+
 def is_ready(weights: Any) -> bool:
     """Whether that was said: of weights from `packed_experts`, and of a warm-up's dummies."""
     return hasattr(weights, _MARK)
+
+
+def is_dummy(model: Any) -> bool:
+    """Whether a LoRAModel is the warm-up's, or a clone of that."""
+    return any(getattr(weights, _MARK, None) == _DUMMY for weights in model.loras.values())
 
 
 def tensor_in(region: Any, entry: TensorEntry, begin: int) -> Any:

@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Collection
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,10 @@ class Region:
         pages = [self.bytes[at : at + _TOUCH_STEP] for at in range(0, self.size, _TOUCH_STEP)]
         list(threads.map(_touch, pages))
         self.is_pinned = device.type == "cuda" and _register(self.bytes)
+        self.is_leased = False
+        self.has_pool = True  # False: nobody would take it again, so it goes with its lease
         self._in_use: list[Any] = []
+        self._going = threading.Lock()
 
     @property
     def size(self) -> int:
@@ -64,7 +66,9 @@ class Region:
         self._in_use = []
 
     def free(self) -> None:
-        """Unregister and unmap the memory. Nothing may refer to it any more."""
+        """Unregister and unmap the memory. Nothing may refer to it any more. Once is enough."""
+        if not self._going.acquire(blocking=False):
+            return
         self.wait()
         if self.is_pinned:
             import torch
@@ -75,17 +79,6 @@ class Region:
         del self.bytes
         with suppress(BufferError):  # an array on it is just going: the memory goes with that
             self._memory.close()
-
-
-@dataclass(slots=True)
-class _Returns:
-    """Regions that finalizers give back, at any moment and in any thread.
-
-    has_pool: False once there is no pool any more that would take them.
-    """
-
-    regions: list[Region]
-    has_pool: bool = True
 
 
 class RegionPool:
@@ -100,18 +93,16 @@ class RegionPool:
         self._limit = limit
         self._device = device
         self._threads = threads
-        self._free: list[Region] = []
-        self._returned = _Returns([])
-        self._held = 0
+        self._regions: list[Region] = []
         self._lock = threading.Lock()
-        self._closing = weakref.finalize(self, _free_all, self._free, self._returned)
+        self._closing = weakref.finalize(self, _free_all, self._regions)
         self._closing.atexit = False
 
     def warm(self, count: int, size: int) -> None:
         """Make regions of `size` bytes until `count` are free or in use."""
         with self._lock:
-            missing = min(count, self._limit) - len(self._free) - self._held
-            self._free.extend(
+            missing = min(count, self._limit) - len(self._regions)
+            self._regions.extend(
                 Region(size, self._device, self._threads) for _ in range(max(0, missing))
             )
 
@@ -122,52 +113,47 @@ class RegionPool:
         `numpy.asarray` of the array does not keep it in use.
         """
         with self._lock:
-            self._collect_returned()
             region = self._fitting(size)
             if region is None:
                 self._make_room()
                 region = Region(size, self._device, self._threads)
-            self._held += 1
-        region.wait()
-        # The base of a numpy view is the array that owns the memory, except that it stops at an
-        # array of another type. So only a subclass makes every view of the lease keep the lease.
-        lease: Bytes = region.bytes[:size].view(_lease_type())
-        # Whatever thread collects the lease has streams of its own, and may be on another device.
-        streams = _streams(self._device) if region.is_pinned else ()
-        finalizer = weakref.finalize(lease, _give_back, self._returned, region, streams)
-        finalizer.atexit = False
+                self._regions.append(region)
+            region.wait()
+            # The base of a numpy view is the array that owns the memory, except that it stops at an
+            # array of another type. So only a subclass makes every view of the lease keep the lease.
+            lease: Bytes = region.bytes[:size].view(_lease_type())
+            # Whatever thread collects the lease has streams of its own, and may be on another device.
+            streams = _streams(self._device) if region.is_pinned else ()
+            finalizer = weakref.finalize(lease, _give_back, region, streams)
+            finalizer.atexit = False
+            region.is_leased = True  # last: from here on the lease's end makes it free
         return lease
 
     def sizes(self) -> tuple[int, ...]:
         """The size in bytes of each region that is free now."""
         with self._lock:
-            self._collect_returned()
-            return tuple(region.size for region in self._free)
+            return tuple(region.size for region in self._free())
 
     def close(self) -> None:
         """Unregister and unmap the regions, as when the pool is gone. Nothing may be taken any more."""
         self._closing()
 
-    def _collect_returned(self) -> None:
-        while self._returned.regions:
-            self._free.append(self._returned.regions.pop())
-            self._held -= 1
+    def _free(self) -> list[Region]:
+        return [region for region in self._regions if not region.is_leased]
 
     def _fitting(self, size: int) -> Region | None:
         """The smallest free region that is large enough."""
-        fitting = min((r for r in self._free if r.size >= size), key=lambda r: r.size, default=None)
-        if fitting is not None:
-            self._free.remove(fitting)
-        return fitting
+        fitting = (region for region in self._free() if region.size >= size)
+        return min(fitting, key=lambda region: region.size, default=None)
 
     def _make_room(self) -> None:
         """Unmap free regions, smallest first, so that a new one stays within the limit."""
-        if len(self._free) + self._held >= self._limit and not self._free:
+        if len(self._regions) >= self._limit and not self._free():
             gc.collect(0)  # the traceback of a failed load may still refer to its region
-            self._collect_returned()
-        self._free.sort(key=lambda region: region.size)
-        while self._free and len(self._free) + self._held >= self._limit:
-            self._free.pop(0).free()
+        for region in sorted(self._free(), key=lambda region: region.size):
+            if len(self._regions) >= self._limit:
+                self._regions.remove(region)
+                region.free()
 
 
 @cache
@@ -184,20 +170,22 @@ def _streams(device: Any) -> Collection[Any]:
     return {torch.cuda.current_stream(device), torch.cuda.default_stream(device)}
 
 
-def _give_back(returned: _Returns, region: Region, streams: Collection[Any]) -> None:
-    region.mark_used(streams)
-    if returned.has_pool:
-        returned.regions.append(region)
-    else:
+def _give_back(region: Region, streams: Collection[Any]) -> None:
+    """At any moment and in any thread: what a lease's finalizer does."""
+    try:
+        region.mark_used(streams)
+    finally:
+        region.is_leased = False
+    if not region.has_pool:
         region.free()
 
 
-def _free_all(free: list[Region], returned: _Returns) -> None:
-    returned.has_pool = False
-    for region in (*free, *returned.regions):
-        region.free()
-    free.clear()
-    returned.regions.clear()
+def _free_all(regions: list[Region]) -> None:
+    for region in regions:
+        region.has_pool = False
+        if not region.is_leased:
+            region.free()
+    regions.clear()
 
 
 def _touch(pages: Bytes) -> None:

@@ -18,7 +18,7 @@ from lorashard.errors import LorashardError
 from lorashard.shards.directory import claims_to_be_shards
 from lorashard.vllm_plugin.engine.contracts import contract_breaks
 from lorashard.vllm_plugin.engine.guards import contract_refusal
-from lorashard.vllm_plugin.load.agreement import load_together, tensor_parallel_group
+from lorashard.vllm_plugin.load.agreement import Exchange, do_together, tensor_parallel_group
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.patches.apply import broken_patches
 from lorashard.vllm_plugin.patches.explanations import explain_refusal, for_a_server, text_of
@@ -54,17 +54,29 @@ def agreeing_group(worker_manager: Any) -> Any | None:
     return tensor_parallel_group() if loader is not None and loader.ep_size > 1 else None
 
 
+def exchange_of(manager: Any) -> Exchange:
+    """Where the ranks agree next on a load: that of the adapter that is being added, or a new one.
+
+    manager: a WorkerLoRAManager or a LoRAModelManager.
+    """
+    loader = attached_loader(manager)
+    if loader is None:
+        return Exchange(None)
+    if loader.loading is not None and not loader.loading.has_said:
+        return loader.loading
+    return Exchange(agreeing_group(manager), loader.most_adapters)
+
+
 def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     """WorkerLoRAManager._load_adapter: all ranks load with the stand-in, or none keeps the adapter.
 
-    After the ranks have agreed nothing may raise: vLLM would drop the adapter on this rank alone,
-    and at its next use wait for the other ranks, which have it already.
+    What raises after that is for `add_adapter` to settle with the other ranks.
     """
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
-        model = load_together(
+        model = do_together(
             partial(_load_with_stand_in, original, self, lora_request),
-            agreeing_group(self),
+            exchange_of(self),
             partial(_version, self),
         )
         _note_load(self, lora_request.lora_name, lora_request.lora_int_id)
@@ -76,17 +88,15 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 def _note_load(worker_manager: Any, name: str, number: int) -> None:
     """Report a load on which the ranks have agreed. Never raises."""
     loader = attached_loader(worker_manager)
-    if loader is not None:
-        loader.has_loaded = True
-        if loader.last_report is not None:
-            report_load(loader.last_report, name, number)
+    if loader is not None and loader.last_report is not None:
+        report_load(loader.last_report, name, number)
 
 
-def _version(worker_manager: Any) -> bytes:
+def _version(worker_manager: Any) -> str:
     """The version of what the loader read last; empty if vLLM itself loaded the adapter."""
     loader = attached_loader(worker_manager)
     report = loader.last_report if loader is not None else None
-    return b"" if report is None else bytes.fromhex(report.version)
+    return "" if report is None else report.version
 
 
 def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, request: Any) -> Any:
@@ -181,9 +191,9 @@ class LoraModelStandIn:
         if not self._agrees:
             return checked_read()
         try:
-            model = load_together(
+            model = do_together(
                 checked_read,
-                agreeing_group(self._worker_manager),
+                exchange_of(self._worker_manager),
                 partial(_version, self._worker_manager),
             )
         except LorashardError as err:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lorashard.vllm_plugin.engine.live import WRAPPER_3D, moe_wrappers
-from lorashard.vllm_plugin.load.lora_model import mark_ready
+from lorashard.vllm_plugin.load.lora_model import mark_dummy
 
 
 def wrap_create_dummy_lora(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +38,7 @@ def wrap_create_dummy_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 def _ready(dummy: Any) -> Any:
     """The dummy, of whose experts vLLM may take any: a 3D layer's have r times their number as r."""
     for weights in dummy.loras.values():
-        mark_ready(weights)
+        mark_dummy(weights)
     return dummy
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lorashard.vllm_plugin.load.agreement import load_together, tensor_parallel_group
+from lorashard.vllm_plugin.load.agreement import Exchange, do_together, tensor_parallel_group
 from tests.tiny import REPO
 
 # Ranks 0 and 1 are one tensor-parallel group, 2 and 3 another; "all" is a group of the four.
@@ -24,7 +24,7 @@ SCRIPT = """
 import json, os, sys
 from datetime import timedelta
 import torch.distributed as dist
-from lorashard.vllm_plugin.load.agreement import held_by_all, load_together
+from lorashard.vllm_plugin.load.agreement import Exchange, Outcome, do_together, held_by_all
 
 CASES = json.loads(sys.argv[1])
 folder = sys.argv[2]
@@ -41,12 +41,14 @@ def work(rank):
                 raise KeyError(f"file of rank {rank}")
             return f"{name} {rank}"
         try:
-            digest = bytes([rank in odd]) * 32
-            answers[name] = ["loaded", load_together(load, groups[group], lambda: digest)]
+            digest = (bytes([rank in odd]) * 32).hex()
+            answers[name] = ["loaded", do_together(load, Exchange(groups[group]), lambda: digest)]
         except Exception as err:
             answers[name] = [type(err).__name__, str(err)]
     for name, held in json.loads(sys.argv[3]).items():
-        answers[name] = sorted(held_by_all(held[rank], groups["all"]))
+        exchange = Exchange(groups["all"], 5)
+        exchange.say(Outcome(held=tuple(held[rank])))
+        answers[name] = sorted(held_by_all(exchange.hear()))
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(answers, file)
     dist.barrier()
@@ -183,14 +185,14 @@ def test_ranks_find_what_all_of_them_have(ranks: Any, case: str, common: list[in
 
 def test_alone_the_result_and_the_error_are_those_of_the_load() -> None:
     result = object()
-    assert load_together(lambda: result, None) is result
+    assert do_together(lambda: result, Exchange(None)) is result
     error = OSError("no such file")
 
     def fail() -> object:
         raise error
 
     with pytest.raises(OSError, match="no such file") as caught:
-        load_together(fail, None)
+        do_together(fail, Exchange(None))
     assert caught.value is error
 
 
@@ -212,7 +214,7 @@ def test_what_a_failed_load_has_read_is_free_once_its_error_is_handled() -> None
     gc.disable()  # so that nothing but the reference counts frees it
     try:
         with contextlib.suppress(ValueError):
-            load_together(partial(fail, memory), None)
+            do_together(partial(fail, memory), Exchange(None))
         del memory
         assert is_alive() is None
     finally:

@@ -1,0 +1,38 @@
+"""A load that fails on one of two ranks, at any line: no hang, and the next one works on both."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import REPO
+from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+
+# Every line of every case where releases are named; else some, in the newest.
+EVERYTHING = "LORASHARD_RELEASES" in os.environ
+RELEASES = PLUGIN_RELEASES if EVERYTHING else PLUGIN_RELEASES[:1]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_fault_on_one_rank_is_the_same_on_both_and_the_next_load_works(
+    release: str, tmp_path: Path
+) -> None:
+    def run(ep_rank: int) -> Any:
+        script = f"""
+import sys; sys.path.insert(0, {str(REPO)!r})
+from tests.vllm_plugin import load_faults
+answer(load_faults.run({ep_rank}, {str(tmp_path)!r}, {EVERYTHING}))
+"""
+        return run_in_release(release, script, timeout_s=1200)
+
+    with ThreadPoolExecutor(2) as threads:
+        found, other = threads.map(run, range(2))
+    assert {case: tried["wrong"] for case, tried in found.items() if tried["wrong"]} == {}
+    assert {case: tried["lines"] for case, tried in found.items()} == {
+        case: tried["lines"] for case, tried in other.items()
+    }
+    assert all(tried["lines"] > 10 for tried in found.values())
