@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VLLM   ?= 0.33.0 0.22.1 0.20.2 0.16.0
 COMPAT ?= 0.16.0 0.17.1 0.18.1 0.19.1 0.20.2 0.21.0 0.22.1 0.23.0 0.24.0 0.25.1 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
+# In as many processes as there are CPUs, but a test may need 2 GB of memory.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check compat resolve gpu-test fmt lint type bench golden docs clean
@@ -18,7 +20,7 @@ demo: $(VENV)/.test ## make a small real MoE adapter, split it for EP 2, verify 
 	$(BIN)/python -m tests.demo
 
 test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside ## set up everything and run the tests (what CI runs)
-	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q
+	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 check: lint type test ## the tests, lint and types: run this before a review
 

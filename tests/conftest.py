@@ -1,0 +1,61 @@
+"""Which tests stay in one process when several run the suite, as `make test` has them do."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import hypothesis
+import pytest
+
+from tests.tiny import REPO
+from tests.vllm_release import PLUGIN_RELEASES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile` by `group_of`. pytest-xdist 3.8 does not see its groups in pytest 9.2."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No example is too slow because another process has the CPU."""
+    if hasattr(config, "workerinput"):
+        hypothesis.settings.register_profile("parallel", deadline=None)
+        hypothesis.settings.load_profile("parallel")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What runs vLLM goes first in each process: it is slow, and at the end it would run alone."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: release_of(item.nodeid) is None)
+
+
+def group_of(nodeid: str) -> str:
+    """The test's file and the release that it runs in: a process keeps what a release answered."""
+    file, release = nodeid.split("::", maxsplit=1)[0], release_of(nodeid)
+    if release is None:
+        return file
+    return f"{release} patched.py" if asks_patched(file) else f"{release} {file}"
+
+
+def release_of(nodeid: str) -> str | None:
+    """The vLLM release among the parameters of a test."""
+    parameters = re.search(r"\[(.*)\]$", nodeid, re.DOTALL)
+    found = set(parameters[1].split("-")) & set(PLUGIN_RELEASES) if parameters else None
+    return found.pop() if found else None
+
+
+@cache
+def asks_patched(file: str) -> bool:
+    """Whether its tests read the answers of patched.py, which several files share."""
+    return "from tests.vllm_plugin.patched_answers import" in (REPO / file).read_text()
