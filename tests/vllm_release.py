@@ -9,6 +9,7 @@ releases cannot share one interpreter.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -80,35 +81,53 @@ def require_release(release: str) -> Path:
 def run_in_release(release: str, script: str, *, timeout_s: float = 300) -> Any:
     """Run `script` with that release's vllm importable; return what it passed to `answer(...)`.
 
-    The value travels as JSON through a file, because vLLM logs to stdout. Skips or fails like
-    `require_release`; a script that fails raises AssertionError with the end of its stderr.
+    It runs in a process of its own, forked from one that has imported what vLLM imports
+    (vllm_imports.py), but neither vLLM nor lorashard. The value travels as JSON through a file,
+    because vLLM logs to stdout. Skips or fails like `require_release`; a script that fails raises
+    AssertionError with the end of its stderr.
     """
     sources = require_release(release)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.vllm_imports"])
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "answer.json"
-        prologue = (
-            "import json, pathlib\n"
-            f"def answer(value): pathlib.Path({str(result)!r}).write_text(json.dumps(value))\n"
-        )
-        ended = subprocess.run(
-            [sys.executable, "-c", prologue + script],
-            env=os.environ | {
-                "PYTHONPATH": str(sources),
-                "VLLM_LOGGING_LEVEL": "ERROR",
-                "VLLM_NO_USAGE_STATS": "1",
-                # An empty allow-list: lorashard's plugin must not touch what is tested.
-                "VLLM_PLUGINS": "",
-                # One intra-op thread: the tensors are tiny.
-                "OMP_NUM_THREADS": "1",
-            },
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )  # fmt: skip
-        assert ended.returncode == 0, f"vLLM {release}: {ended.stderr[-3000:]}"
-        return json.loads(result.read_text())
+        environment = os.environ | {
+            "PYTHONPATH": str(sources),
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            # An empty allow-list: lorashard's plugin must not touch what is tested.
+            "VLLM_PLUGINS": "",
+            # One intra-op thread: the tensors are tiny.
+            "OMP_NUM_THREADS": "1",
+        }
+        process = context.Process(target=_run_script, args=(folder, script, environment))
+        process.start()
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise TimeoutError(f"vLLM {release}: no answer after {timeout_s} s")
+        stderr = (Path(folder) / "stderr").read_text(errors="replace")
+        assert process.exitcode == 0, f"vLLM {release}: {stderr[-3000:]}"
+        return json.loads((Path(folder) / "answer.json").read_text())
+
+
+def _run_script(folder: str, script: str, environment: dict[str, str]) -> None:
+    """In the new process: what `python -c script` would do."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with (Path(folder) / name).open("wb") as file:
+            os.dup2(file.fileno(), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path.insert(0, environment["PYTHONPATH"])
+    sys.argv = ["-c"]
+    early = sorted({"vllm", "lorashard"} & sys.modules.keys())
+    assert not early, f"{early} must be imported by the script, in its order"
+
+    def answer(value: object) -> None:
+        (Path(folder) / "answer.json").write_text(json.dumps(value))
+
+    exec(script, {"__name__": "__main__", "answer": answer})
 
 
 def record(release: str, name: str, findings: dict[str, Any]) -> None:
