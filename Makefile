@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VLLM   ?= 0.33.0 0.22.1 0.20.2 0.16.0
 COMPAT ?= 0.16.0 0.17.1 0.18.1 0.19.1 0.20.2 0.21.0 0.22.1 0.23.0 0.24.0 0.25.1 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
+COMPAT_TESTS := test_loading_conformance.py test_layers_conformance.py test_without_plugin_conformance.py \
+	test_beside_conformance.py test_load_faults_conformance.py patches/test_unloading.py
 # In as many processes as there are CPUs, but a test may need 2 GB of memory.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -26,7 +28,7 @@ check: lint type test ## the tests, lint and types: run this before a review
 
 compat: $(VENV)/.test $(VENV)/.vllm $(VENV)/.beside ## run the plugin in one vLLM of every minor release, on the CPU; writes docs/compat
 	$(BIN)/python tests/vllm_release.py $(COMPAT)
-	LORASHARD_RECORD=docs/compat LORASHARD_RELEASES="$(COMPAT)" LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q tests/vllm_plugin/test_loading_conformance.py tests/vllm_plugin/test_layers_conformance.py tests/vllm_plugin/test_without_plugin_conformance.py tests/vllm_plugin/test_beside_conformance.py
+	LORASHARD_RECORD=docs/compat LORASHARD_RELEASES="$(COMPAT)" LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q $(PARALLEL) $(addprefix tests/vllm_plugin/,$(COMPAT_TESTS))
 
 resolve: $(VENV)/.base ## show that installing lorashard changes no package next to any vLLM release
 	$(PIP) --group resolve
