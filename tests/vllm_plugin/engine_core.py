@@ -1,5 +1,7 @@
 """Run inside a vLLM release: a whole engine core on the CPU, without a model's forward pass.
 
+The plugin is loaded as in a server: by vLLM, inside of EngineCore.__init__, by its entry point.
+
 Real: EngineCore and its scheduler, prefix cache and executor base class from __init__ on, and each
 worker's LoRA manager (harness.py), to which a step gives the adapters of its requests, as vLLM's
 model runner does. Stand-in: the rest of the worker. Whatever a request asks, its next token is 7.
@@ -7,28 +9,26 @@ model runner does. Stand-in: the rest of the worker. Whatever a request asks, it
 
 from __future__ import annotations
 
+import os
 import tempfile
 from concurrent.futures import Future
 from functools import cache
 from inspect import signature
 from typing import Any
 
-from lorashard.vllm_plugin import register
+# Before anything of vLLM reads it.
+os.environ["VLLM_PLUGINS"] = "lorashard"
 
-register()
-
-import torch  # noqa: E402
-from transformers import Qwen3MoeConfig  # noqa: E402
-from vllm import config, sampling_params  # noqa: E402
-from vllm.config.lora import LoRAConfig  # noqa: E402
-from vllm.lora.layers import LoRAMapping  # noqa: E402
-from vllm.v1.engine import EngineCoreRequest  # noqa: E402
-from vllm.v1.engine.core import EngineCore  # noqa: E402
-from vllm.v1.executor.abstract import Executor  # noqa: E402
-from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
-from vllm.v1.outputs import ModelRunnerOutput  # noqa: E402
-
-from tests.vllm_plugin import patched  # noqa: E402
+import torch
+from transformers import Qwen3MoeConfig
+from vllm import config, sampling_params
+from vllm.config.lora import LoRAConfig
+from vllm.lora.layers import LoRAMapping
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import ModelRunnerOutput
 
 BLOCK = 16  # tokens of a block of the KV cache
 TOKEN = 7
@@ -72,6 +72,8 @@ class Worker:
     """One rank. `manager` is vLLM's WorkerLoRAManager."""
 
     def __init__(self, ep_rank: int, ep_size: int) -> None:
+        from tests.vllm_plugin import patched  # it loads the plugin, if vLLM has not
+
         self.manager = patched.engine_of(ep_rank=ep_rank, ep_size=ep_size)
         self._loras: dict[str, Any] = {}
 

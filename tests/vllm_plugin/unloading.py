@@ -9,23 +9,34 @@ from __future__ import annotations
 import asyncio
 import gc
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lorashard.vllm_plugin.engine.prefix_versions import PrefixVersions
-from lorashard.vllm_plugin.patches import unloading
-from tests.vllm_plugin import engine_core as ec  # registers the plugin first
+from tests.vllm_plugin import engine_core as ec  # first: nothing of the plugin is loaded yet
 
 from vllm.entrypoints.openai.models import serving  # isort: skip
 from vllm.lora.request import LoRARequest  # isort: skip
 from vllm.v1.core.sched.scheduler import Scheduler  # isort: skip
 from vllm.v1.engine.core import EngineCore  # isort: skip
 
-from tests.vllm_plugin import harness, patched  # isort: skip
-from tests.vllm_plugin.harness_selfcheck import adapter_of, mismatches  # isort: skip
-from tests.vllm_plugin.loading import expected_of  # isort: skip
+
+def first_engine() -> bool:
+    """Whether vLLM alone has loaded the plugin by the time that its first engine is there."""
+    was_there = "lorashard.vllm_plugin" in sys.modules
+    core = ec.engine_core()
+    return not was_there and hasattr(core.scheduler, "_lorashard_adapter_uses")
+
+
+IS_LOADED_BY_VLLM = first_engine()
+
+from lorashard.vllm_plugin.engine.prefix_versions import PrefixVersions  # noqa: E402
+from lorashard.vllm_plugin.patches import unloading  # noqa: E402
+from tests.vllm_plugin import harness, patched  # noqa: E402
+from tests.vllm_plugin.harness_selfcheck import adapter_of, mismatches  # noqa: E402
+from tests.vllm_plugin.loading import expected_of  # noqa: E402
 
 
 def adapter_at(path: Path, seed: int = 0) -> Path:
@@ -259,6 +270,7 @@ def subclass_of_the_scheduler() -> list[str]:
 
 def run_all() -> dict[str, Any]:
     return {
+        "loaded by vLLM": IS_LOADED_BY_VLLM,
         "idle": idle(),
         "in use": in_use(),
         "in use, stock": in_use(stock=True),

@@ -20,21 +20,23 @@ logger = logging.getLogger("vllm.lorashard")
 class AdapterUses:
     """The adapters of one engine, by vLLM's numbers for them.
 
-    requests: the scheduler's, by id, which it keeps up to date. remove: takes an adapter out of all
-    workers, at once. prefixes: gets the names of adapters that are replaced.
+    requests: the scheduler's, by id, which it keeps up to date. prefixes: gets the names of adapters
+    that are replaced.
     """
 
-    def __init__(
-        self, requests: Mapping[str, Any], remove: Callable[[int], bool], prefixes: PrefixVersions
-    ) -> None:
+    def __init__(self, requests: Mapping[str, Any], prefixes: PrefixVersions) -> None:
         self._requests = requests
-        self._remove = remove
         self._prefixes = prefixes
+        self._take_out: Callable[[int], bool] = _nothing_to_take_out
         self._names: dict[int, str] = {}
         self._leaving: dict[int, set[str]] = {}  # an adapter, and the requests that it waits for
 
-    def remove(self, number: int) -> bool:
-        """Remove the adapter now, or as soon as no request uses it. False if it was not there."""
+    def remove(self, number: int, take_out: Callable[[int], bool]) -> bool:
+        """Remove the adapter now, or as soon as no request uses it. False if it was not there.
+
+        take_out: takes an adapter out of all workers, at once.
+        """
+        self._take_out = take_out
         self._renew_prefixes(number)
         if users := self._users(number):
             self._leaving[number] = users
@@ -44,14 +46,14 @@ class AdapterUses:
             )  # fmt: skip
             return True
         self._leaving.pop(number, None)
-        return self._remove(number)
+        return self._take_out(number)
 
     def before_load(self, lora_request: Any) -> None:
         """An adapter is about to be loaded, by vLLM's LoRARequest: one that is leaving goes now."""
         number = int(lora_request.lora_int_id)
         in_place = bool(getattr(lora_request, "load_inplace", False))
         if self._leaving.pop(number, None) is not None and not in_place:
-            self._remove(number)
+            self._take_out(number)
         if in_place:
             self._renew_prefixes(number)
 
@@ -71,7 +73,7 @@ class AdapterUses:
         if number in self._leaving:
             self._leaving[number].add(request.request_id)
             if Path(request.lora_request.lora_path).expanduser().exists():
-                self._remove(number)
+                self._take_out(number)
 
     def request_ended(self, request: Any) -> None:
         """A request has left the scheduler. Never raises: the engine's step goes on."""
@@ -91,7 +93,7 @@ class AdapterUses:
             return
         del self._leaving[number]
         try:
-            self._remove(number)
+            self._take_out(number)
         except Exception:
             logger.exception("lorashard: adapter %d could not be unloaded", number)
 
@@ -109,3 +111,8 @@ class AdapterUses:
         name = self._names.pop(number, None)
         if name is not None:  # otherwise no request has left anything in the cache
             self._prefixes.renew(name)
+
+
+def _nothing_to_take_out(_: int) -> bool:
+    """Until the first removal nothing can be leaving."""
+    return False

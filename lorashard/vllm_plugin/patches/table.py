@@ -145,8 +145,8 @@ PATCHES: tuple[Patch, ...] = (
             wrap=wrap,
         )
         for module, owner, method, parameters, line, how, wrap in (
-            (_ENGINE, "EngineCore", "__init__", ("vllm_config",), 124,
-             "The scheduler gets a record of the adapters in use, under expert parallelism.",
+            (_SCHEDULER, "Scheduler", "__init__", ("vllm_config",), 87,
+             "Under expert parallelism it keeps a record of the adapters in use.",
              unloading.wrap_init),
             (_ENGINE, "EngineCore", "remove_lora", ("lora_id",), 1091,
              "The adapter is removed once no request uses it.", unloading.wrap_remove_lora),

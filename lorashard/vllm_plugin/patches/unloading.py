@@ -48,17 +48,15 @@ def wrap_unload_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]
 
 
 def wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    """EngineCore.__init__: its scheduler notes which requests use which adapter."""
+    """Scheduler.__init__: it notes which requests use which adapter.
+
+    Not the engine core's: vLLM loads the plugins inside of that.
+    """
 
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         if _is_concerned(vllm_config):
-            uses = AdapterUses(
-                self.scheduler.requests,
-                lambda number: bool(self.model_executor.remove_lora(number)),
-                _prefix_versions,
-            )
-            setattr(self.scheduler, _USES, uses)
+            setattr(self, _USES, AdapterUses(self.requests, _prefix_versions))
 
     return init
 
@@ -80,7 +78,9 @@ def wrap_remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def remove_lora(self: Any, lora_id: int) -> bool:
         uses = _uses(self.scheduler)
-        return bool(original(self, lora_id)) if uses is None else uses.remove(lora_id)
+        if uses is None:
+            return bool(original(self, lora_id))
+        return uses.remove(lora_id, lambda number: bool(original(self, number)))
 
     return remove_lora
 

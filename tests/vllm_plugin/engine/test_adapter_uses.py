@@ -44,9 +44,12 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.prefixes = PrefixVersions()
-        self.uses = AdapterUses(self.requests, self.remove, self.prefixes)
+        self.uses = AdapterUses(self.requests, self.prefixes)
 
-    def remove(self, number: int) -> bool:
+    def unload(self, number: int) -> bool:
+        return self.uses.remove(number, self.take_out)
+
+    def take_out(self, number: int) -> bool:
         there = number in self.loaded
         self.loaded.discard(number)
         return there
@@ -83,7 +86,7 @@ def test_an_adapter_is_there_while_requests_use_it_and_goes_with_the_last(
                 engine.loaded |= {number} - {0}  # the workers load it at its next step
         elif what == "remove":
             was_there = number in engine.loaded
-            assert engine.uses.remove(number) == was_there
+            assert engine.unload(number) == was_there
             asked.add(number)
         elif engine.requests:
             engine.end(list(engine.requests)[number % len(engine.requests)])
@@ -99,7 +102,7 @@ def test_a_path_that_is_still_there_is_read_again_for_a_request_that_comes_late(
 ) -> None:
     engine = Engine()
     engine.send("first", Lora(1, str(tmp_path)))
-    assert engine.uses.remove(1)
+    assert engine.unload(1)
     engine.send("late", Lora(1, str(tmp_path)))
     assert engine.loaded == {2}
     engine.loaded.add(1)  # as the next step does
@@ -113,7 +116,7 @@ def test_a_path_that_is_still_there_is_read_again_for_a_request_that_comes_late(
 def test_a_load_takes_the_place_of_one_that_was_to_go(in_place: bool) -> None:
     engine = Engine()
     engine.send("first", Lora(1))
-    engine.uses.remove(1)
+    engine.unload(1)
     engine.uses.before_load(Lora(1, load_inplace=in_place))
     assert (1 in engine.loaded) == in_place  # in place, the workers replace it
     engine.loaded.add(1)
@@ -126,8 +129,8 @@ def test_a_failure_to_remove_does_not_reach_the_engines_step(
 ) -> None:
     engine = Engine()
     engine.send("first", Lora(1))
-    engine.uses.remove(1)
-    engine.uses._remove = lambda _: 1 / 0  # type: ignore[assignment, return-value]
+    engine.unload(1)
+    engine.uses._take_out = lambda _: 1 / 0  # type: ignore[assignment, return-value]
     engine.end("first")
     assert "adapter 1 could not be unloaded" in caplog.text
     engine.send("second", Lora(1))
@@ -139,12 +142,12 @@ def test_a_prefix_is_renewed_with_what_replaces_its_adapter_and_only_then() -> N
     engine.send("one", Lora(1))
     engine.end("one")
     engine.uses.before_load(Lora(1))
-    engine.uses.remove(2)  # has served no request
+    engine.unload(2)  # has served no request
     assert [engine.prefixes.version(name) for name in ("a1", "a2")] == ["", ""]
     engine.uses.before_load(Lora(1, load_inplace=True))
     in_place = engine.prefixes.version("a1")
     engine.send("two", Lora(1))
-    engine.uses.remove(1)
+    engine.unload(1)
     assert "" != in_place != engine.prefixes.version("a1")
     assert engine.prefixes.version("a2") == ""
 

@@ -359,9 +359,6 @@ VLLM = {
     "vllm/v1/core/sched/__init__.py": "",
     "vllm/v1/engine/core.py": """
         class EngineCore:
-            def __init__(self, vllm_config):
-                pass
-
             def add_lora(self, lora_request):
                 return True
 
@@ -370,6 +367,9 @@ VLLM = {
     """,
     "vllm/v1/core/sched/scheduler.py": """
         class Scheduler:
+            def __init__(self, vllm_config):
+                pass
+
             def add_request(self, request):
                 return None
 

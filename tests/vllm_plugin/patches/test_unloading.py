@@ -29,6 +29,11 @@ def answers(release: str) -> dict[str, Any]:
 
 
 @each_release
+def test_it_works_where_vllm_loads_the_plugin_while_it_makes_its_engine_core(release: str) -> None:
+    assert answers(release)["loaded by vLLM"] is True
+
+
+@each_release
 def test_an_adapter_that_nobody_uses_leaves_every_rank_at_once(release: str) -> None:
     removed, left, buffers_are_back, held = answers(release)["idle"]
     assert (removed, left) == ([True, False], ON_NONE)
