@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import deque
 from concurrent.futures import Future
 from functools import cache
 from inspect import signature
@@ -50,14 +51,14 @@ def model_config() -> Any:
     )  # fmt: skip
 
 
-def config_of(*, expert_parallel: bool = True) -> Any:
+def config_of(*, expert_parallel: bool, asynchronous: bool) -> Any:
     cache_config = config.CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
     cache_config.num_gpu_blocks_override = 64
     return config.VllmConfig(
         model_config=model_config(),
         scheduler_config=config.SchedulerConfig(
             max_num_seqs=8, max_num_batched_tokens=MAX_LEN, max_model_len=MAX_LEN,
-            enable_chunked_prefill=True, is_encoder_decoder=False, async_scheduling=False,
+            enable_chunked_prefill=True, is_encoder_decoder=False, async_scheduling=asynchronous,
         ),
         cache_config=cache_config,
         parallel_config=config.ParallelConfig(
@@ -122,10 +123,17 @@ class Worker:
         return lambda *args, **kwargs: None
 
 
+def _as_future(result: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
+
+
 class InProcess(Executor):  # type: ignore[misc]
     """Two workers in this process. What they do is theirs, the rest vLLM's base class's."""
 
     def _init_executor(self) -> None:
+        self._answers: deque[Any] = deque()
         ep = self.vllm_config.parallel_config.enable_expert_parallel
         self.workers = [Worker(rank, 2 if ep else 1) for rank in range(2 if ep else 1)]
 
@@ -139,19 +147,18 @@ class InProcess(Executor):  # type: ignore[misc]
         **_: Any,
     ) -> Any:
         answers = [getattr(worker, method)(*args, **kwargs or {}) for worker in self.workers]
-        if not non_block:
-            return answers
-        future: Future[Any] = Future()
-        future.set_result(answers)
-        return future
+        return _as_future(answers) if non_block else answers
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         answer = self.collective_rpc("execute_model", args=(scheduler_output,))[0]
-        if not non_block:
-            return answer
-        future: Future[Any] = Future()
-        future.set_result(answer)
-        return future
+        if answer.req_ids:
+            self._answers.append(answer)
+            answer = None  # the tokens come from `sample_tokens`
+        return _as_future(answer) if non_block else answer
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+        answer = self._answers.popleft()
+        return _as_future(answer) if non_block else answer
 
     def compile_or_warm_up_model(self) -> None:
         """Nothing is compiled."""
@@ -161,15 +168,16 @@ class InProcess(Executor):  # type: ignore[misc]
 
     @property
     def max_concurrent_batches(self) -> int:
-        return 1
+        return 2 if self.vllm_config.scheduler_config.async_scheduling else 1
 
     def check_health(self) -> None:
         """It is here."""
 
 
-def engine_core(*, expert_parallel: bool = True) -> Any:
-    """VLLM's EngineCore, started."""
-    return EngineCore(config_of(expert_parallel=expert_parallel), InProcess, log_stats=False)
+def engine_core(*, expert_parallel: bool = True, asynchronous: bool = False) -> Any:
+    """VLLM's EngineCore, started. asynchronous: it schedules a step while one runs."""
+    vllm_config = config_of(expert_parallel=expert_parallel, asynchronous=asynchronous)
+    return EngineCore(vllm_config, InProcess, log_stats=False)
 
 
 def send(core: Any, name: str, lora_request: Any, max_tokens: int, length: int = 40) -> None:
@@ -189,9 +197,9 @@ def send(core: Any, name: str, lora_request: Any, max_tokens: int, length: int =
 def run_to_the_end(core: Any) -> None:
     for _ in range(1000):
         if not core.scheduler.has_unfinished_requests():
-            core.step()  # tells the workers which requests have ended
+            core.step_fn()  # tells the workers which requests have ended
             return
-        core.step()
+        core.step_fn()
     raise AssertionError("requests do not end")
 
 

@@ -82,14 +82,16 @@ def idle() -> Any:
     return [answers, ec.loaded(core), before == back, [a - b for a, b in zip(before, held)]]
 
 
-def in_use(*, stock: bool = False) -> Any:
+def in_use(*, stock: bool = False, asynchronous: bool = False) -> Any:
     """Unloaded, and deleted, while two requests use it: each worker's adapters, then and after."""
-    core, path = ec.engine_core(), adapter_at(patched.folder() / "mine")
+    core = ec.engine_core(asynchronous=asynchronous)
+    assert (core.batch_queue is not None) == asynchronous
+    path = adapter_at(patched.folder() / "mine")
     before = free_buffers(core)
     core.add_lora(request(path))
     for name, tokens in (("short", 3), ("long", 9)):
         ec.send(core, name, request(path), tokens)
-    core.step()
+    core.step_fn()
     remove = EngineCore.remove_lora
     answer = (remove._lorashard_original if stock else remove)(core, 1)
     shutil.rmtree(path)
@@ -274,6 +276,8 @@ def run_all() -> dict[str, Any]:
         "idle": idle(),
         "in use": in_use(),
         "in use, stock": in_use(stock=True),
+        "in use, asynchronous": in_use(asynchronous=True),
+        "in use, asynchronous, stock": in_use(stock=True, asynchronous=True),
         "aborted": aborted(),
         "late": comes_late(),
         "add_lora": same_number_again("add_lora"),

@@ -43,8 +43,9 @@ def test_an_adapter_that_nobody_uses_leaves_every_rank_at_once(release: str) -> 
 @each_release
 def test_an_adapter_in_use_leaves_with_its_last_request(release: str) -> None:
     found = answers(release)
-    assert found["in use"] == [True, ON_BOTH, ON_NONE, True]
-    assert found["in use, stock"].startswith("the engine ends")
+    for scheduled in ("in use", "in use, asynchronous"):
+        assert found[scheduled] == [True, ON_BOTH, ON_NONE, True]
+        assert found[f"{scheduled}, stock"].startswith("the engine ends")
     assert found["aborted"] == [ON_BOTH, ON_NONE]
 
 
