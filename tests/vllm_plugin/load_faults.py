@@ -285,7 +285,7 @@ class Case:
 
 
 def try_case(worker: Worker, case: Case, every: int) -> dict[str, Any]:
-    """How many lines were tried, and what went wrong, by line."""
+    """How many lines were tried, at how many it came to the fault, and what went wrong, by line."""
     add = getattr(worker, f"add_{case.form}")
     prepare(worker, case, add)
     turn = 0
@@ -312,8 +312,10 @@ def try_case(worker: Worker, case: Case, every: int) -> dict[str, Any]:
     found: list[Any] = [list(map(astuple, trace.lines))]
     dist.broadcast_object_list(found, src=1)
     followed = [Line(*fields) for fields in found[0]]
-    lines = list(filter(can_raise, followed))[::every]
+    # Another sample for each case.
+    lines = list(filter(can_raise, followed))[CASES.index(case) * every // len(CASES) :: every]
     wrong: dict[str, list[str]] = {}
+    reached = 0
     begin = worker.attempt(lambda: None)
     for index, line in enumerate(lines):
         number, load = next_load()
@@ -321,6 +323,7 @@ def try_case(worker: Worker, case: Case, every: int) -> dict[str, Any]:
         before = begin.versions.get(number)
         fault = Trace(line, ERRORS[index % 3]) if worker.ep_rank == 1 else None
         states = of_both(worker.attempt(load, fault))
+        reached += states[1].was_reached
         problems = list(judge(states, number, version, before, begin.regions))
         if not problems:
             states = of_both(worker.attempt(load))
@@ -336,7 +339,7 @@ def try_case(worker: Worker, case: Case, every: int) -> dict[str, Any]:
         begin = worker.attempt(lambda: None)
     for number in worker.engine.list_adapters():
         worker.engine.remove_adapter(number)
-    return {"lines": len(lines), "wrong": wrong}
+    return {"lines": len(lines), "reached": reached, "wrong": wrong}
 
 
 def prepare(worker: Worker, case: Case, add: Callable[..., None]) -> None:

@@ -27,7 +27,7 @@ import sys; sys.path.insert(0, {str(REPO)!r})
 from tests.vllm_plugin import load_faults
 answer(load_faults.run({ep_rank}, {str(tmp_path)!r}, {EVERY}))
 """
-        return run_in_release(release, script, timeout_s=1200)
+        return run_in_release(release, script, timeout_s=3600)
 
     with ThreadPoolExecutor(2) as threads:
         found, other = threads.map(run, range(2))
@@ -35,4 +35,6 @@ answer(load_faults.run({ep_rank}, {str(tmp_path)!r}, {EVERY}))
     assert {case: tried["lines"] for case, tried in found.items()} == {
         case: tried["lines"] for case, tried in other.items()
     }
+    # Reader threads share the work in another way each time, so not every line is always reached.
+    assert all(tried["reached"] > 0.9 * tried["lines"] for tried in found.values())
     assert all(tried["lines"] * EVERY > 900 for tried in found.values())
