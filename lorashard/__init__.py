@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lorashard.convert.convert import convert_shards
     from lorashard.errors import LorashardError
     from lorashard.merge import merge_shards
+    from lorashard.publish.peft_models import save_sharded
+    from lorashard.publish.writer import AdapterWriter
     from lorashard.reshard.reshard import reshard_shards
     from lorashard.shards.placement import Placement
     from lorashard.shards.tensors import ShardDirectory, TensorFile, open_shards
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from lorashard.verify.verify import verify_shards
 
 _HOMES = {
+    "AdapterWriter": "publish.writer",
     "LayoutOptions": "adapter.options",
     "LorashardError": "errors",
     "Placement": "shards.placement",
@@ -42,12 +45,14 @@ _HOMES = {
     "pull_shards": "transfer.pull",
     "push_shards": "transfer.push",
     "reshard_shards": "reshard.reshard",
+    "save_sharded": "publish.peft_models",
     "split_adapter": "split.run",
     "split_adapters": "split.batch",
     "verify_shards": "verify.verify",
 }
 
 __all__ = [
+    "AdapterWriter",
     "LayoutOptions",
     "LorashardError",
     "Placement",
@@ -61,6 +66,7 @@ __all__ = [
     "pull_shards",
     "push_shards",
     "reshard_shards",
+    "save_sharded",
     "split_adapter",
     "split_adapters",
     "verify_shards",

@@ -18,7 +18,7 @@ IMPORTS = own_imports(PACKAGE, MODULES)
 # `push` proves what it uploads.
 GROUND = ({"version", "errors", "progress", "dtypes", "vllm_options"}, {"header"})
 CORE = ({"storage"}, {"adapter"}, {"shards"}, {"writing"})
-VERBS = {"split", "merge", "reshard", "convert", "verify", "transfer", "inspect"}
+VERBS = {"split", "merge", "reshard", "convert", "verify", "transfer", "inspect", "publish"}
 ORDER = (*GROUND, *CORE, {*VERBS, "vllm_plugin"}, {"cli"}, {"", "__main__"})
 EXCEPTIONS = {("transfer.push", "verify.verify")}
 PLUGIN_ORDER = ({"settings", "metrics"}, {"engine"}, {"load"}, {"patches"}, {"doctor"})
@@ -36,6 +36,7 @@ PURE = (
     "convert.slots", "convert.peft_targets", "convert.peft_patterns", "convert.peft_config", "convert.notes",
     "convert.plan",
     "inspect.summary", "inspect.memory",
+    "publish.parts", "publish.gathered", "publish.places",
     "vllm_plugin.engine.guards", "vllm_plugin.load.assembly", "vllm_plugin.load.reads",
     "vllm_plugin.load.rearrangements", "vllm_plugin.load.plain_plan",
     "vllm_plugin.load.rows", "vllm_plugin.load.advice", "vllm_plugin.load.matching", "vllm_plugin.load.outcome",

@@ -58,7 +58,7 @@ def staged_directory(
     """
     target = resolve_target(target)
     check_target(target, force=force, replaceable=replaceable)
-    staging = work_path(target, _STAGING_NAME)
+    staging = staging_path(target)
     with (
         explained_write_errors(target, full_disk=_NOTHING_LEFT),
         made_parents(target),
@@ -77,6 +77,11 @@ def staged_directory(
                 _sync_if(sync, target.parent)
         finally:
             locked.remove()
+
+
+def staging_path(target: Path) -> Path:
+    """Where `staged_directory` works. target: as resolve_target gives it."""
+    return work_path(target, _STAGING_NAME)
 
 
 def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:

@@ -1,0 +1,181 @@
+"""What one rank does in each round of a commit.
+
+In: its tensors, the directory that all ranks write, and what the others have said. Out: its bytes in
+the files, the digests of some of them, and in the end the manifest, which every rank can make.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
+from lorashard.errors import AdapterError
+from lorashard.publish.exchange import OWN_PREFIX
+from lorashard.publish.gathered import GatheredAdapter, Serving
+from lorashard.publish.own_data import OwnTensor, write_own
+from lorashard.publish.parts import Part
+from lorashard.publish.planned import KeptCommits, PlannedCommit, plan_commit
+from lorashard.shards.describe import make_manifest
+from lorashard.shards.directory import write_manifest, write_notice
+from lorashard.shards.manifest import FileDigest, Manifest, SourceInfo
+from lorashard.storage.digests import digest_of
+from lorashard.storage.local import LocalFile, SharedWriter, sync_all, write_all, write_new
+from lorashard.writing.restore import restore_source
+
+_kept = KeptCommits()
+
+
+class OwnShare:
+    """One rank's share of the work on one adapter.
+
+    config: adapter_config.json. own: the tensors that this rank has.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        world_size: int,
+        config: bytes,
+        serving: Serving,
+        own: Sequence[OwnTensor],
+        *,
+        sync: bool,
+    ) -> None:
+        self._directory = directory
+        self._rank, self._world_size = rank, world_size
+        self._config, self._serving = config, serving
+        self._own = own
+        self._sync = sync
+        self._planned: PlannedCommit | None = None
+        self._made: Manifest | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the last round has made."""
+        assert self._made is not None, "all rounds are done"
+        return self._made
+
+    @property
+    def _commit(self) -> PlannedCommit:
+        assert self._planned is not None, "the round before has planned it"
+        return self._planned
+
+    @property
+    def _adapter(self) -> GatheredAdapter:
+        return self._commit.adapter
+
+    def describe(self) -> dict[str, str]:
+        """Round 1: what this rank has. Said to the others: the digests of that and of the config."""
+        parts = [part for tensor in self._own for part in tensor.parts]
+        table = json.dumps(
+            [[p.name, p.dtype, p.shape, p.axis, p.begin, p.end, p.is_copy] for p in parts]
+        ).encode()
+        write_new(self._directory / _table_name(self._rank), table, sync=False)
+        return {"config": blake3(self._config).hexdigest(), "parts": blake3(table).hexdigest()}
+
+    def write(self, said: Sequence[Any]) -> None:
+        """Round 2: plan, and write this rank's bytes.
+
+        said: the descriptions of all ranks. Raises LayoutError for what several ranks have, or none.
+        """
+        if any(one["config"] != said[0]["config"] for one in said):
+            raise AdapterError(
+                "The ranks have different LoRA configurations.",
+                hint="Give every rank's writer the same one.",
+            )
+        # The representation of a frozen dataclass says all that is in it.
+        form = (self._config, repr(self._serving), *(one["parts"] for one in said))
+        self._planned = _kept.find(form, self._plan)
+        with ExitStack() as stack:
+            fds = [stack.enter_context(_opened(path)) for path in self._paths()]
+            if self._rank == 0:
+                for fd, file in zip(fds, self._adapter.plan.files):
+                    os.truncate(fd, file.size_bytes)  # what nobody fills is zero
+                    write_all(fd, memoryview(file.header), 0)
+            writers = [SharedWriter(fd) for fd in fds]
+            write_own(self._own, self._commit.places, self._writes, writers)
+            if self._sync:
+                sync_all(fds)
+
+    def digest(self) -> dict[str, str]:
+        """Round 3, said to the others: the digests of this rank's share of the files, by name."""
+        files = self._adapter.plan.files
+        mine = range(self._rank, len(files), self._world_size)
+        found = {}
+        with ThreadPoolExecutor(2) as pool:
+            source = pool.submit(self._source_digest) if self._rank == 0 else None
+            for i in mine:
+                with closing(LocalFile(self._directory / files[i].name)) as file:
+                    found[files[i].name] = digest_of(file, 0, file.size_bytes, lambda _: None)
+            if source is not None:
+                found[WEIGHTS_NAME] = source.result()
+        return found
+
+    def describe_all(self, said: Sequence[Mapping[str, str]]) -> None:
+        """Round 4: make the manifest. said: the digests of all ranks."""
+        digests = {name: digest for one in said for name, digest in one.items()}
+        adapter = self._adapter
+        files = {
+            CONFIG_NAME: FileDigest(len(self._config), blake3(self._config).hexdigest()),
+            WEIGHTS_NAME: FileDigest(adapter.index.file_size, digests[WEIGHTS_NAME]),
+        }
+        self._made = make_manifest(
+            SourceInfo(None, None, files, adapter.header),
+            adapter.options,
+            adapter.layout,
+            adapter.placement,
+            adapter.plan,
+            [digests[file.name] for file in adapter.plan.files],
+            dtype=None,
+        )
+
+    def finish(self, manifest: Manifest) -> None:
+        """What rank 0 adds at the end."""
+        write_new(self._directory / CONFIG_NAME, self._config, sync=self._sync)
+        write_notice(self._directory, sync=self._sync)
+        write_manifest(self._directory, manifest, sync=self._sync)
+
+    def _paths(self) -> list[Path]:
+        return [self._directory / file.name for file in self._adapter.plan.files]
+
+    def _writes(self, part: Part) -> bool:
+        return self._commit.writers.get(part.name, self._rank) == self._rank
+
+    def _plan(self) -> PlannedCommit:
+        tables = [self._directory / _table_name(rank) for rank in range(self._world_size)]
+        parts = [list(map(_part, json.loads(table.read_bytes()))) for table in tables]
+        return plan_commit(self._config, self._serving, parts)
+
+    def _source_digest(self) -> str:
+        adapter = self._adapter
+        with ExitStack() as stack:
+            files = [stack.enter_context(closing(LocalFile(path))) for path in self._paths()]
+            return restore_source(adapter.plan, adapter.header, files, len, lambda _: None)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A file to write, made by the rank that comes first."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _table_name(rank: int) -> str:
+    return f"{OWN_PREFIX}{rank}-table.json"
+
+
+def _part(values: Sequence[Any]) -> Part:
+    name, dtype, shape, *rest = values
+    return Part(name, dtype, tuple(shape), *rest)
