@@ -54,7 +54,10 @@ BEFORE_ANYTHING = (
     ("lorashard/vllm_plugin/patches/adapter_adding.py", "add_adapter"),
     ("lorashard/vllm_plugin/patches/adapter_packing.py", "_add_adapter"),
 )
-NEVER_RAISE = frozenset({"pass", "continue", "break", "return", "try:", "else:", "finally:"})
+NEVER_RAISE = frozenset({
+    "pass", "continue", "break", "return", "try:", "else:", "finally:",
+    "region.is_leased = False",  # a plain attribute, in a finalizer
+})  # fmt: skip
 ERRORS = (OSError, RuntimeError, MemoryError)
 
 
