@@ -58,6 +58,15 @@ EXPONENT_BITS: Mapping[str, int] = {
     name: dtype.exponent for name, dtype in _DTYPES.items() if dtype.exponent is not None
 }
 FLOAT_DTYPES = frozenset(TORCH_DTYPES)
+
+
+def name_of_torch(dtype: object) -> str | None:
+    """What safetensors calls a torch dtype: torch.int64 -> I64; None for one that it has not."""
+    name = str(dtype).removeprefix("torch.")
+    known = FROM_TORCH.get(name, name.upper().replace("UINT", "U").replace("INT", "I"))
+    return known if known in ELEMENT_SIZE else None
+
+
 # What `--dtype` takes, by torch's name, and what safetensors calls it.
 CastDtype = Literal["float32", "float16", "bfloat16"]
 CAST_DTYPES: Mapping[str, str] = {torch: FROM_TORCH[torch] for torch in get_args(CastDtype)}

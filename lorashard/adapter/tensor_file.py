@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from lorashard.dtypes import ELEMENT_SIZE, FROM_TORCH
+from lorashard.dtypes import name_of_torch
 from lorashard.errors import AdapterError, HeaderError
 from lorashard.header import build_header
 
@@ -82,10 +82,9 @@ def _copy_bytes(tensor: torch.Tensor, begin: int, buffer: memoryview) -> int:
 
 
 def _dtype_name(name: str, tensor: torch.Tensor, where: str) -> str:
-    """What safetensors calls the dtype of a tensor: torch.int64 -> I64."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    known = FROM_TORCH.get(dtype, dtype.upper().replace("UINT", "U").replace("INT", "I"))
-    if known not in ELEMENT_SIZE:
+    known = name_of_torch(tensor.dtype)
+    if known is None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
         raise AdapterError(
             f"{where}: tensor {name!a} has dtype {dtype}, which is no adapter's.",
             hint="Save the adapter again with safe_serialization=True.",

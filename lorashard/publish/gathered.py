@@ -13,6 +13,7 @@ from typing import Any
 
 from lorashard.adapter.base_model import ModelFacts, merge_facts
 from lorashard.adapter.config import AdapterIndex, parse_config
+from lorashard.adapter.keys import PEFT_PREFIX
 from lorashard.adapter.layout import AdapterLayout, detect_layout
 from lorashard.adapter.options import LayoutOptions
 from lorashard.errors import LayoutError
@@ -96,15 +97,7 @@ def format_config(config: Mapping[str, Any]) -> bytes:
             return sorted(value)
         return getattr(value, "value", None) or str(value)  # an enum, or a path
 
-    return json.dumps(_sorted_sets(dict(config)), indent=2, sort_keys=True, default=plain).encode()
-
-
-def _sorted_sets(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _sorted_sets(inner) for key, inner in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return list(map(_sorted_sets, value)) if isinstance(value, (list, tuple)) else value
+    return json.dumps(dict(config), indent=2, sort_keys=True, default=plain).encode()
 
 
 def expert_names(module: str, expert: int, projection: str) -> tuple[str, str]:
@@ -114,5 +107,5 @@ def expert_names(module: str, expert: int, projection: str) -> tuple[str, str]:
 
 def dense_names(module: str) -> tuple[str, str]:
     """What PEFT calls lora_A and lora_B of a linear layer. module: with or without PEFT's prefix."""
-    prefix = "" if module.startswith("base_model.model.") else "base_model.model."
-    return (f"{prefix}{module}.lora_A.weight", f"{prefix}{module}.lora_B.weight")
+    name = PEFT_PREFIX + module.removeprefix(PEFT_PREFIX)
+    return (f"{name}.lora_A.weight", f"{name}.lora_B.weight")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from lorashard.dtypes import FROM_TORCH
+from lorashard.dtypes import name_of_torch
 from lorashard.errors import LayoutError
 from lorashard.publish.parts import Part
 from lorashard.publish.places import PartBlock, PartPlaces
@@ -34,18 +34,11 @@ class OwnTensor:
 
 def dtype_of(tensor: Any, name: str) -> str:
     """The dtype as safetensors names it. Raises LayoutError for one that it cannot store."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    others = {
-        "int64": "I64",
-        "int32": "I32",
-        "int16": "I16",
-        "int8": "I8",
-        "uint8": "U8",
-        "bool": "BOOL",
-    }
-    found = FROM_TORCH.get(dtype) or others.get(dtype)
+    found = name_of_torch(tensor.dtype)
     if found is None:
-        raise LayoutError(f"{name} has dtype {dtype}.", hint="Cast it to a float type first.")
+        raise LayoutError(
+            f"{name} has dtype {tensor.dtype}.", hint="Cast it to a float type first."
+        )
     return found
 
 
