@@ -38,7 +38,7 @@ class TensorFile:
         self._begins = [entry.begin for entry in entries]
         self._tensors = [tensors[entry.name].detach() for entry in entries]
         self.size_bytes = entries[-1].end if entries else len(self.header)
-        _wait_for({tensor.device for tensor in self._tensors})
+        wait_for({tensor.device for tensor in self._tensors})
 
     def read(self, begin: int, end: int) -> bytes:
         """Bytes [begin, end) of the safetensors file."""
@@ -62,7 +62,7 @@ class TensorFile:
             buffer, offset, index = buffer[size:], offset + size, index + 1
 
 
-def _wait_for(devices: Collection[torch.device]) -> None:
+def wait_for(devices: Collection[torch.device]) -> None:
     """Return once this thread's current stream on each device is done with what is queued now."""
     import torch
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from lorashard.adapter.tensor_file import wait_for
 from lorashard.dtypes import name_of_torch
 from lorashard.errors import LayoutError
 from lorashard.publish.parts import Part
@@ -53,6 +54,7 @@ def write_own(
     is_mine: whether this rank writes a part of which others have copies. files: in plan order.
     """
     scratch = ThreadBuffer()
+    wait_for({tensor.values.device for tensor in tensors})  # the threads have streams of their own
 
     def write(chunk: OwnTensor) -> None:
         data = _bytes_of(chunk.values)
