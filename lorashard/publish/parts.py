@@ -77,7 +77,7 @@ def join_parts(parts: Sequence[Sequence[Part]]) -> JoinedParts:
 def _check_covered(name: str, held: Sequence[tuple[int, Part]]) -> None:
     """Raise LayoutError unless the parts tile the tensor."""
     (first_rank, first), *_ = held
-    if len({part.axis for _, part in held if len(held) > 1}) > 1:
+    if len({part.axis for _, part in held}) > 1:
         raise LayoutError(
             f"{name}: the ranks have parts of it along different axes.",
             hint="Give the writer parts along one axis.",
