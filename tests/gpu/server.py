@@ -34,6 +34,7 @@ RANK_FILES = ("ep-00000-of-00002.safetensors", "ep-00001-of-00002.safetensors")
 SMALL = (
     *("--served-model-name", "base", "--max-model-len", "512", "--max-num-seqs", "16"),
     *("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(1 << 30)),
+    "--enable-prompt-tokens-details",
 )
 
 

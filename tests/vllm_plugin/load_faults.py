@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from vllm.distributed import parallel_state  # noqa: E402
 from vllm.lora.lora_model import LoRAModel  # noqa: E402
 from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
 
+from lorashard.vllm_plugin.load.bounded_exchange import Meetings  # noqa: E402
 from lorashard.vllm_plugin.load.kept_plans import KeptPlans  # noqa: E402
 from lorashard.vllm_plugin.patches.adapter_loading import attached_loader  # noqa: E402
 from tests.vllm_plugin import beside_packages, harness  # noqa: E402
@@ -43,6 +44,7 @@ from tests.vllm_plugin.harness_selfcheck import SIZES, adapter_of, mismatches, m
 from tests.vllm_plugin.loading import expected_of  # noqa: E402
 
 TIMEOUT_S = 10  # of what ranks agree in; a load takes some milliseconds
+CALLER_LIMIT_S = 2  # for which a rank waits for one whose caller has failed
 ROOTS = tuple(
     str(Path(str(package.__file__)).parent / part)
     for package, parts in ((lorashard, ("",)), (vllm, ("lora", "utils/cache.py")))
@@ -169,6 +171,8 @@ class Worker:
         self.loader._threads.submit = lambda do, *arguments: submit(self._followed, do, *arguments)
         group = dist.new_group([0, 1], timeout=timedelta(seconds=TIMEOUT_S))
         parallel_state._TP = SimpleNamespace(world_size=2, cpu_group=group)
+        self.loader.meetings = Meetings.of(group)
+        self.loader.meetings.limit = timedelta(seconds=CALLER_LIMIT_S)
         self.known: list[Any] = [None, None]
         for version in range(2):
             self.add_shards(1, version)
@@ -391,6 +395,33 @@ def judge_again(states: list[State], number: int, version: int, begin: State) ->
         yield f"the ranks have {states[0].registered} and {states[1].registered}"
 
 
+def try_callers_that_fail(worker: Worker) -> dict[str, list[str]]:
+    """What goes wrong where one rank's caller fails before it adds the adapter, by the turn."""
+    add = worker.add_to_manager
+    add(1, 0)
+    begin = worker.attempt(lambda: None)
+    wrong: dict[str, list[str]] = {}
+    for turn in range(6):
+        fails = worker.ep_rank == turn % 2
+        load = partial(add, 1, (turn + 1) % 2)
+        states = of_both(worker.attempt(partial(_fail, worker) if fails else load))
+        states = [replace(state, was_reached=True) for state in states]
+        problems = [f"no error on rank {rank}" for rank in (0, 1) if not states[rank].error]
+        problems += judge(states, 1, (turn + 1) % 2, None, begin.regions)
+        states = of_both(worker.attempt(load))
+        problems += judge_again(states, 1, (turn + 1) % 2, begin)
+        if problems:
+            wrong[str(turn)] = problems
+    worker.engine.remove_adapter(1)
+    return wrong
+
+
+def _fail(worker: Worker) -> None:
+    """A caller's steps before it adds an adapter: the one before it is gone."""
+    worker.engine.remove_adapter(1)
+    raise OSError("the caller fails")
+
+
 CASES = (
     Case("shards", "nothing"),
     Case("plain", "nothing"),
@@ -404,7 +435,10 @@ CASES = (
 
 
 def run(ep_rank: int, folder: str, every: int, names: tuple[str, ...] = ()) -> Any:
-    """What each case finds, by its name. every: of how many lines one is looked at."""
+    """What each case finds, by its name, and what goes wrong where callers fail.
+
+    every: of how many lines one is looked at.
+    """
     worker = Worker(ep_rank, Path(folder))
     gc.collect()
     gc.freeze()
@@ -417,5 +451,6 @@ def run(ep_rank: int, folder: str, every: int, names: tuple[str, ...] = ()) -> A
         began = time.monotonic()
         found[name] = try_case(worker, case, every)
         found[name]["seconds"] = round(time.monotonic() - began, 1)
+    callers = {} if names else try_callers_that_fail(worker)
     dist.barrier()
-    return found
+    return found, callers

@@ -38,6 +38,16 @@ class Outcome:
     held: tuple[int, ...] = ()
     is_adding: bool = False
 
+    def encode(self) -> bytes:
+        """As the other ranks get it."""
+        return json.dumps(astuple(self)).encode()
+
+    @staticmethod
+    def decode(received: bytes) -> Outcome:
+        """What a rank has said. Spaces may stand behind it."""
+        failure, version, held, is_adding = json.loads(received)
+        return Outcome(failure, version, tuple(held), is_adding)
+
 
 class Exchange:
     """Each rank of a group says one thing, and hears what the others say.
@@ -64,7 +74,7 @@ class Exchange:
             return
         import torch.distributed as dist
 
-        self._sent = _encode(own, self._size)
+        self._sent = _to_tensor(own.encode().ljust(self._size))
         if self._group is None:
             self._work = _Alone()
             self._received = [self._sent]
@@ -75,7 +85,7 @@ class Exchange:
     def hear(self) -> tuple[Outcome, ...]:
         """What each rank has said, this one too. Waits until all have."""
         self._work.wait()
-        return tuple(map(_decode, self._received))
+        return tuple(Outcome.decode(bytes(received.tolist())) for received in self._received)
 
 
 class _Alone:
@@ -134,16 +144,10 @@ def held_by_all(outcomes: Iterable[Outcome]) -> frozenset[int]:
     return reduce(frozenset.intersection, (frozenset(outcome.held) for outcome in outcomes))
 
 
-def _encode(outcome: Outcome, size: int) -> Any:
+def _to_tensor(content: bytes) -> Any:
     import torch
 
-    text = json.dumps(astuple(outcome)).encode()
-    return torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
-
-
-def _decode(received: Any) -> Outcome:
-    failure, version, held, is_adding = json.loads(bytes(received.tolist()))
-    return Outcome(failure, version, tuple(held), is_adding)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def tensor_parallel_group() -> Any | None:

@@ -25,6 +25,7 @@ from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.engine.live import interleaves, live_experts, moe_wrappers
 from lorashard.vllm_plugin.engine.names import ModuleNames, read_model_names
 from lorashard.vllm_plugin.load.agreement import Exchange
+from lorashard.vllm_plugin.load.bounded_exchange import Meetings
 from lorashard.vllm_plugin.load.collector import paused_collection
 from lorashard.vllm_plugin.load.contents import AdapterContents
 from lorashard.vllm_plugin.load.fill import Filler
@@ -103,6 +104,7 @@ class AdapterLoader:
         self.plans = KeptPlans()
         self.last_report: LoadReport | None = None
         self.loading: Exchange | None = None  # for the load of the adapter that is being added
+        self.meetings: Meetings | None = None  # on adapters that others than vLLM add
         self._model_names = read_model_names(manager)
 
     def from_local_checkpoint(

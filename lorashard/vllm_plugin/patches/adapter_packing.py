@@ -6,8 +6,8 @@ Here they are taken by the layers' expert maps before, from every layout, and vL
 
 Where somebody else than vLLM calls it, the ranks agree here: on every adapter, whatever a rank has
 of it, and never on the warm-up's dummies, so that of ranks that call it all come to the exchange.
-What raises here on one of them, it says to the others. But a caller that fails on one rank before
-this call leaves the others waiting, up to the group's timeout: nothing here can know of that.
+What raises here on one of them, it says to the others. For one whose caller has failed before this
+call they wait some seconds.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from lorashard.vllm_plugin.load.agreement import (
     do_together,
     has_failed,
 )
+from lorashard.vllm_plugin.load.bounded_exchange import Meetings
 from lorashard.vllm_plugin.load.lora_model import is_dummy
-from lorashard.vllm_plugin.patches.adapter_loading import attached_loader, exchange_of
+from lorashard.vllm_plugin.patches.adapter_loading import agreeing_group, attached_loader
 from lorashard.vllm_plugin.patches.explanations import for_a_server
 from lorashard.vllm_plugin.patches.foreign import refuse_displaced
 
@@ -62,7 +63,12 @@ def _exchange_here(manager: Any, lora: Any) -> Exchange | None:
         return None
     if loader.loading is not None:  # `WorkerLoRAManager.add_adapter` agrees at its end
         return None
-    return exchange_of(manager)
+    group = agreeing_group(manager)
+    if group is None:
+        return Exchange(None)
+    if loader.meetings is None:
+        loader.meetings = Meetings.of(group)
+    return loader.meetings.about(f"adapter {lora.id}")
 
 
 def _settle(error: Exception, exchange: Exchange, manager: Any, lora: Any) -> bool:
