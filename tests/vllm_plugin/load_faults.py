@@ -416,6 +416,27 @@ def try_callers_that_fail(worker: Worker) -> dict[str, list[str]]:
     return wrong
 
 
+def try_different_versions(worker: Worker) -> dict[str, list[str]]:
+    """What goes wrong where a path has another version on each rank, of one form, by how it comes."""
+    wrong: dict[str, list[str]] = {}
+    for form, add in (("shards", worker.add_shards), ("plain", worker.add_plain)):
+        begin = worker.attempt(lambda: None)
+        states = of_both(worker.attempt(partial(add, 1, worker.ep_rank)))
+        states = [replace(state, was_reached=True) for state in states]
+        problems = [
+            f"rank {ep_rank}: {state.error[:200]!r}"
+            for ep_rank, state in enumerate(states)
+            if "have read different versions of the adapter" not in state.error
+        ]
+        problems += judge(states, 1, 0, None, begin.regions)
+        states = of_both(worker.attempt(partial(add, 1, 1)))
+        problems += judge_again(states, 1, 1, begin)
+        worker.engine.remove_adapter(1)
+        if problems:
+            wrong[form] = problems
+    return wrong
+
+
 def _fail(worker: Worker) -> None:
     """A caller's steps before it adds an adapter: the one before it is gone."""
     worker.engine.remove_adapter(1)
@@ -435,7 +456,7 @@ CASES = (
 
 
 def run(ep_rank: int, folder: str, every: int, names: tuple[str, ...] = ()) -> Any:
-    """What each case finds, by its name, and what goes wrong where callers fail.
+    """What each case finds, by its name, and what goes wrong otherwise.
 
     every: of how many lines one is looked at.
     """
@@ -451,6 +472,6 @@ def run(ep_rank: int, folder: str, every: int, names: tuple[str, ...] = ()) -> A
         began = time.monotonic()
         found[name] = try_case(worker, case, every)
         found[name]["seconds"] = round(time.monotonic() - began, 1)
-    callers = {} if names else try_callers_that_fail(worker)
+    others = {} if names else try_callers_that_fail(worker) | try_different_versions(worker)
     dist.barrier()
-    return found, callers
+    return found, others

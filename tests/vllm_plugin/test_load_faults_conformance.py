@@ -30,8 +30,8 @@ answer(load_faults.run({ep_rank}, {str(tmp_path)!r}, {EVERY}))
         return run_in_release(release, script, timeout_s=3600)
 
     with ThreadPoolExecutor(2) as threads:
-        (found, callers), (other, _) = threads.map(run, range(2))
-    assert callers == {}
+        (found, otherwise), (other, _) = threads.map(run, range(2))
+    assert otherwise == {}
     assert {case: tried["wrong"] for case, tried in found.items() if tried["wrong"]} == {}
     assert {case: tried["lines"] for case, tried in found.items()} == {
         case: tried["lines"] for case, tried in other.items()

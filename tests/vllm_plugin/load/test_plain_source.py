@@ -132,9 +132,9 @@ def test_bytes_of_other_ranks_experts_are_not_read(
         reads.append((offset, offset + len(buffer)))
         read_into(self, buffer, offset)
 
-    monkeypatch.setattr(LocalFile, "read_into", recorded)
     contents = opened(adapter, experts=(2,))
     assert contents is not None
+    monkeypatch.setattr(LocalFile, "read_into", recorded)  # opening it reads a sample of all
     read_stacks(contents, threads)
     by_expert = dict.fromkeys("0123", 0)
     sizes = dict.fromkeys("0123", 0)
@@ -178,6 +178,21 @@ def test_expert_weights_are_told_by_their_names(tmp_path: Path, name: str, expec
     save_adapter(tmp_path, {name: torch.ones(2, 2)})
     _, header = read_header(tmp_path / "adapter_model.safetensors")
     assert has_experts(header.tensors) == expected
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_the_next_adapter_of_a_training_has_another_version_and_a_copy_has_not(
+    tmp_path: Path, opened: Opened, pickled: bool
+) -> None:
+    save = save_pickled if pickled else save_adapter
+    tensors = per_expert_tensors(hidden=64 * H)
+    trained = {name: tensor * 1.01 for name, tensor in tensors.items()}
+    versions = []
+    for name, saved in (("one", tensors), ("copy", tensors), ("next", trained)):
+        contents = opened(save(tmp_path / name, saved))
+        assert contents is not None
+        versions.append(contents.version)
+    assert versions[0] == versions[1] != versions[2]
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1268776904\n"
