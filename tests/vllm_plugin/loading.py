@@ -186,7 +186,7 @@ def adapters_of_one_form() -> list[str]:
 
 
 def _knows_rslora() -> bool:
-    """Before 0.30 stock scales experts with alpha / r, whatever the config says."""
+    """Before 0.32 stock scales experts with alpha / r, whatever the config says."""
     import inspect
 
     from vllm.lora.lora_weights import PackedLoRALayerWeights

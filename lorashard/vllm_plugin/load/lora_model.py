@@ -49,7 +49,7 @@ def make_lora_model(
         peft_helper=peft_helper,
         **{name: arguments[name] for name in _SHARED_ARGUMENTS if name in arguments},
     )
-    # Releases before 0.30 ignore rank_pattern and alpha_pattern.
+    # Releases before 0.32 ignore rank_pattern and alpha_pattern.
     for name in tensors:
         key = parse_key(name, 2)
         if isinstance(key, LoraKey) and (weights := model.loras.get(names.renamed(key.module))):

@@ -92,7 +92,7 @@ def apply_patch(patch: Patch) -> Outcome:
     """Replace the method if the module has what the patch relies on. Never replaces it twice."""
     owner = patch.find_owner()
     method = None if owner is None else vars(owner).get(patch.method)
-    if hasattr(method, _MARK):
+    if hasattr(function_of(method), _MARK):
         return outcomes.setdefault(patch.target, Outcome(patch, "applied"))
     outcome = _applied(patch, owner, method)
     outcomes[patch.target] = outcome
@@ -108,21 +108,28 @@ def _applied(patch: Patch, owner: Any, method: Any) -> Outcome:
     if absent := _absent(patch, owner, method):
         # A patch for older releases has nothing to do in one that no longer has its target.
         return Outcome(patch, "broken" if patch.until is None else "not needed", absent)
-    if not inspect.isfunction(method):
+    function = function_of(method)
+    if not inspect.isfunction(function):
         return Outcome(patch, "broken", f"{patch.method} is a {type(method).__name__}")
     try:
         if not patch.needed(owner):
             return Outcome(patch, "not needed", "this release does not need it")
     except OSError as err:  # `needed` reads source
         return Outcome(patch, "broken", f"its source cannot be read: {err}")
-    parameters = tuple(inspect.signature(method).parameters)
+    parameters = tuple(inspect.signature(function).parameters)
     if parameters[: len(patch.parameters)] != patch.parameters:
         return Outcome(patch, "broken", f"its parameters are {', '.join(parameters)}")
-    replacement = functools.wraps(method)(patch.wrap(method))
-    setattr(replacement, _MARK, method)
-    setattr(owner, patch.method, replacement)
+    replacement = functools.wraps(function)(patch.wrap(function))
+    setattr(replacement, _MARK, function)
+    is_of_class = isinstance(method, classmethod)
+    setattr(owner, patch.method, classmethod(replacement) if is_of_class else replacement)
     replacements[patch.target] = replacement
     return Outcome(patch, "applied")
+
+
+def function_of(method: Any) -> Any:
+    """What stands in a class: the function itself, or that of a class method."""
+    return method.__func__ if isinstance(method, classmethod) else method
 
 
 def _absent(patch: Patch, owner: Any, method: Any) -> str:

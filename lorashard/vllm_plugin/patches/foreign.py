@@ -17,7 +17,7 @@ from types import CellType
 from typing import Any
 
 from lorashard.vllm_plugin.engine.guards import displaced_refusal
-from lorashard.vllm_plugin.patches.apply import Patch, outcomes, replacements
+from lorashard.vllm_plugin.patches.apply import Patch, function_of, outcomes, replacements
 from lorashard.vllm_plugin.patches.refusals import enforce
 
 logger = logging.getLogger("vllm.lorashard")
@@ -74,7 +74,7 @@ def _on_classes(patch: Patch) -> Iterator[ForeignPatch]:
     ours = replacements[patch.target]
     owner = patch.find_owner()
     for place in (owner, *_subclasses(owner)):
-        function = vars(place).get(patch.method)
+        function = function_of(vars(place).get(patch.method))
         if function is None or function is ours or _is_of_vllm(function):
             continue
         if function in replacements.values():

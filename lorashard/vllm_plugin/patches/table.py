@@ -10,6 +10,7 @@ from lorashard.vllm_plugin.patches import (
     engine_start,
     expert_parallel,
     fully_sharded,
+    peft_patterns,
     punica,
     unloading,
     warm_up,
@@ -117,6 +118,20 @@ PATCHES: tuple[Patch, ...] = (
         since="0.16.0",
         until=None,
         wrap=adapter_packing.wrap_add_adapter_to_manager,
+    ),
+    Patch(
+        module="vllm.lora.peft_helper",
+        owner="PEFTHelper",
+        method="from_dict",
+        parameters=("cls", "config_dict"),
+        why="It drops rank_pattern and alpha_pattern, so that an adapter that another package has "
+        "in memory is scaled wrongly.",
+        how="What it returns has them, for lorashard's loader.",
+        upstream=f"{_SOURCE}/lora/peft_helper.py#L156",
+        since="0.16.0",
+        until="0.31.0",
+        wrap=peft_patterns.wrap_from_dict,
+        needed=peft_patterns.drops_patterns,
     ),
     Patch(
         module="vllm.entrypoints.openai.models.serving",

@@ -8,10 +8,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
+
 from tests.tiny import REPO
 from tests.vllm_release import run_in_release
 
-# 0.22.1: before vLLM itself reads rank_pattern (0.30).
+# 0.22.1: before vLLM itself reads rank_pattern (0.32).
 RELEASE = "0.22.1"
 SCRIPT = f"""
 import sys; sys.path.insert(0, {str(REPO)!r})
@@ -20,6 +22,7 @@ from pathlib import Path
 from lorashard.vllm_plugin import register
 register()
 import torch
+from vllm.lora.peft_helper import PEFTHelper
 from lorashard import SplitRequest, split_adapter
 from tests.vllm_plugin import harness
 from tests.vllm_plugin.harness_selfcheck import SIZES, adapter_of, modules
@@ -68,13 +71,20 @@ for name, tensor in built.tensors.items():
         tensors[name.replace("q_proj", "o_proj")] = torch.ones(shape, dtype=tensor.dtype)
 patterned = type(built)(built.spec, tensors, config, {{}}, {{}}).write(folder / "patterned")
 engine.add_adapter(harness.request(engine, patterned, "patterned", 4))
-(o_proj,) = (
-    weights for name, weights in engine._adapter_manager.list_adapters()[4].loras.items()
-    if name.endswith("layers.0.self_attn.o_proj")
+in_memory = engine._lora_model_cls.from_lora_tensors(
+    5, tensors=tensors, peft_helper=PEFTHelper.from_dict(config), device="cpu",
+    dtype=torch.float32,
 )
-found["patterns"] = [o_proj.rank, o_proj.lora_b.unique().tolist()]  # vLLM has scaled lora_b
+engine._adapter_manager._add_adapter(in_memory)
+for how, number in (("patterns", 4), ("patterns in memory", 5)):
+    (o_proj,) = (
+        weights for name, weights in engine._adapter_manager.list_adapters()[number].loras.items()
+        if name.endswith("layers.0.self_attn.o_proj")
+    )
+    found[how] = [o_proj.rank, o_proj.lora_b.unique().tolist()]  # vLLM has scaled lora_b
+engine.remove_adapter(5)
 
-# vLLM before 0.30 looks at the adapter's own r alone.
+# vLLM before 0.32 looks at the adapter's own r alone.
 tensors = dict(built.tensors)
 for name, tensor in built.tensors.items():
     if ".q_proj." in name:
@@ -135,8 +145,9 @@ def test_an_adapter_without_experts_is_left_to_vllm() -> None:
     assert findings()["without experts"] is True
 
 
-def test_dense_modules_have_the_r_and_scaling_of_the_patterns() -> None:
-    assert findings()["patterns"] == [4, [3.0]]
+@pytest.mark.parametrize("how", ["patterns", "patterns in memory"])
+def test_dense_modules_have_the_r_and_scaling_of_the_patterns(how: str) -> None:
+    assert findings()[how] == [4, [3.0]]
 
 
 def test_a_dense_module_with_a_larger_r_than_the_engine_s_is_refused_and_not_kept() -> None:

@@ -28,6 +28,10 @@ class Manager:
         """Loads it."""
         return f"loaded {request}"
 
+    @classmethod
+    def made(cls, request: Any) -> str:
+        return f"{cls.__name__} {request}"
+
 
 class Derived(Manager):
     pass
@@ -65,6 +69,15 @@ def test_a_patch_replaces_the_method_of_every_instance(module: Any) -> None:
     assert apply_patch(patch()).state == "applied"
     assert made_before.load("x") == "LOADED X"
     assert module.Derived().load("x") == "LOADED X"
+
+
+def test_a_class_method_stays_one(module: Any) -> None:
+    wanted = patch(method="made", parameters=("cls", "request"))
+    assert apply_patch(wanted).state == "applied"
+    assert (module.Manager.made("x"), module.Derived().made("x")) == ("MANAGER X", "DERIVED X")
+    replaced = vars(module.Manager)["made"]
+    assert apply_patch(wanted).state == "applied"
+    assert vars(module.Manager)["made"] is replaced
 
 
 def test_a_second_time_does_nothing(module: Any) -> None:

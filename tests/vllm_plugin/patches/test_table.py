@@ -47,8 +47,8 @@ def test_a_patch_with_an_end_looks_whether_the_release_needs_it(patch: Patch) ->
 
 
 @every_patch
-def test_its_parameters_begin_with_self_in_a_class_and_are_named_once(patch: Patch) -> None:
-    assert (patch.parameters[0] == "self") == bool(patch.owner)
+def test_its_parameters_begin_with_self_or_cls_in_a_class_and_are_named_once(patch: Patch) -> None:
+    assert (patch.parameters[0] in {"self", "cls"}) == bool(patch.owner)
     assert len(set(patch.parameters)) == len(patch.parameters)
 
 
@@ -61,7 +61,7 @@ def test_every_replacement_is_in_the_table() -> None:
 
     names = (
         "activations", "adapter_adding", "adapter_loading", "adapter_packing", "engine_start",
-        "expert_parallel", "fully_sharded", "punica", "unloading", "warm_up",
+        "expert_parallel", "fully_sharded", "peft_patterns", "punica", "unloading", "warm_up",
     )  # fmt: skip
     written: set[Any] = set()
     for name in names:
