@@ -38,6 +38,7 @@ from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
 
 from lorashard.vllm_plugin.load.bounded_exchange import Meetings  # noqa: E402
 from lorashard.vllm_plugin.load.kept_plans import KeptPlans  # noqa: E402
+from lorashard.vllm_plugin.patches import reading_ahead  # noqa: E402
 from lorashard.vllm_plugin.patches.adapter_loading import attached_loader  # noqa: E402
 from tests.vllm_plugin import beside_packages, harness  # noqa: E402
 from tests.vllm_plugin.harness_selfcheck import SIZES, adapter_of, mismatches, modules  # noqa: E402
@@ -55,6 +56,7 @@ ROOTS = tuple(
 BEFORE_ANYTHING = (
     ("lorashard/vllm_plugin/patches/adapter_adding.py", "add_adapter"),
     ("lorashard/vllm_plugin/patches/adapter_packing.py", "_add_adapter"),
+    ("lorashard/vllm_plugin/patches/reading_ahead.py", "is_to_be_read"),
 )
 NEVER_RAISE = frozenset({
     "pass", "continue", "break", "return", "try:", "else:", "finally:",
@@ -146,6 +148,7 @@ class Worker:
         self.ep_rank = ep_rank
         self.folder = folder
         self._trace: Trace | None = None
+        self._num_read = 0
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous", rank=ep_rank, world_size=2,
             timeout=timedelta(seconds=120),
@@ -201,6 +204,19 @@ class Worker:
     def add_plain(self, number: int, version: int, *, load_inplace: bool = False) -> None:
         self.loader.plans = KeptPlans()
         self._files(self.plain[version], number, load_inplace=load_inplace)
+
+    def add_read_shards(self, number: int, version: int, *, load_inplace: bool = False) -> None:
+        """As `AsyncLLM.add_lora` does: they are read before."""
+        wanted = harness.request(self.engine, self.shards[version], f"a{number}", number)
+        self._num_read += 1
+        marks = (reading_ahead._TO_BE_READ, reading_ahead._WAS_READ)
+        to_be_read, was_read = (
+            reading_ahead._marked(wanted, f"{mark}{self._num_read}") for mark in marks
+        )
+        while not self.engine.add_adapter(to_be_read):
+            time.sleep(0.001)
+        with self._following():
+            self.engine.add_adapter(was_read)
 
     def add_tensors(self, number: int, version: int, *, load_inplace: bool = False) -> None:
         self.loader.plans = KeptPlans()
@@ -445,6 +461,7 @@ def _fail(worker: Worker) -> None:
 
 CASES = (
     Case("shards", "nothing"),
+    Case("read_shards", "nothing"),
     Case("plain", "nothing"),
     Case("tensors", "nothing"),
     Case("to_manager", "nothing"),

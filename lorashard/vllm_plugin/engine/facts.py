@@ -27,6 +27,11 @@ def config_facts(vllm_config: Any) -> EngineFacts:
     )
 
 
+def has_lora_and_ep(vllm_config: Any) -> bool:
+    """Whether an engine serves LoRA under expert parallelism."""
+    return vllm_config.lora_config is not None and config_facts(vllm_config).expert_parallel
+
+
 def module_facts(
     vllm_config: Any, wrappers: Mapping[str, Any], contract_breaks: Sequence[str]
 ) -> EngineFacts:

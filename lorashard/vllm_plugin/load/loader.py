@@ -10,6 +10,7 @@ experts packed here, too.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -40,6 +41,7 @@ from lorashard.vllm_plugin.load.lora_model import (
 from lorashard.vllm_plugin.load.outcome import LoadOutcome, explain_load, strict_error
 from lorashard.vllm_plugin.load.plain_plan import LocalExperts
 from lorashard.vllm_plugin.load.plain_source import open_plain_adapter, open_plain_tensors
+from lorashard.vllm_plugin.load.read_ahead import ReadAhead
 from lorashard.vllm_plugin.load.reads import (
     CopyJob,
     LayerPlan,
@@ -51,7 +53,7 @@ from lorashard.vllm_plugin.load.reads import (
 )
 from lorashard.vllm_plugin.load.rearrangements import plan_rearrangements
 from lorashard.vllm_plugin.load.regions import RegionPool
-from lorashard.vllm_plugin.load.report import LoadReport
+from lorashard.vllm_plugin.load.report import LoadedAdapter, LoadReport
 from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 from lorashard.vllm_plugin.load.threads import reader_threads
 
@@ -96,6 +98,7 @@ class AdapterLoader:
         self.ep_rank = max((live.ep_rank for live in self.experts.values()), default=0)
         self._dtype = safetensors_dtype(manager.lora_config.lora_dtype)
         self._threads = reader_threads(settings.reader_threads())
+        self.device = manager.device
         # One more than vLLM keeps: it loads an adapter before it evicts another.
         self.most_adapters = (
             int(manager.lora_config.max_cpu_loras or manager.lora_config.max_loras) + 1
@@ -103,6 +106,8 @@ class AdapterLoader:
         self.regions = RegionPool(self.most_adapters, manager.device, self._threads)
         self.plans = KeptPlans()
         self.last_report: LoadReport | None = None
+        self.ahead: ReadAhead | None = None  # an adapter that is to be added once it was read
+        self._loading_one = threading.Lock()  # that one, and one that is loaded as it is added
         self.loading: Exchange | None = None  # for the load of the adapter that is being added
         self.meetings: Meetings | None = None  # on adapters that others than vLLM add
         self._model_names = read_model_names(manager)
@@ -116,15 +121,25 @@ class AdapterLoader:
         Raises ValueError for an adapter that cannot be served, as vLLM does.
         """
         self.last_report = None
-        began = time.perf_counter()
+        loaded = self.load(lora_dir, expected_lora_modules, peft_helper, **arguments)
+        self.last_report = loaded.report
+        return loaded.model
+
+    def load(
+        self, lora_dir: str, expected_lora_modules: Any, peft_helper: Any, **arguments: Any
+    ) -> LoadedAdapter:
+        """The same, in any thread. `last_report` stays as it is."""
         names = ModuleNames(self._manager, self._model_names, arguments)
-        with paused_collection(), ExitStack() as stack:
+        with self._loading_one, paused_collection(), ExitStack() as stack:
+            began = time.perf_counter()
             adapter = self._open(Path(lora_dir), names, stack)
             if adapter is not None:
                 outcome = self._outcome(adapter, names)
                 return self._load(adapter, outcome, peft_helper, names, arguments, began)
-        return self._stock.from_local_checkpoint(
-            lora_dir, expected_lora_modules, peft_helper=peft_helper, **arguments
+        return LoadedAdapter(
+            self._stock.from_local_checkpoint(
+                lora_dir, expected_lora_modules, peft_helper=peft_helper, **arguments
+            )
         )
 
     def from_lora_tensors(
@@ -142,10 +157,10 @@ class AdapterLoader:
         Raises ValueError for an adapter that cannot be served, as vLLM does.
         """
         self.last_report = None
-        began = time.perf_counter()
         arguments |= {"lora_model_id": lora_model_id, "device": device, "dtype": dtype}
         names = ModuleNames(self._manager, self._model_names, arguments)
-        with paused_collection():
+        with self._loading_one, paused_collection():
+            began = time.perf_counter()
             contents = None
             if self.ep_size > 1:
                 file = TensorFile(f"the tensors of adapter {lora_model_id}", tensors)
@@ -153,7 +168,9 @@ class AdapterLoader:
             if contents is not None:
                 adapter = _OpenedAdapter(file.name, "tensors", contents)
                 outcome = self._outcome(adapter, names)
-                return self._load(adapter, outcome, peft_helper, names, arguments, began)
+                loaded = self._load(adapter, outcome, peft_helper, names, arguments, began)
+                self.last_report = loaded.report
+                return loaded.model
         return self._stock.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **arguments)
 
     def pack_experts(self, model: Any) -> None:
@@ -167,7 +184,7 @@ class AdapterLoader:
         raw = find_raw_experts(model)
         if raw is None:
             return
-        with paused_collection():
+        with self._loading_one, paused_collection():
             file = TensorFile(f"adapter {model.id}", raw.tensors)
             contents = self._open_tensors(file, raw.config, names)
             if contents is None:
@@ -222,7 +239,7 @@ class AdapterLoader:
         names: ModuleNames,
         arguments: Mapping[str, Any],
         began: float,
-    ) -> Any:
+    ) -> LoadedAdapter:
         contents = adapter.contents
         filled = self._fill(contents, outcome)
         begin, _ = contents.dense_range
@@ -233,7 +250,7 @@ class AdapterLoader:
             int(self._manager.lora_config.max_lora_rank),
         )  # fmt: skip
         model.loras.update(self._packed(outcome, filled))
-        self.last_report = LoadReport(
+        report = LoadReport(
             path=adapter.path,
             kind=adapter.kind,
             num_local_experts=max((len(layer.experts) for layer in filled.layers), default=0),
@@ -247,7 +264,7 @@ class AdapterLoader:
             num_left_to_mtp=sum(map(names.is_left_to_mtp, contents.lora_names)),
             version=contents.version,
         )
-        return model
+        return LoadedAdapter(model, report)
 
     def _fill(self, contents: AdapterContents, outcome: LoadOutcome) -> _FilledRegion:
         """Read the dense tensors and this rank's experts into a region."""

@@ -1,8 +1,9 @@
-"""What a load did, to be logged, counted and compared between ranks."""
+"""What a load made and did, to be logged, counted and compared between ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +27,11 @@ class LoadReport:
     advice: str | None
     num_left_to_mtp: int = 0
     version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """VLLM's LoRAModel. report: None where vLLM's own loader made it."""
+
+    model: Any
+    report: LoadReport | None = None

@@ -27,7 +27,12 @@ from lorashard.vllm_plugin.load.agreement import (
     held_by_all,
     raise_failure,
 )
-from lorashard.vllm_plugin.patches.adapter_loading import agreeing_group, attached_loader
+from lorashard.vllm_plugin.patches.adapter_loading import (
+    agreeing_group,
+    attached_loader,
+    read_before_adding,
+)
+from lorashard.vllm_plugin.patches.reading_ahead import is_to_be_read
 
 logger = logging.getLogger("vllm.lorashard")
 
@@ -35,11 +40,14 @@ logger = logging.getLogger("vllm.lorashard")
 def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     """WorkerLoRAManager.add_adapter: if it fails on one rank while a load is due, no rank keeps the adapter.
 
-    What is there already is activated without asking anybody.
+    What is there already is activated without asking anybody. A request that only has an adapter
+    read adds nothing.
     """
 
     def add_adapter(self: Any, adapter_request: Any) -> Any:
         adding = _Adding(self, adapter_request)
+        if is_to_be_read(adapter_request):
+            return not adding.is_load_due() or read_before_adding(self, adapter_request)
         try:
             adding.begin()
             added = original(self, adapter_request)
@@ -65,7 +73,7 @@ class _Adding:
     def begin(self) -> None:
         """Prepare to agree, if a load is due: then it is on all ranks."""
         loader = attached_loader(self.worker_manager)
-        if loader is not None and self._is_load_due():
+        if loader is not None and self.is_load_due():
             group = agreeing_group(self.worker_manager)
             if group is not None:
                 most = loader.most_adapters
@@ -112,7 +120,8 @@ class _Adding:
         assert loader is not None
         loader.loading = None
 
-    def _is_load_due(self) -> bool:
+    def is_load_due(self) -> bool:
+        """Whether the adapter is not there yet, or is to be replaced."""
         is_new = self.request.lora_int_id not in self.worker_manager.list_adapters()
         return is_new or bool(getattr(self.request, "load_inplace", False))
 

@@ -4,11 +4,13 @@
 `self._lora_model_cls.from_local_checkpoint` read the files, and checks the result. A stand-in takes
 the place of that class; everything else stays vLLM's. Under expert parallelism it stands there from
 the start of the engine: verl and ms-swift put a `_load_adapter` of their own in the place of this
-one, and call the class for `from_lora_tensors` as well. Without, it is there during a call.
+one, and call the class for `from_lora_tensors` as well. Without, it is there for a call of ours.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,15 @@ from lorashard.vllm_plugin.engine.contracts import contract_breaks
 from lorashard.vllm_plugin.engine.guards import contract_refusal
 from lorashard.vllm_plugin.load.agreement import Exchange, do_together, tensor_parallel_group
 from lorashard.vllm_plugin.load.loader import AdapterLoader
-from lorashard.vllm_plugin.patches.apply import broken_patches
+from lorashard.vllm_plugin.load.report import LoadedAdapter, LoadReport
+from lorashard.vllm_plugin.patches.apply import broken_patches, original_of
 from lorashard.vllm_plugin.patches.explanations import explain_refusal, for_a_server, text_of
 from lorashard.vllm_plugin.patches.foreign import refuse_displaced
 from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
+from lorashard.vllm_plugin.patches.reading_ahead import read_ahead, take_read
 from lorashard.vllm_plugin.patches.refusals import enforce
+
+logger = logging.getLogger("vllm.lorashard")
 
 # What vLLM raises for a configuration that is wrong. An adapter that is not there is another kind.
 _WRONG_CONFIGURATION = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
@@ -100,15 +106,16 @@ def _version(worker_manager: Any) -> str:
 
 
 def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, request: Any) -> Any:
-    """The LoRAModel of vLLM's own `_load_adapter`, with the class back in place however it ends.
+    """The LoRAModel of vLLM's own `_load_adapter`, or what was read for it before.
 
     Raises ValueError, as vLLM does, for an adapter that cannot be loaded.
     """
-    in_place = worker_manager._lora_model_cls  # noqa: SLF001
-    stand_in = LoraModelStandIn(worker_manager, stock_of(in_place), agrees=False)
-    worker_manager._lora_model_cls = stand_in  # noqa: SLF001
+    stand_in = LoraModelStandIn(worker_manager, stock_class(worker_manager), agrees=False)
     try:
-        return original(worker_manager, request)
+        was_read = _take_read(worker_manager, request)
+        if was_read is not None:
+            return was_read
+        return original(_with_class(worker_manager, stand_in), request)
     except LorashardError as err:
         _count_failure(worker_manager)
         raise ValueError(f"LoRA adapter {request.lora_name!r}: {for_a_server(err)}") from err
@@ -117,13 +124,57 @@ def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, reque
         if isinstance(err, _WRONG_CONFIGURATION) and not stand_in.was_asked:
             _raise_explained(err, worker_manager, request)
         raise
-    finally:
-        worker_manager._lora_model_cls = in_place  # noqa: SLF001
 
 
-def stock_of(lora_model_class: Any) -> Any:
+def _with_class(worker_manager: Any, stand_in: Any) -> Any:
+    """A WorkerLoRAManager that has all of another but the class LoRAModel, for one call."""
+    view = copy.copy(worker_manager)
+    view._lora_model_cls = stand_in  # noqa: SLF001
+    return view
+
+
+def _take_read(worker_manager: Any, request: Any) -> Any | None:
+    """The LoRAModel that was read before; None if this one was not."""
+    loader = attached_loader(worker_manager)
+    loaded = None if loader is None else take_read(loader, request)
+    if loader is None or loaded is None:
+        return None
+    refuse_displaced()  # by a package that came after the start
+    loader.last_report = loaded.report
+    return loaded.model
+
+
+def read_before_adding(worker_manager: Any, request: Any) -> bool:
+    """Have an adapter read that is to be added soon. Whether there is nothing to wait for.
+
+    Never raises: what cannot be read is told as it is added, on all ranks.
+    """
+    loader = attached_loader(worker_manager)
+    load_adapter = original_of(type(worker_manager)._load_adapter)  # noqa: SLF001
+    if loader is None or loader.ep_size == 1 or load_adapter is None:
+        return True
+    read = partial(_read, loader, load_adapter, worker_manager, request)
+    try:
+        return read_ahead(loader, request, read)
+    except Exception as err:  # noqa: BLE001 - no memory for a thread, for example
+        logger.warning("lorashard: an adapter is read as it is added, not before (%r)", err)
+        return True
+
+
+def _read(
+    loader: AdapterLoader, load_adapter: Callable[..., Any], worker_manager: Any, request: Any
+) -> LoadedAdapter:
+    """VLLM's own `_load_adapter`, in a thread."""
+    reading = _ReadingStandIn(loader, stock_class(worker_manager))
+    return LoadedAdapter(
+        load_adapter(_with_class(worker_manager, reading), request), reading.report
+    )
+
+
+def stock_class(worker_manager: Any) -> Any:
     """The class LoRAModel itself, where the stand-in may be in its place."""
-    return getattr(lora_model_class, "stock", lora_model_class)
+    in_place = worker_manager._lora_model_cls  # noqa: SLF001
+    return getattr(in_place, "stock", in_place)
 
 
 def _raise_explained(error: Exception, worker_manager: Any, request: Any) -> None:
@@ -207,6 +258,24 @@ class LoraModelStandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stock, name)
+
+
+class _ReadingStandIn:
+    """The same for an adapter that is read in a thread."""
+
+    def __init__(self, loader: AdapterLoader, stock: Any) -> None:
+        self._loader = loader
+        self._stock = stock
+        self.report: LoadReport | None = None
+
+    def from_local_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """The LoRAModel of an adapter; arguments and result are those of vLLM's method."""
+        loaded = self._loader.load(*args, **kwargs)
+        self.report = loaded.report
+        return loaded.model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock, name)
 
 
 def _loader_for(

@@ -132,6 +132,12 @@ def function_of(method: Any) -> Any:
     return method.__func__ if isinstance(method, classmethod) else method
 
 
+def original_of(replacement: Any) -> Callable[..., Any] | None:
+    """The function of vLLM that one of ours has replaced; None for another function."""
+    original: Callable[..., Any] | None = getattr(replacement, _MARK, None)
+    return original
+
+
 def _absent(patch: Patch, owner: Any, method: Any) -> str:
     if owner is None:
         return f"there is no class {patch.owner}"

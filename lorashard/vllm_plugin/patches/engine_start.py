@@ -17,7 +17,7 @@ from lorashard.vllm_plugin.engine.guards import find_refusals
 from lorashard.vllm_plugin.engine.live import moe_wrappers, slot_bytes
 from lorashard.vllm_plugin.load.host_memory import affordable_buffers
 from lorashard.vllm_plugin.load.loader import AdapterLoader
-from lorashard.vllm_plugin.patches.adapter_loading import attach_loader, stock_of
+from lorashard.vllm_plugin.patches.adapter_loading import attach_loader, stock_class
 from lorashard.vllm_plugin.patches.apply import broken_patches
 from lorashard.vllm_plugin.patches.foreign import log_foreign_patches, refuse_displaced
 from lorashard.vllm_plugin.patches.refusals import enforce
@@ -49,7 +49,7 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
         wrapped = original(self, model, vllm_config)
         wrappers = moe_wrappers(self._adapter_manager)
         if vllm_config is not None and config_facts(vllm_config).expert_parallel and wrappers:
-            stock = stock_of(self._lora_model_cls)
+            stock = stock_class(self)
             refuse_displaced()
             log_foreign_patches()
             breaks = contract_breaks(self._adapter_manager, stock, broken_patches())

@@ -12,6 +12,7 @@ from lorashard.vllm_plugin.patches import (
     fully_sharded,
     peft_patterns,
     punica,
+    reading_ahead,
     unloading,
     warm_up,
 )
@@ -132,6 +133,19 @@ PATCHES: tuple[Patch, ...] = (
         until="0.31.0",
         wrap=peft_patterns.wrap_from_dict,
         needed=peft_patterns.drops_patterns,
+    ),
+    Patch(
+        module="vllm.v1.engine.async_llm",
+        owner="AsyncLLM",
+        method="add_lora",
+        parameters=("self", "lora_request"),
+        why="While an adapter is read, no running request goes on.",
+        how="Under expert parallelism the workers read the adapter in a thread first; the engine adds "
+        "it once it is in memory.",
+        upstream=f"{_SOURCE}/v1/engine/async_llm.py#L1233",
+        since="0.16.0",
+        until=None,
+        wrap=reading_ahead.wrap_async_add_lora,
     ),
     Patch(
         module="vllm.entrypoints.openai.models.serving",

@@ -11,17 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 from lorashard.vllm_plugin.engine.adapter_uses import AdapterUses
-from lorashard.vllm_plugin.engine.facts import config_facts
+from lorashard.vllm_plugin.engine.facts import has_lora_and_ep
 from lorashard.vllm_plugin.engine.prefix_versions import PrefixVersions
+from lorashard.vllm_plugin.patches.reading_ahead import is_to_be_read
 
 _USES = "_lorashard_adapter_uses"  # an attribute of vLLM's Scheduler
 
 # One for all engines of a process: vLLM makes its keys in a function that knows no engine.
 _prefix_versions = PrefixVersions()
-
-
-def _is_concerned(vllm_config: Any) -> bool:
-    return vllm_config.lora_config is not None and config_facts(vllm_config).expert_parallel
 
 
 def _uses(scheduler: Any) -> AdapterUses | None:
@@ -33,7 +30,7 @@ def wrap_unload_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]
     """OpenAIServingModels.unload_lora_adapter: the engine is told as well."""
 
     async def unload_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_concerned(self.engine_client.vllm_config):
+        if not has_lora_and_ep(self.engine_client.vllm_config):
             return await original(self, request, *args, **kwargs)
         name = request.lora_name
         async with self.lora_resolver_lock[name]:  # a load under that name is finished first
@@ -55,7 +52,7 @@ def wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        if _is_concerned(vllm_config):
+        if has_lora_and_ep(vllm_config):
             setattr(self, _USES, AdapterUses(self.requests, _prefix_versions))
 
     return init
@@ -66,7 +63,7 @@ def wrap_add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def add_lora(self: Any, lora_request: Any) -> bool:
         uses = _uses(self.scheduler)
-        if uses is not None:
+        if uses is not None and not is_to_be_read(lora_request):
             uses.before_load(lora_request)
         return bool(original(self, lora_request))
 

@@ -370,6 +370,11 @@ VLLM = {
     """,
     "vllm/v1/__init__.py": "", "vllm/v1/engine/__init__.py": "", "vllm/v1/core/__init__.py": "",
     "vllm/v1/core/sched/__init__.py": "",
+    "vllm/v1/engine/async_llm.py": """
+        class AsyncLLM:
+            async def add_lora(self, lora_request):
+                return True
+    """,
     "vllm/v1/engine/core.py": """
         class EngineCore:
             def add_lora(self, lora_request):
@@ -400,7 +405,8 @@ from lorashard.vllm_plugin import register
 MODULES = (
     "vllm.engine.arg_utils", "vllm.lora.worker_manager", "vllm.lora.layers.fused_moe",
     "vllm.lora.model_manager", "vllm.lora.punica_wrapper.punica_gpu",
-    "vllm.entrypoints.openai.models.serving", "vllm.v1.engine.core",
+    "vllm.entrypoints.openai.models.serving", "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
     "vllm.v1.core.sched.scheduler", "vllm.v1.core.kv_cache_utils",
 )
 

@@ -1,0 +1,100 @@
+"""Publishing an adapter from a trainer's ranks, beside gathering it and beside `cp` of its bytes.
+
+    python -m tests.bench.publish --scale 0.1 --ranks 2     seconds, for a first look
+    python -m tests.bench.publish --ranks 4 8 --json FILE   45 MoE layers of GLM-4.5-Air: 6.2 GB
+
+Everything is in /dev/shm. `cp` copies the published files, each cut into as many pieces as there are
+ranks, with one process a rank (`dd`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from tests.bench.machine import describe_machine
+from tests.bench.trainer_ranks import Trainer
+
+LAYERS = 45
+MEGABYTE = 2**20
+
+
+def copy_in_parallel(source: Path, target: Path, num_processes: int) -> float:
+    """Seconds for `num_processes` processes to copy a directory's files, an equal share each."""
+    target.mkdir()
+    commands = []
+    for number in range(num_processes):
+        parts = []
+        for file in source.iterdir():
+            blocks = -(-file.stat().st_size // MEGABYTE)
+            first, last = (blocks * n // num_processes for n in (number, number + 1))
+            parts.append(
+                f"dd if={file} of={target / file.name} bs=1M skip={first} seek={first} "
+                f"count={last - first} conv=notrunc status=none"
+            )
+        commands.append(" && ".join(parts))
+    began = time.perf_counter()
+    processes = [subprocess.Popen(command, shell=True) for command in commands]
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise RuntimeError("dd failed")
+    return time.perf_counter() - began
+
+
+def measure(num_ranks: int, layers: int, repeat: int, work: Path) -> dict[str, Any]:
+    """Median seconds of each way, and the ratios."""
+    found: dict[str, list[float]] = {"publish": [], "gather and save_file": [], "cp": []}
+    num_bytes = 0
+    with closing(Trainer(num_ranks, layers)) as trainer:
+        for _ in range(repeat + 1):
+            shards, plain, copy = work / "shards", work / "plain", work / "copy"
+            found["publish"].append(trainer.run("write", shards, ep_size=8))
+            num_bytes = sum(file.stat().st_size for file in shards.iterdir())
+            found["gather and save_file"].append(trainer.run("gather", plain))
+            shutil.rmtree(plain)
+            found["cp"].append(copy_in_parallel(shards, copy, num_ranks))
+            for directory in (shards, copy):
+                shutil.rmtree(directory)
+            trainer.run("train")
+    median = {way: statistics.median(seconds[1:]) for way, seconds in found.items()}
+    ours = median["publish"]
+    return {
+        "ranks": num_ranks,
+        "gb": round(num_bytes / 1e9, 3),
+        "seconds": {way: round(seconds, 3) for way, seconds in median.items()},
+        "all": {way: [round(s, 3) for s in seconds] for way, seconds in found.items()},
+        "times faster than gather": round(median["gather and save_file"] / ours, 2),
+        "times cp": round(ours / median["cp"], 2),
+    }
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.publish", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4])
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the layers")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    document: dict[str, Any] = {"machine": describe_machine(), "runs": []}
+    for num_ranks in args.ranks:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as work:
+            run = measure(num_ranks, max(1, round(LAYERS * args.scale)), args.repeat, Path(work))
+        document["runs"].append(run)
+        print(json.dumps(run), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    _main()

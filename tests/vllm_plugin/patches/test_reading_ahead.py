@@ -1,0 +1,67 @@
+"""Adapters that are read before an engine adds them: it goes on meanwhile, and serves what was asked for."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.tiny import REPO
+from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+
+SCRIPT = f"""
+import sys; sys.path.insert(0, {str(REPO)!r})
+from tests.vllm_plugin import reading_ahead
+answer(reading_ahead.run_all())
+"""
+RIGHT = [[], []]  # nothing wrong on any rank
+READ, ADDED = "lorashard: to be read", "lorashard: was read"
+BY_THREADS = ["lorashard", "lorashard"]  # on each rank one, and only once
+
+each_release = pytest.mark.parametrize("release", PLUGIN_RELEASES)
+
+
+@cache
+def answers(release: str) -> dict[str, Any]:
+    found: dict[str, Any] = run_in_release(release, SCRIPT, timeout_s=300)
+    return found
+
+
+@each_release
+@pytest.mark.parametrize("form", ["shards", "plain", "asynchronous"])
+def test_requests_go_on_while_an_adapter_is_read_and_it_is_read_once(
+    release: str, form: str
+) -> None:
+    expected = [True, True, [READ, ADDED], BY_THREADS, RIGHT, [[1, 2], [1, 2]]]
+    assert answers(release)[form] == expected
+
+
+@each_release
+def test_one_that_cannot_be_read_is_refused_as_it_is_added_and_nothing_is_kept(
+    release: str,
+) -> None:
+    said, left, is_back, wrong_once_repaired = answers(release)["fails"]
+    assert said.startswith("ValueError: LoRA adapter 'a1': rank file ep-00001-of-00002.safetensors")
+    assert left == [[[1], []], 2]
+    assert (is_back, wrong_once_repaired) == (True, RIGHT)
+
+
+@each_release
+def test_what_was_read_for_a_request_that_ended_is_not_served_to_the_next(release: str) -> None:
+    assert answers(release)["nobody comes"] == [RIGHT, [1, 1]]
+
+
+@each_release
+def test_of_two_at_once_the_second_does_not_wait_to_be_asked_for(release: str) -> None:
+    assert answers(release)["two"] == [RIGHT, RIGHT, [[1, 2], [1, 2]]]
+
+
+@each_release
+def test_what_is_there_is_not_read_again_and_other_engines_are_not_asked(release: str) -> None:
+    assert answers(release)["already there"] == [[READ, ADDED], [], ["no mark"]]
+
+
+@each_release
+def test_a_version_in_place_of_another_is_read_ahead_too(release: str) -> None:
+    assert answers(release)["in place"] in ("not in this release", [RIGHT, BY_THREADS])
