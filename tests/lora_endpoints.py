@@ -32,7 +32,8 @@ LEAKED_BYTES = 2**20
 class Endpoints(ThreadingHTTPServer):
     """What is loaded, and all that happened: `loaded NAME`, `unloaded NAME`.
 
-    api_key: what every request must name. gate: passed by every load before it begins.
+    requests: path and adapter of each. api_key: what each must name. gate: passed by every load
+    before it begins. hung_up: paths that get no answer. nonsense: the answer to every GET.
     """
 
     daemon_threads = True
@@ -42,6 +43,9 @@ class Endpoints(ThreadingHTTPServer):
         self.fault, self.api_key = fault, api_key
         self.refused: set[str] = set()
         self.silent: set[str] = set()
+        self.hung_up: set[str] = set()
+        self.redirected_to = self.nonsense = ""
+        self.requests: list[str] = []
         self.gate: threading.Barrier | None = None
         self.paths: dict[str, str] = {}
         self.events: list[str] = []
@@ -63,6 +67,7 @@ class Endpoints(ThreadingHTTPServer):
             self.stop()
 
     def stop(self) -> None:
+        """Also a second time."""
         self.shutdown()
         self.server_close()
 
@@ -139,7 +144,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: Endpoints
 
     def do_GET(self) -> None:
-        if not self._is_allowed():
+        if not self._goes_on(""):
+            return
+        if self.server.nonsense:
+            self._answer(200, self.server.nonsense)
             return
         if self.path == "/v1/models":
             self._answer(*self.server.models())
@@ -150,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not self._is_allowed():
+        if not self._goes_on(asked.get("lora_name") or asked.get("model") or ""):
             return
         if self.path == "/tokenize":
             status, answer = 200, {"tokens": list(asked["prompt"].encode())}
@@ -162,17 +170,25 @@ class _Handler(BaseHTTPRequestHandler):
             status, answer = self.server.complete(asked)
         self._answer(status, answer)
 
-    def _is_allowed(self) -> bool:
-        key = self.server.api_key
-        if key is None or self.headers.get("Authorization") == f"Bearer {key}":
+    def _goes_on(self, adapter: str) -> bool:
+        """Whether nothing keeps the server from doing what it is asked."""
+        server, key = self.server, self.server.api_key
+        server.requests.append(f"{self.path} {adapter}".strip())
+        if self.path in server.hung_up:
+            self.close_connection = True
+        elif server.redirected_to:
+            self._answer(307, "", Location=server.redirected_to + self.path)
+        elif key is not None and self.headers.get("Authorization") != f"Bearer {key}":
+            self._answer(401, {"error": "Unauthorized"})
+        else:
             return True
-        self._answer(401, {"error": "Unauthorized"})
         return False
 
-    def _answer(self, status: int, answer: Any) -> None:
+    def _answer(self, status: int, answer: Any, **headers: str) -> None:
         body = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 

@@ -36,7 +36,7 @@ PURE = (
     "convert.slots", "convert.peft_targets", "convert.peft_patterns", "convert.peft_config", "convert.notes",
     "convert.plan",
     "inspect.summary", "inspect.memory",
-    "publish.parts", "publish.gathered", "publish.places",
+    "publish.parts", "publish.gathered", "publish.places", "publish.versions",
     "vllm_plugin.engine.guards", "vllm_plugin.load.assembly", "vllm_plugin.load.reads",
     "vllm_plugin.load.rearrangements", "vllm_plugin.load.plain_plan",
     "vllm_plugin.load.rows", "vllm_plugin.load.advice", "vllm_plugin.load.matching", "vllm_plugin.load.outcome",
