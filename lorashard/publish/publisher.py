@@ -1,4 +1,4 @@
-"""Publisher: versions of an adapter, from a trainer's shard directories to vLLM servers.
+"""Publisher: versions of an adapter, from a trainer's shard directories to vLLM servers and other places.
 
 Nothing is remembered between calls. What is served is what the servers list, so a trainer that starts
 again, or a server that does, needs no care.
@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from lorashard.adapter.config import CONFIG_NAME
 from lorashard.errors import LorashardError, ServerError, ShardError
+from lorashard.publish.remote_versions import RemoteVersions
 from lorashard.publish.removal import clear_removed, remove_shards
 from lorashard.publish.servers import Server, parse_server
 from lorashard.publish.versions import is_adapter_name, outdated, version_name, version_of
@@ -31,7 +32,8 @@ T = TypeVar("T")
 class Removal:
     """versions: that no server has any more, and whose directories are gone, in order.
 
-    left: why others are still there, one line each. The next `publish` tries them again.
+    left: why others are still there, here or where they were uploaded, one line each. The next
+    `publish` tries them again.
     """
 
     versions: tuple[int, ...]
@@ -42,15 +44,19 @@ class Removal:
 class Published:
     """A version that every server answers with. name: for requests. path: here, not on the servers.
 
-    load_s, removal_s: seconds until all had answered, and for the versions before.
+    uploaded_to: for `lorashard pull`; None if it was not to be uploaded.
+    load_s, upload_s, removal_s: seconds until all had answered, for the upload, and for the versions
+    before.
     """
 
     version: int
     name: str
     path: Path
     servers: tuple[str, ...]
+    uploaded_to: str | None
     removal: Removal
     load_s: float
+    upload_s: float
     removal_s: float
 
 
@@ -74,6 +80,8 @@ class Publisher:
         api_key: str | None = None,
         timeout_s: float = 300.0,
         directory_on_servers: str | None = None,
+        upload_to: str | None = None,
+        private: bool = False,
     ) -> None:
         """directory: holds the versions; only directories in it that are named as versions are touched.
 
@@ -81,6 +89,10 @@ class Publisher:
         keep: versions that stay loaded, with the newest.
         api_key: the servers'. timeout_s: of each request, without a byte from the server.
         directory_on_servers: what servers call `directory`, if they see it under another path.
+        upload_to: a URL, which gets a folder for each version and keeps the last `keep`; or a Hub
+        repository (hf://owner/name[@branch][/folder]), which gets a commit with the version's name as
+        its tag, and whose history keeps all.
+        private: make a repository that is created private.
         Raises ValueError, or ShardError if `directory` is a URL.
         """
         if not is_adapter_name(name):
@@ -93,6 +105,9 @@ class Publisher:
             dict.fromkeys(parse_server(url, api_key, timeout_s) for url in servers)
         )
         self._directory_on_servers = directory_on_servers or str(self._directory)
+        self._remote = None if upload_to is None else RemoteVersions(upload_to, name, private)
+        if self._remote is not None:
+            self._remote.check()
 
     def path(self, version: int) -> Path:
         """Where a version's shards are to be written. The last part is the name that servers know.
@@ -102,34 +117,42 @@ class Publisher:
         return self._directory / self._version_name(version)
 
     def publish(self, version: int) -> Published:
-        """Have all servers load a version that is written, and then remove outdated ones.
+        """Have all servers load a version that is written, upload it, and then remove outdated ones.
 
         All or none: if one does not load it, or makes no token with it, those that had loaded it unload
         it again. Versions before the last `keep` go only after all have answered, and a directory only
         once no server lists it. What cannot be removed is no error, see Published.removal.
         It may be repeated. File sizes and headers are checked, not digests.
         Raises ShardError for a directory that is not complete, ServerError naming each server that
-        failed.
+        failed; and if the servers have it and the upload failed, AdapterError or OutputExistsError.
         """
         began = time.perf_counter()
         name, path = self._version_name(version), self.path(version)
         _check_complete(path)
         self._load(name)
         loaded = time.perf_counter()
-        served = self._served()
-        removal = self._remove(outdated(version, served, self._present(), self._keep))
+        place: str | None = None
+        left: tuple[str, ...] = ()
+        if self._remote is not None:
+            place = self._remote.upload(path, version)
+        uploaded = time.perf_counter()
+        removal = self._remove(outdated(version, self._served(), self._present(), self._keep))
+        if self._remote is not None:
+            left = self._remote.remove_outdated(version, self._keep)
         return Published(
             version,
             name,
             path,
             tuple(server.url for server in self._servers),
-            removal,
+            place,
+            Removal(removal.versions, (*removal.left, *left)),
             load_s=loaded - began,
-            removal_s=time.perf_counter() - loaded,
+            upload_s=uploaded - loaded,
+            removal_s=time.perf_counter() - uploaded,
         )
 
     def withdraw(self) -> Removal:
-        """Unload all versions from all servers, and remove their directories."""
+        """Unload all versions from all servers, and remove their directories. What was uploaded stays."""
         return self._remove(sorted({*self._served(), *self._present()}))
 
     def _load(self, name: str) -> None:
