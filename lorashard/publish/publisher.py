@@ -1,7 +1,7 @@
 """Publisher: versions of an adapter, from a trainer's shard directories to vLLM servers and other places.
 
-Nothing is remembered between calls. What is served is what the servers list, so a trainer that starts
-again, or a server that does, needs no care.
+What is served is what the servers list, so a trainer that starts again, or a server that does, needs
+no care.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from lorashard.adapter.config import CONFIG_NAME
 from lorashard.errors import LorashardError, ServerError, ShardError
+from lorashard.publish.records import forget, record, was_written_again
 from lorashard.publish.remote_versions import RemoteVersions
 from lorashard.publish.removal import clear_removed, remove_shards
 from lorashard.publish.servers import Server, parse_server
@@ -86,7 +87,7 @@ class Publisher:
         """directory: holds the versions; only directories in it that are named as versions are touched.
 
         servers: base URLs, such as http://host:8000; each server itself, not a balancer before several.
-        keep: versions that stay loaded, with the newest.
+        keep: how many versions stay loaded, the newest included.
         api_key: the servers'. timeout_s: of each request, without a byte from the server.
         directory_on_servers: what servers call `directory`, if they see it under another path.
         upload_to: a URL, which gets a folder for each version and keeps the last `keep`; or a Hub
@@ -99,7 +100,9 @@ class Publisher:
             raise ValueError(f"{name!r}: a name has letters, digits, '.', '_' and '-' only")
         if keep < 1:
             raise ValueError(f"keep={keep}: the newest version stays")
-        self._directory = resolve_target(Path(directory))
+        resolve_target(Path(directory))  # refuses a URL
+        # Links stay as they are: servers may see the directory by this path alone.
+        self._directory = Path(os.path.abspath(directory))
         self._name, self._keep = name, keep
         self._servers = tuple(
             dict.fromkeys(parse_server(url, api_key, timeout_s) for url in servers)
@@ -112,7 +115,7 @@ class Publisher:
     def path(self, version: int) -> Path:
         """Where a version's shards are to be written. The last part is the name that servers know.
 
-        A path that was published is never written again: servers go by the name.
+        A version that was published is not to be written again: servers go by the name.
         """
         return self._directory / self._version_name(version)
 
@@ -156,12 +159,20 @@ class Publisher:
         return self._remove(sorted({*self._served(), *self._present()}))
 
     def _load(self, name: str) -> None:
-        path = self._path_on_servers(name)
+        here, path = self._directory / name, self._path_on_servers(name)
         known = _on_each(self._servers, lambda server: server.has(name, path))
         failed = _errors(known)
         new = [outcome.job for outcome in known if not outcome.result]
+        if len(new) < len(known) and was_written_again(here):
+            raise ShardError(
+                f"{here}: it was written again after a server had loaded it, which would go on with "
+                "the weights from before.",
+                hint="Publish it under a number that was not used.",
+            )
         undone: list[LorashardError] = []
         if not failed:
+            if new:
+                record(here)
             try:
                 failed = _errors(_on_each(new, lambda server: server.load(name, path)))
                 failed = failed or _errors(_on_each(self._servers, lambda s: s.answer(name)))
@@ -187,6 +198,7 @@ class Publisher:
             ]
             reason = next(iter((*failed, *used)), None) or remove_shards(self._directory / name)
             if reason is None:
+                forget(self._directory / name)
                 removed.append(version)
             else:
                 left.append(f"{name}: {reason}")

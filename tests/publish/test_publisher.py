@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -53,7 +54,9 @@ def served(server: Endpoints) -> list[str]:
 
 
 def present(tmp_path: Path) -> list[str]:
-    return sorted(os.listdir(tmp_path / "versions"))
+    """What is in the directory, but for the records of what was published."""
+    found = os.listdir(tmp_path / "versions")
+    return sorted(name for name in found if not name.endswith(".lorashard-published"))
 
 
 def names(*versions: int) -> list[str]:
@@ -278,7 +281,7 @@ def test_what_is_not_ours_is_never_deleted(tmp_path: Path, servers: Servers, for
     (left,) = publisher.publish(2).removal.left
     assert left.startswith("policy-v00001: ")
     after = contents(tmp_path / "versions").items()
-    assert {name: data for name, data in after if not name.startswith("policy-v00002")} == before
+    assert {name: data for name, data in after if "policy-v00002" not in name} == before
 
 
 def test_directories_with_similar_names_are_not_touched(tmp_path: Path, servers: Servers) -> None:
@@ -336,7 +339,24 @@ def test_all_versions_can_be_withdrawn(tmp_path: Path, servers: Servers) -> None
     publish_all(publisher, 1, 2)
     removal = publisher.withdraw()
     assert (removal.versions, removal.left) == ((1, 2), ())
-    assert present(tmp_path) == served(servers[0]) == served(servers[1]) == []
+    assert os.listdir(tmp_path / "versions") == served(servers[0]) == served(servers[1]) == []
+
+
+def test_a_version_that_was_written_again_is_refused_while_a_server_has_the_first(
+    tmp_path: Path, servers: Servers
+) -> None:
+    publisher = publisher_of(tmp_path, servers)
+    publish_all(publisher, 1)
+    servers[0].unload("policy-v00001")
+    shutil.rmtree(publisher.path(1))
+    adapter = save_adapter(tmp_path / "other", per_expert_tensors(seed=99))
+    split_adapter(adapter, publisher.path(1), SplitRequest(ep_size=2))
+    with pytest.raises(ShardError, match="written again after a server had loaded it"):
+        publisher_of(tmp_path, servers).publish(1)
+    assert served(servers[0]) == []
+    servers[1].unload("policy-v00001")
+    publisher.publish(1)
+    assert served(servers[0]) == served(servers[1]) == names(1)
 
 
 def test_while_a_server_is_down_nothing_is_deleted(tmp_path: Path, servers: Servers) -> None:
