@@ -125,9 +125,8 @@ def swap(args, server, row, versions):
     row |= {"load_s": round(published.load_s, 4), "unload_s": round(published.removal_s, 4)}
     with timed(row, "ask_s"):
         prompt, following = server.ask(path.name, of_prompt=True)
-        _, cached = server.ask(
-            path.name, of_prompt=False
-        )  # the prompts are in the prefix cache now
+        # The prompts are in the prefix cache now.
+        _, cached = server.ask(path.name, of_prompt=False)
     return prompt, following, cached
 
 
