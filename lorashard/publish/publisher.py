@@ -276,14 +276,14 @@ def _not_taken(
     num_servers: int,
 ) -> ServerError:
     """undone: of servers that did not unload it again."""
-    told = "; ".join(error.message.removesuffix(".") for error in failed)
+    answers = "; ".join(error.message.removesuffix(".") for error in failed)
     hints = dict.fromkeys(error.hint for error in failed if error.hint)
     after = "What was served before still is."
     if undone:
         where = "; ".join(error.message.removesuffix(".") for error in undone)
         after += f" It may have been loaded where it could not be unloaded again: {where}."
     return ServerError(
-        f"{name}: {len(failed)} of {num_servers} servers did not take it: {told}.",
+        f"{name}: {len(failed)} of {num_servers} servers did not take it: {answers}.",
         hint=" ".join((*hints, after)),
         errors=failed,
     )
