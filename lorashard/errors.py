@@ -15,6 +15,7 @@ and where; `hint` says what to do next.
         OutputExistsError             something is in the way of the target
         ManifestError                 lorashard.json is missing or damaged
         VerificationError             the shards are not what the manifest or the source says
+      ServerError                  1  servers do not answer, or did not take a version
       NotReadyError                5  doctor: something is broken, or would be refused
       BatchError                      some of several adapters failed: the exit code of the first
 """
@@ -128,6 +129,16 @@ class VerificationError(ShardError):
             hint="Do not serve this directory. Run `lorashard split` again from the source.",
         )
         self.findings = findings
+
+
+class ServerError(LorashardError):
+    """vLLM servers do not answer, or did not take a version; `errors` has those of each server."""
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, errors: Sequence[LorashardError] = ()
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.errors = tuple(errors)
 
 
 class NotReadyError(LorashardError):

@@ -17,7 +17,7 @@ IMPORTS = own_imports(PACKAGE, MODULES)
 # A package imports only what stands above its own line. Verbs do not import each other, but that
 # `push` proves what it uploads.
 GROUND = ({"version", "errors", "progress", "dtypes", "vllm_options"}, {"header"})
-CORE = ({"storage"}, {"adapter"}, {"shards"}, {"writing"})
+CORE = ({"storage"}, {"adapter"}, {"shards"}, {"writing", "uploading"})
 VERBS = {"split", "merge", "reshard", "convert", "verify", "transfer", "inspect", "publish"}
 ORDER = (*GROUND, *CORE, {*VERBS, "vllm_plugin"}, {"cli"}, {"", "__main__"})
 EXCEPTIONS = {("transfer.push", "verify.verify")}
@@ -36,7 +36,7 @@ PURE = (
     "convert.slots", "convert.peft_targets", "convert.peft_patterns", "convert.peft_config", "convert.notes",
     "convert.plan",
     "inspect.summary", "inspect.memory",
-    "publish.parts", "publish.gathered", "publish.places",
+    "publish.parts", "publish.gathered", "publish.places", "publish.versions",
     "vllm_plugin.engine.guards", "vllm_plugin.load.assembly", "vllm_plugin.load.reads",
     "vllm_plugin.load.rearrangements", "vllm_plugin.load.plain_plan",
     "vllm_plugin.load.rows", "vllm_plugin.load.advice", "vllm_plugin.load.matching", "vllm_plugin.load.outcome",

@@ -3,7 +3,7 @@
     python rl_swaps.py --server http://127.0.0.1:8000 --adapter my-adapter --ep-size 2 \
         --steps 300 --keep 2 --workdir /shards --pid "$(pgrep -of 'vllm serve')"
 
-Each step writes new weights, splits them, loads them under a new name and from a new path, asks the
+Each step writes new weights as shards, publishes them under a new name and from a new path, asks the
 server, and removes the oldest version. The training step is stood in for by scaling lora_B, so that
 a version's answers are known: those of the last version with the same scale. One JSON document goes
 to stdout, one line a step to stderr; the exit status is 1 if an answer was another version's.
@@ -23,6 +23,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 from watch_server import cache_hits, columns, flatness, gpu_memory, memory_of_tree
 
@@ -35,7 +36,7 @@ GPU_EVERY = 10  # nvidia-smi takes a while
 
 
 class Server:
-    """Three of vLLM's HTTP endpoints."""
+    """vLLM's HTTP endpoints, as far as lorashard.Publisher does not use them."""
 
     def __init__(self, url, prompts):
         self.url = url.rstrip("/")
@@ -74,15 +75,28 @@ class Server:
         return prompt, following
 
 
-def train(adapter, out, scale):
-    """What a training step would leave: the adapter with other weights."""
-    from safetensors.torch import load_file, save_file
+def train(adapter, scale):
+    """What a training step would leave in memory: the adapter with other weights."""
+    from safetensors.torch import load_file
 
-    out.mkdir(parents=True)
     tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors = {name: t * scale if "lora_B" in name else t for name, t in tensors.items()}
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    shutil.copy(adapter / "adapter_config.json", out)
+    return {name: t * scale if "lora_B" in name else t for name, t in tensors.items()}
+
+
+def write(args, tensors, path):
+    """Shards, as one rank of a trainer writes them; or a plain adapter."""
+    if args.plain:
+        from safetensors.torch import save_file
+
+        path.mkdir(parents=True)
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        shutil.copy(args.adapter / "adapter_config.json", path)
+        return
+    config = json.loads((args.adapter / "adapter_config.json").read_text())
+    writer = lorashard.AdapterWriter(path, config, ep_size=args.ep_size)
+    for name, tensor in tensors.items():
+        writer.tensor(name, tensor)
+    writer.commit()
 
 
 def gap(one, other):
@@ -100,44 +114,68 @@ def timed(row, name):
     row[name] = round(time.perf_counter() - began, 4)
 
 
-def swap(args, server, row, served):
+def swap(args, server, row, versions):
     """One step: new weights, served under a new name and from a new path; what it answers."""
-    name = f"{args.name}-v{row['step']:04}"
-    trained, path = args.workdir / f"{name}-trained", args.workdir / name
+    path = versions.path(row["step"])
     with timed(row, "train_s"):
-        train(args.adapter, trained, row["scale"])
+        tensors = train(args.adapter, row["scale"])
     with timed(row, "split_s"):
-        if args.plain:
-            trained.rename(path)
-        else:
-            lorashard.split_adapter(trained, path, lorashard.SplitRequest(ep_size=args.ep_size))
-            shutil.rmtree(trained)
-    with timed(row, "load_s"):
-        server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
-        served.append((name, path))
+        write(args, tensors, path)
+    published = versions.publish(row["step"])
+    row |= {"load_s": round(published.load_s, 4), "unload_s": round(published.removal_s, 4)}
     with timed(row, "ask_s"):
-        prompt, following = server.ask(name, of_prompt=True)
-        _, cached = server.ask(name, of_prompt=False)  # the prompts are in the prefix cache now
-    with timed(row, "unload_s"):
-        retire(server, served, args.keep)
+        prompt, following = server.ask(path.name, of_prompt=True)
+        # The prompts are in the prefix cache now.
+        _, cached = server.ask(path.name, of_prompt=False)
     return prompt, following, cached
 
 
-def retire(server, served, keep):
-    """Unload and delete the oldest versions. No request that names one may be under way."""
-    while len(served) > keep:
-        name, path = served.pop(0)
-        server.post("/v1/unload_lora_adapter", {"lora_name": name})
-        shutil.rmtree(path)
+class PlainVersions:
+    """What lorashard.Publisher does, for plain adapters on a vLLM without lorashard."""
+
+    def __init__(self, server, directory, name, keep):
+        self.server, self.directory, self.name, self.keep = server, directory, name, keep
+        self.served = []
+
+    def path(self, version):
+        return self.directory / f"{self.name}-v{version:05}"
+
+    def publish(self, version):
+        row, path = {}, self.path(version)
+        with timed(row, "load_s"):
+            document = {"lora_name": path.name, "lora_path": str(path)}
+            self.server.post("/v1/load_lora_adapter", document)
+        self.served.append(path)
+        with timed(row, "removal_s"):
+            self.retire(self.keep)
+        return SimpleNamespace(**row)
+
+    def withdraw(self):
+        self.retire(0)
+
+    def retire(self, keep):
+        while len(self.served) > keep:
+            path = self.served.pop(0)
+            self.server.post("/v1/unload_lora_adapter", {"lora_name": path.name})
+            shutil.rmtree(path)
+
+
+def versions_of(args, server):
+    if args.plain:
+        return PlainVersions(server, args.workdir, args.name, args.keep)
+    key = os.environ.get("VLLM_API_KEY")
+    return lorashard.Publisher(
+        args.workdir, args.name, servers=[args.server], keep=args.keep, api_key=key
+    )
 
 
 def run(args, server, rows):
     """All steps; then version 0's weights once more. The answers of version 0."""
-    known, served, before = {}, [], None
+    known, versions, before = {}, versions_of(args, server), None
     for step in range(args.steps + 1):
         scale = SCALES[step % len(SCALES) if step < args.steps else 0]
         row = {"step": step, "scale": scale}
-        prompt, following, cached = swap(args, server, row, served)
+        prompt, following, cached = swap(args, server, row, versions)
         row["gap"] = round(gap(prompt, known.setdefault(scale, prompt)), 5)
         row["gap_cached"], row["right"] = round(gap(cached, following), 5), True
         if before and before[0] != scale:  # nearer to its own answers than to the last version's
@@ -150,7 +188,7 @@ def run(args, server, rows):
         row |= gpu_memory() if step % GPU_EVERY == 0 or step == args.steps else {}
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
-    retire(server, served, 0)
+    versions.withdraw()
     return [[index, place, value] for (index, place), value in sorted(known[SCALES[0]].items())]
 
 

@@ -38,8 +38,8 @@ def push(
 ) -> None:
     """Check a shard directory and upload it, with a model card."""
     from lorashard.shards.directory import read_manifest  # noqa: PLC0415
-    from lorashard.transfer.card import CARD_NAME  # noqa: PLC0415
     from lorashard.transfer.push import push_shards  # noqa: PLC0415
+    from lorashard.uploading.card import CARD_NAME  # noqa: PLC0415
 
     if quiet or not sys.stderr.isatty():
         from huggingface_hub.utils.tqdm import disable_progress_bars  # those of the upload itself

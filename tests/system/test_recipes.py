@@ -265,11 +265,11 @@ def test_every_step_serves_a_new_name_from_a_new_path_and_takes_the_oldest_away(
     assert (report["steps"], report["wrong"]) == (11, [])
     assert report["version_0_again"] == {"gap": 0.0, "right": True}
     assert report["rows"][8]["scale"] == report["rows"][0]["scale"]
-    names = [f"mine-v{n:04}" for n in range(11)]
+    names = [f"mine-v{n:05}" for n in range(11)]
     loads = [event for event in events if event.startswith("loaded")]
     assert loads == [f"loaded {name}" for name in names]
-    assert events[:4] == ["loaded mine-v0000", "loaded mine-v0001", "loaded mine-v0002",
-                          "unloaded mine-v0000"]  # fmt: skip
+    assert events[:4] == ["loaded mine-v00000", "loaded mine-v00001", "loaded mine-v00002",
+                          "unloaded mine-v00000"]  # fmt: skip
     assert sorted(e.split()[1] for e in events if e.startswith("unloaded")) == names
     assert not list((tmp_path / "work").iterdir())
 
@@ -278,12 +278,12 @@ def test_what_a_step_serves_is_a_shard_directory_of_that_version(tmp_path: Path)
     import torch
     from safetensors.torch import load_file
 
-    taken = {"lora_name": "mine-v0001", "lora_path": str(tmp_path)}
+    taken = {"lora_name": "mine-v00001", "lora_path": str(tmp_path)}
     with endpoints() as (server, _):
         post(server + "/v1/load_lora_adapter", taken)  # so the script stops when it comes to it
         report = swap(tmp_path, server, "--ep-size", 2, status=1)
     assert "has already been loaded" in report["failure"]
-    served, source = tmp_path / "work" / "mine-v0001", tmp_path / "adapter"
+    served, source = tmp_path / "work" / "mine-v00001", tmp_path / "adapter"
     assert lorashard.verify_shards(served) == ()
     lorashard.merge_shards(served, tmp_path / "merged")
     before = load_file(source / "adapter_model.safetensors")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lorashard.transfer.card import is_untouched
+from lorashard.uploading.card import is_untouched
 from tests.hub_server import HubServer
 from tests.tiny import RANK_FILES, contents, per_expert_tensors, run_cli, save_adapter
 

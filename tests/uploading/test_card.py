@@ -15,7 +15,7 @@ from lorashard import SplitRequest, split_adapter
 from lorashard.adapter.config import LoraConfig, parse_config
 from lorashard.shards.directory import read_manifest
 from lorashard.shards.manifest import Manifest
-from lorashard.transfer.card import format_card, is_untouched
+from lorashard.uploading.card import format_card, is_untouched
 from tests.tiny import CONFIG, save_adapter
 
 PLACE = "hf://owner/mine-ep2@main"

@@ -1,0 +1,28 @@
+"""A Publisher and the answers of vLLM's own models endpoint, in several releases."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tiny import REPO
+from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+
+SCRIPT = f"""
+import sys; sys.path.insert(0, {str(REPO)!r})
+from tests.publish import vllm_models
+answer(vllm_models.run_all())
+"""
+
+
+@pytest.mark.parametrize("release", PLUGIN_RELEASES)
+def test_versions_come_and_go_in_vllms_own_list_of_models(release: str) -> None:
+    found = run_in_release(release, SCRIPT)
+    zero, one, two, three = (f"policy-v{version:05}" for version in range(4))
+    assert found["loads"] == [[zero, one, two, three], [zero, one, three]]
+    assert found["known"] == [[one, three], [three]]
+    assert found["refusal"].startswith(
+        f"{two}: 1 of 2 servers did not take it: TWO: /v1/load_lora_adapter answers "
+    )
+    assert f"{two} does not fit" in found["refusal"]
+    assert found["left"] == []
+    assert found["present"] == [one, two, three]
