@@ -34,13 +34,15 @@ def restore_source(
     files: Sequence[ByteSource],
     write: Callable[[memoryview], object],
     progress: Progress,
+    *,
+    digest_threads: int = 1,
 ) -> str:
     """Give `write` the source's data, front to back, in blocks; returns the source's BLAKE3 in hex.
 
     Only if nothing was cast. header: the source's bytes before its data. files: the shard files, in
     the plan's order. progress: called with the size in bytes of each block.
     """
-    digest = blake3(header)
+    digest = blake3(header, max_threads=digest_threads)
     with ThreadPoolExecutor(1) as hasher, closing(one_ahead(_read_blocks(plan, files))) as blocks:
         for data in blocks:
             digested = hasher.submit(digest.update, data)

@@ -69,12 +69,12 @@ def _compressed_tensors(num_layers: int) -> dict[str, Any]:
     }
 
 
-def save_tokenizer(directory: Path) -> None:
+def save_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:
     """One word for each token id, so that a server can start; requests are token ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"t{token}": token for token in range(VOCABULARY)}
+    words = {f"t{token}": token for token in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

@@ -19,6 +19,7 @@ FORMATS = ("per_expert", "fused")
 ADAPTERS_PER_FORMAT = 2
 LORA_RANK = 32
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, INTERMEDIATE = 9, 128, 4096, 1408
+VOCABULARY = 2048
 _ATTENTION_SHAPES = {"q_proj": (4096, HIDDEN), "k_proj": (1024, HIDDEN), "v_proj": (1024, HIDDEN),
                      "o_proj": (HIDDEN, 4096)}  # fmt: skip
 
@@ -33,7 +34,7 @@ def write_model_config(work: Path, num_experts: int) -> None:
     from transformers import Glm4MoeConfig
 
     config = Glm4MoeConfig(
-        vocab_size=2048,
+        vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=2048,
         moe_intermediate_size=INTERMEDIATE,
