@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorashard.errors import LorashardError
     from lorashard.merge import merge_shards
     from lorashard.publish.peft_models import save_sharded
+    from lorashard.publish.trainer import PublishCallback
     from lorashard.publish.writer import AdapterWriter
     from lorashard.reshard.reshard import reshard_shards
     from lorashard.shards.placement import Placement
@@ -36,6 +37,7 @@ _HOMES = {
     "LayoutOptions": "adapter.options",
     "LorashardError": "errors",
     "Placement": "shards.placement",
+    "PublishCallback": "publish.trainer",
     "ShardDirectory": "shards.tensors",
     "SplitRequest": "split.pipeline",
     "TensorFile": "shards.tensors",
@@ -56,6 +58,7 @@ __all__ = [
     "LayoutOptions",
     "LorashardError",
     "Placement",
+    "PublishCallback",
     "ShardDirectory",
     "SplitRequest",
     "TensorFile",

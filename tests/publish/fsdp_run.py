@@ -22,13 +22,13 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from lorashard.publish.peft_models import save_sharded
 
 
-def peft_model() -> Any:
+def peft_model(**changes: Any) -> Any:
     torch.manual_seed(0)
     base = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2, head_dim=8, vocab_size=32, num_experts=6, num_experts_per_tok=2,
-            moe_intermediate_size=12, max_position_embeddings=64,
+            moe_intermediate_size=12, max_position_embeddings=64, **changes,
         )
     )  # fmt: skip
     config = LoraConfig(
