@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
 from lorashard.adapter.options import LayoutOptions
 from lorashard.errors import ShardError
@@ -23,6 +23,7 @@ else:
     TrainerCallback = object  # until the first callback is made: `PublishCallback.__new__`
 
 _DEFAULT_OPTIONS = LayoutOptions()
+_Done = TypeVar("_Done")
 
 
 @runtime_checkable
@@ -71,7 +72,7 @@ class PublishCallback(TrainerCallback):
     ) -> None:
         """to: a publisher; or where a version goes, by its number; or a directory for all of them.
 
-        every: steps; None = whenever the trainer saves a checkpoint.
+        every: so many steps, and at no other, be it the last; None = whenever the trainer saves.
         name: if `to` is a directory: version 7 is `name-v00007` in it.
         publish: called on rank 0 with a version that is complete, if `to` is not a publisher.
         The others: as for `save_sharded`. A version that is there already is refused without `force`,
@@ -130,10 +131,14 @@ class PublishCallback(TrainerCallback):
         if version == self._last:  # a trainer can save twice after one step
             return
         peft_model = unwrap_peft_model(model, self._adapter_name)
-        save_sharded(peft_model, self._path_of(version), **self._save_options)
+        # Where one rank alone has no path, the others would wait for it.
+        path = _run_on_ranks(lambda _: self._path_of(version), f"has no path for {version}")
+        save_sharded(peft_model, path, **self._save_options)
         publish = self._publish
         if publish is not None:
-            _run_on_first_rank(lambda: publish(version), f"Rank 0 could not publish {version}")
+            _run_on_ranks(
+                lambda rank: publish(version) if rank == 0 else None, f"could not publish {version}"
+            )
         self._last = version
 
 
@@ -154,21 +159,25 @@ def _targets(
     return to, publish
 
 
-def _run_on_first_rank(work: Callable[[], object], failure: str) -> None:
-    """Do it on rank 0; the other ranks wait, and raise ShardError if it fails there."""
+def _run_on_ranks(work: Callable[[int], _Done], failure: str) -> _Done:
+    """Do it on every rank, given its number. If one fails, it raises its error, and the others ShardError."""
     rank, world_size, _ = process_group()
+    done: _Done | None = None
     error: Exception | None = None
-    if rank == 0:
-        try:
-            work()
-        except Exception as err:  # noqa: BLE001 - raised again when the others know
-            error = err
+    try:
+        done = work(rank)
+    except Exception as err:  # noqa: BLE001 - raised again when the others know
+        error = err
     if world_size > 1:
-        from torch.distributed import broadcast_object_list
+        from torch.distributed import all_gather_object
 
-        told = [None if error is None else f"{type(error).__name__}: {error}"]
-        broadcast_object_list(told, src=0)
-        if rank != 0 and told[0] is not None:
-            raise ShardError(f"{failure}: {told[0]}", hint="See rank 0's own error.")
+        said: list[str | None] = [None] * world_size
+        all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}")
+        for other, message in enumerate(said):
+            if message is not None and error is None:
+                raise ShardError(
+                    f"Rank {other} {failure}: {message}", hint="See that rank's own error."
+                )
     if error is not None:
         raise error
+    return cast("_Done", done)

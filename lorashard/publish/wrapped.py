@@ -34,14 +34,14 @@ def unwrap_peft_model(model: Any, adapter_name: str) -> Any:
         )
     unwrapped = model
     while not isinstance(unwrapped, PeftModel):
-        inner = [vars(unwrapped).get("_modules", {}).get(name) for name in _INNER]
-        found = next((module for module in inner if module is not None), None)
-        if found is None:
+        children = dict(unwrapped.named_children())
+        inner = [children[name] for name in _INNER if name in children]
+        if not inner:
             raise AdapterError(
                 f"{type(model).__name__} is not a PeftModel: there is no adapter to publish.",
                 hint="Give the trainer a model from get_peft_model, or a peft_config.",
             )
-        unwrapped = found
+        unwrapped = inner[0]
     if adapter_name not in unwrapped.peft_config:
         raise AdapterError(
             f"The model has no adapter {adapter_name!r}.",

@@ -63,6 +63,13 @@ def check_versions(folder: Path) -> None:
     assert len(set(weights)) == len(weights)  # it was trained in between
 
 
+def check_equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    """To the bit."""
+    assert some.keys() == others.keys()
+    for name, tensor in some.items():
+        assert torch.equal(tensor.view(torch.uint8), others[name].view(torch.uint8)), name
+
+
 def step_end(callback: Any, model: Any, step: int) -> None:
     callback.on_step_end(None, TrainerState(global_step=step), TrainerControl(), model=model)
 
@@ -91,9 +98,7 @@ def test_publishing_changes_nothing_in_the_training(tmp_path: Path) -> None:
     with_it = train(tmp_path, [callback]).model.state_dict()
     without = train(tmp_path, []).model.state_dict()
     assert len(list(tmp_path.glob("mine-v*"))) == STEPS
-    assert with_it.keys() == without.keys()
-    for name, tensor in with_it.items():
-        assert torch.equal(tensor.view(torch.uint8), without[name].view(torch.uint8)), name
+    check_equal(with_it, without)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -245,9 +250,15 @@ def test_trainers_with_ddp_publish_together(tmp_path: Path) -> None:
 def test_what_fails_on_rank_0_is_raised_on_every_rank(tmp_path: Path) -> None:
     first, second = run("fails", tmp_path)
     assert first["error"] == "ConnectionError: no server"
-    assert second["error"].startswith(
-        "ShardError: Rank 0 could not publish 2: ConnectionError: no server"
-    )
+    said = "ShardError: Rank 0 could not publish 2: ConnectionError: no server"
+    assert second["error"].startswith(said)
+
+
+def test_a_rank_without_a_path_does_not_hold_the_others(tmp_path: Path) -> None:
+    first, second = run("lost", tmp_path)
+    said = "ShardError: Rank 1 has no path for 2: FileNotFoundError: no disk"
+    assert first["error"].startswith(said)
+    assert second["error"] == "FileNotFoundError: no disk"
 
 
 def test_a_model_that_fsdp2_shards_is_published(tmp_path: Path) -> None:
@@ -269,20 +280,23 @@ def texts(column: str) -> Any:
 def test_trls_sft_trainer_publishes(tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
+    def trained(callbacks: list[Any]) -> dict[str, torch.Tensor]:
+        trainer = SFTTrainer(
+            model=peft_model(attention_dropout=0.1),
+            args=SFTConfig(**settings(tmp_path)),
+            train_dataset=texts("text"),
+            processing_class=tokenizer(),
+            callbacks=callbacks,
+        )
+        trainer.train()
+        return trainer.model.state_dict()
+
     publisher = Publisher(tmp_path)
-    trainer = SFTTrainer(
-        model=peft_model(),
-        args=SFTConfig(**settings(tmp_path)),
-        train_dataset=texts("text"),
-        processing_class=tokenizer(),
-        callbacks=[
-            SaveWhole(tmp_path),
-            PublishCallback(publisher, ep_size=EP_SIZE, every=EVERY),
-        ],
-    )
-    trainer.train()
+    callback = PublishCallback(publisher, ep_size=EP_SIZE, every=EVERY)
+    with_it = trained([SaveWhole(tmp_path), callback])
     assert publisher.published == PUBLISHED
     check_versions(tmp_path)
+    check_equal(with_it, trained([]))
 
 
 def test_trls_grpo_trainer_publishes_as_in_the_recipe(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Trainings of a few steps. As a rank of several: python trainer_run.py KIND RANK WORLD FOLDER.
 
-KIND is ddp (transformers' Trainer), fails (as ddp, and publishing fails on rank 0) or fsdp2 (a step
-by hand, and the events of transformers' CallbackHandler: its Trainer shards on GPUs only).
+KIND is ddp (transformers' Trainer), fails (as ddp, and publishing fails on rank 0), lost (as ddp, and
+rank 1 has no path) or fsdp2 (a step by hand, and the events of transformers' CallbackHandler: its Trainer shards on GPUs only).
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ class SaveWhole(TrainerCallback):
 class Publisher:
     """Versions in the folders of `SaveWhole`. Notes which were complete as they were published."""
 
-    def __init__(self, folder: Path, fails_at: int | None = None) -> None:
-        self._folder, self._fails_at = folder, fails_at
+    def __init__(self, folder: Path, fails_at: int = 0, lost_at: int = 0) -> None:
+        self._folder, self._fails_at, self._lost_at = folder, fails_at, lost_at
         self.published: list[int] = []
 
     def path(self, version: int) -> Path:
+        if version == self._lost_at:
+            raise FileNotFoundError("no disk")
         return self._folder / str(version) / "sharded"
 
     def publish(self, version: int) -> None:
@@ -110,7 +112,11 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
     )
-    publisher = Publisher(folder, fails_at=EVERY if kind == "fails" else None)
+    publisher = Publisher(
+        folder,
+        fails_at=EVERY if kind == "fails" else 0,
+        lost_at=EVERY if kind == "lost" and rank == 1 else 0,
+    )
     said: dict[str, Any] = {"error": None}
     try:
         if kind == "fsdp2":
