@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorashard.merge import merge_shards
     from lorashard.publish.peft_models import save_sharded
     from lorashard.publish.publisher import Publisher
+    from lorashard.publish.trainer import PublishCallback
     from lorashard.publish.writer import AdapterWriter
     from lorashard.reshard.reshard import reshard_shards
     from lorashard.shards.placement import Placement
@@ -38,6 +39,7 @@ _HOMES = {
     "LorashardError": "errors",
     "Placement": "shards.placement",
     "Publisher": "publish.publisher",
+    "PublishCallback": "publish.trainer",
     "ShardDirectory": "shards.tensors",
     "SplitRequest": "split.pipeline",
     "TensorFile": "shards.tensors",
@@ -58,6 +60,7 @@ __all__ = [
     "LayoutOptions",
     "LorashardError",
     "Placement",
+    "PublishCallback",
     "Publisher",
     "ShardDirectory",
     "SplitRequest",

@@ -130,6 +130,8 @@ def test_the_package_imports_next_to_nothing() -> None:
         "huggingface_hub",
         "vllm",
         "re2",
+        "transformers",
+        "peft",
     }
     assert imported_by("import lorashard; lorashard.__version__") & heavy == set()
 

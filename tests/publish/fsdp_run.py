@@ -22,13 +22,13 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from lorashard.publish.peft_models import save_sharded
 
 
-def peft_model() -> Any:
+def peft_model(**changes: Any) -> Any:
     torch.manual_seed(0)
     base = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2, head_dim=8, vocab_size=32, num_experts=6, num_experts_per_tok=2,
-            moe_intermediate_size=12, max_position_embeddings=64,
+            moe_intermediate_size=12, max_position_embeddings=64, **changes,
         )
     )  # fmt: skip
     config = LoraConfig(
@@ -38,11 +38,8 @@ def peft_model() -> Any:
     return get_peft_model(base, config)
 
 
-def main() -> None:
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
+def trained_model(world: int) -> Any:
+    """Sharded over the ranks, and trained for a step."""
     model = peft_model()
     mesh = init_device_mesh("cpu", (world,))
     for layer in model.base_model.model.model.layers:
@@ -52,7 +49,11 @@ def main() -> None:
     tokens = torch.arange(8)[None]
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    manifest = save_sharded(model, folder / "sharded", ep_size=3)
+    return model
+
+
+def save_gathered(model: Any, folder: Path, rank: int) -> int:
+    """The adapter as PEFT would save it, and the base model's config. Returns the number of tensors."""
     whole = {
         name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         for name, tensor in get_peft_model_state_dict(model).items()
@@ -66,9 +67,20 @@ def main() -> None:
             gathered / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
+    return len(whole)
+
+
+def main() -> None:
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    model = trained_model(world)
+    manifest = save_sharded(model, folder / "sharded", ep_size=3)
+    num_tensors = save_gathered(model, folder, rank)
     sharded = sum(hasattr(t, "placements") for t in get_peft_model_state_dict(model).values())
     (folder / f"{rank}.json").write_text(
-        json.dumps({"modules": len(manifest.modules), "sharded": sharded, "all": len(whole)})
+        json.dumps({"modules": len(manifest.modules), "sharded": sharded, "all": num_tensors})
     )
     dist.barrier()
     dist.destroy_process_group()

@@ -45,17 +45,22 @@ class Meetings:
         """In the store, for the next meeting about something."""
         return f"lorashard/{name}/{self._over[name]}/{last}"
 
-    def give_up(self, name: str) -> None:
-        """The next meeting is over, and what was said stays: a rank may still come to it."""
+    def skip(self, name: str) -> None:
+        """The next meeting is over, without this rank."""
         self._over[name] += 1
 
-    def end(self, name: str) -> None:
-        """The next meeting is over for this rank, and all have come to it, so all before are read."""
-        for key in self._keys:
-            self.store.delete_key(key)
-        self._keys = [self.key(name, self.rank)]
-        if self.rank == 0:
-            self._keys.append(self.key(name, "decision"))
+    def end(self, name: str, *, met: bool) -> None:
+        """The next meeting is over for this rank. met: all have come to it, so all before are read.
+
+        What was said where a rank has not come stays, since it may still come.
+        """
+        if met:
+            keys, self._keys = self._keys, []
+            for key in keys:
+                self.store.delete_key(key)
+            self._keys = [self.key(name, self.rank)]
+            if self.rank == 0:
+                self._keys.append(self.key(name, "decision"))
         self._over[name] += 1
 
 
@@ -79,17 +84,20 @@ class MeetingExchange(Exchange):
             return
         meetings, store = self._meetings, self._meetings.store
         while store.check([meetings.key(self._name, "decision")]):  # without this rank
-            meetings.give_up(self._name)
+            meetings.skip(self._name)
+        self._has_said = True  # if this fails, the others cannot know whether it has been said
         store.set(meetings.key(self._name, meetings.rank), own.encode())
-        self._has_said = True
 
     def hear(self) -> tuple[Outcome, ...]:
         """What each rank has said, this one too; a failure if one of them has not come in time."""
         if not self._heard:
-            self._heard = self._meet()
+            self._heard, met = self._meet()
+            # If this fails, the next `say` finds the meeting decided.
+            self._meetings.end(self._name, met=met)
         return self._heard
 
-    def _meet(self) -> tuple[Outcome, ...]:
+    def _meet(self) -> tuple[tuple[Outcome, ...], bool]:
+        """What was said, and whether all have come."""
         meetings, store = self._meetings, self._meetings.store
         said = [meetings.key(self._name, rank) for rank in range(meetings.num_ranks)]
         try:
@@ -100,12 +108,9 @@ class MeetingExchange(Exchange):
         # The first rank that comes here decides; the others get what it has set.
         decision = store.compare_set(meetings.key(self._name, "decision"), "", wanted)
         if decision.decode() == _MET:
-            heard = tuple(Outcome.decode(store.get(key)) for key in said)
-            meetings.end(self._name)
-            return heard
+            return tuple(Outcome.decode(store.get(key)) for key in said), True
         late = [str(rank) for rank, key in enumerate(said) if not store.check([key])]
-        meetings.give_up(self._name)
-        return (Outcome(_not_come(late, meetings.limit)),)
+        return (Outcome(_not_come(late, meetings.limit)),), False
 
 
 def _not_come(late: list[str], limit: timedelta) -> str:
