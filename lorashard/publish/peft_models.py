@@ -54,7 +54,7 @@ def save_sharded(
     """
     from peft import get_peft_model_state_dict  # noqa: PLC0415 - of the trainer's environment
 
-    rank, world_size, own_barrier = _process_group()
+    rank, world_size, own_barrier = process_group()
     writer = AdapterWriter(
         out,
         _config_of(model, adapter_name),
@@ -82,7 +82,7 @@ def save_sharded(
     return writer.commit(barrier or own_barrier)
 
 
-def _process_group() -> tuple[int, int, Callable[[], object]]:
+def process_group() -> tuple[int, int, Callable[[], object]]:
     """Rank, number of ranks and barrier of torch.distributed."""
     import torch.distributed as dist
 

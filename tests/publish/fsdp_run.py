@@ -38,6 +38,13 @@ def peft_model() -> Any:
     return get_peft_model(base, config)
 
 
+def train_step(model: Any) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tokens = torch.arange(8)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+
+
 def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     dist.init_process_group(
@@ -48,10 +55,7 @@ def main() -> None:
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    tokens = torch.arange(8)[None]
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    optimizer.step()
+    train_step(model)
     manifest = save_sharded(model, folder / "sharded", ep_size=3)
     whole = {
         name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
