@@ -19,7 +19,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ class Case:
     experts: str = "grouped"
     lora: str = "LoRA"
     exports: bool = True
+    names: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -143,9 +144,35 @@ def fill(model: Any) -> None:
         parameter.data.copy_(values)
 
 
+def renamed(bridge: Any, names: str) -> Any:
+    """A registry that maps layers as those of other models do."""
+    from megatron.bridge.models.conversion import param_mapping
+    from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+
+    attention = (
+        "decoder.layers.*.self_attention.linear_qkv.weight",
+        "model.layers.*.qkv_proj.weight",
+    )
+    experts = "decoder.layers.*.mlp.experts.linear_fc{}.weight*"
+    others = {
+        "packed": [
+            param_mapping.FusedGatedExpertMapping(
+                experts.format(1), "model.layers.*.mlp.experts.gate_up_proj"
+            ),
+            param_mapping.FusedExpertMapping(
+                experts.format(2), "model.layers.*.mlp.experts.down_proj"
+            ),
+        ],
+        "fused": [param_mapping.ConcatenatedQKVMapping(*attention)],
+    }[names]
+    replaced = {mapping.megatron_param for mapping in others}
+    kept = [m for m in bridge.mapping_registry().mappings if m.megatron_param not in replaced]
+    return MegatronMappingRegistry(*kept, *others)
+
+
 def run(case: Case, folder: Path) -> None:
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
-    from megatron.bridge.models.qwen import qwen3_moe_bridge  # noqa: F401 - registers it
+    from megatron.bridge.models.qwen import qwen3_moe_bridge
     from megatron.bridge.peft.canonical_lora import CanonicalLoRA
     from megatron.bridge.peft.lora import LoRA
     from megatron.core import parallel_state
@@ -165,6 +192,12 @@ def run(case: Case, folder: Path) -> None:
         num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=INTERMEDIATE,
     )  # fmt: skip
     bridge = AutoBridge.from_hf_config(base)
+    if case.names:
+        registry = renamed(bridge._model_bridge, case.names)
+        changed = patch.object(
+            qwen3_moe_bridge.Qwen3MoEBridge, "mapping_registry", lambda _: registry
+        )
+        changed.start()
     rank = dist.get_rank()
     if rank == 0:
         base.save_pretrained(folder / "base")
@@ -184,6 +217,7 @@ def run(case: Case, folder: Path) -> None:
     told["own"] = {name: list(tensor.shape) for name, tensor in own.items()}
     save_file(own, folder / f"{rank}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(told))
+    patch.stopall()
     dist.barrier()
     parallel_state.destroy_model_parallel()
 

@@ -40,6 +40,8 @@ CASES = {
         "sequential-copies": Case(experts="sequential"),
         "sequential": Case(ep=2, experts="sequential"),
         "shared-outer": Case(ep=2, exports=False, settings=OUTER),
+        "one-tensor-for-all-experts": Case(ep=2, names="packed", settings=OWN),
+        "q-k-v-as-one": Case(tp=2, names="fused", settings=OWN),
         "too-many-tp-ranks": Case(tp=2, etp=2, settings=OWN),
     },
     4: {
@@ -55,6 +57,8 @@ CASES = {
 # and cannot save what experts share in part: its dense tensors are those of a case that it can save.
 BY_HAND = {(2, "sequential"), (4, "layers-and-sequential"), (2, "shared-outer")}
 REFUSED = {
+    (2, "one-tensor-for-all-experts"): "experts.gate_up_proj, one tensor for all experts, is not",
+    (2, "q-k-v-as-one"): "a layer with a ConcatenatedQKVMapping on 2 TP ranks is not supported",
     (2, "too-many-tp-ranks"): "expert tensor parallelism 2 is not supported",
     (4, "too-few-query-groups"): "q, k and v of 2 query groups, for this model, on 4 TP ranks",
 }
