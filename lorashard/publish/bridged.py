@@ -22,6 +22,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,13 +60,15 @@ class BridgedAdapters:
     """
 
     def __init__(self, bridge: Any, model: Sequence[Any]) -> None:
-        from megatron.core.utils import unwrap_model
-
         self._bridge = bridge._model_bridge
         if not hasattr(self._bridge, "build_adapter_conversion_tasks"):
             raise UnsupportedAdapterError(
-                "its way to export LoRA", "this Megatron-Bridge", hint="Install 0.6.2 or later."
+                "an adapter's way to Hugging Face names",
+                "This Megatron-Bridge",
+                hint="Install 0.6.2 or later.",
             )
+        from megatron.core.utils import unwrap_model
+
         self._models = list(model)
         self._registry = self._bridge.mapping_registry()
         self._config = unwrap_model(self._models)[0].config
@@ -76,21 +79,23 @@ class BridgedAdapters:
         """Raise UnsupportedAdapterError, alike on all ranks, for what cannot be given part by part."""
         for task in self._tasks:
             where, tp_size = task.global_base_prefix, task.linear_out_task.mapping.tp_size
+            if hasattr(task.linear_out_task.param_weight, "placements"):
+                raise UnsupportedAdapterError("Megatron-FSDP", where, hint=_GATHER)
             if _is_of_experts(task) and tp_size > 1:
                 # The bridge halves what it has gathered, but each rank's rows are its part of
                 # gate_proj, then its part of up_proj (0.6.2 peft_bridge.py:498).
                 raise UnsupportedAdapterError(
                     f"expert tensor parallelism {tp_size}", where, hint="Train with ETP 1."
                 )
-            for names in self._names(task):
-                if names.expert is not None and f".experts.{names.expert}." not in names.weights[0]:
-                    raise UnsupportedAdapterError(
-                        f"an adapter for {names.weights[0]}, one tensor for all experts,",
-                        where,
-                        hint=_GATHER,
-                    )
-                if tp_size > 1:
-                    self._refuse_uneven(names, tp_size, where)
+            names = next(self._names(task))
+            if names.expert is not None and f".experts.{names.expert}." not in names.weights[0]:
+                raise UnsupportedAdapterError(
+                    f"an adapter for {names.weights[0]}, one tensor for all experts,",
+                    where,
+                    hint=_GATHER,
+                )
+            if tp_size > 1:
+                self._refuse_uneven(names, tp_size, where)
 
     def _refuse_uneven(self, names: _Names, tp_size: int, where: str) -> None:
         """Raise for a base layer whose rows on one TP rank are not a part of each projection."""
@@ -121,7 +126,10 @@ class BridgedAdapters:
         weights = [
             HFWeightTuple(name, torch.empty(task.dim, 1, device="meta"))
             for task in self._tasks
-            for names in self._names(task, of_all_ranks=True)
+            # Of a usual r, what is said of one expert is said of all.
+            for names in islice(
+                self._names(task, of_all_ranks=True), 1 if task.dim == lora.dim else None
+            )
             for name in names.lora_a
         ]
         config: Mapping[str, Any] = peft_bridge.build_adapter_config_dict(
@@ -155,8 +163,8 @@ class BridgedAdapters:
 
     def _give_dense(self, writer: AdapterWriter, task: Any) -> None:
         (names,) = self._names(task)
-        lora_a, mapping = _own(task.linear_in_task)
-        lora_b, _ = _own(task.linear_out_task)
+        lora_a, mapping = task.linear_in_task.param_weight, task.linear_in_task.mapping
+        lora_b = task.linear_out_task.param_weight
         kind, tp_size, tp_rank = type(mapping).__name__, mapping.tp_size, mapping.tp_rank
         is_replicated = kind == "ReplicatedMapping"
         if is_replicated and tp_rank != 0:
@@ -174,11 +182,11 @@ class BridgedAdapters:
                 )
 
     def _give_experts(self, writer: AdapterWriter, task: Any) -> None:
-        named = self._names(task)
+        named = list(self._names(task))
         ids = [names.expert for names in named if names.expert is not None]
         lora_a, lora_b = (
             own if own.dim() == 3 else own.expand(len(ids), *own.shape)
-            for own, _ in (_own(task.linear_in_task), _own(task.linear_out_task))
+            for own in (task.linear_in_task.param_weight, task.linear_out_task.param_weight)
         )
         first, out_features = named[0], lora_b.shape[1]
         # The bridge takes rows of a matrix, whatever its columns are.
@@ -209,30 +217,29 @@ class BridgedAdapters:
             if hasattr(found[weight], "shape"):  # not so for a projection that this layer lacks
                 yield name_a, name_b, found[weight]
 
-    def _names(self, task: Any, *, of_all_ranks: bool = False) -> list[_Names]:
+    def _names(self, task: Any, *, of_all_ranks: bool = False) -> Iterator[_Names]:
         """The names of an adapter: one set, or one for each of this EP rank's experts, or all."""
         from megatron.core import parallel_state
 
         prefix = task.global_base_prefix
         if not _is_of_experts(task):
-            return [self._name(task, prefix, ".weight", None)]
+            yield self._name(task, prefix, ".weight", None)
+            return
         ep_size = parallel_state.get_expert_model_parallel_world_size()
         num_local = self._config.num_moe_experts // ep_size
         ep_rank = parallel_state.get_expert_model_parallel_rank()
         local = _LOCAL_EXPERT.search(prefix)
-        named = []
         for rank in range(ep_size) if of_all_ranks else [ep_rank]:
             # Megatron deals experts in order (0.6.2 model_bridge.py:322).
             if local is None:
-                own = range(rank * num_local, (rank + 1) * num_local)
-                named += [self._name(task, prefix, f".weight{expert}", expert) for expert in own]
+                for expert in range(rank * num_local, (rank + 1) * num_local):
+                    yield self._name(task, prefix, f".weight{expert}", expert)
             else:
                 # The bridge numbers the experts of adapters as if each EP rank had the first ones
                 # (0.6.2 model_bridge.py:307).
                 expert = rank * num_local + int(local[1]) % num_local
                 whole = f"{prefix[: local.start(1)]}{expert}{prefix[local.end(1) :]}"
-                named.append(self._name(task, whole, ".weight", expert))
-        return named
+                yield self._name(task, whole, ".weight", expert)
 
     def _name(self, task: Any, prefix: str, suffix: str, expert: int | None) -> _Names:
         weights = self._bridge._get_base_hf_param_names_for_adapter(
@@ -246,10 +253,3 @@ def _is_of_experts(task: Any) -> bool:
     from megatron.bridge.peft.utils import is_expert_linear
 
     return bool(is_expert_linear(task.global_base_prefix))
-
-
-def _own(task: Any) -> tuple[Any, Any]:
-    """This rank's tensor, and how the bridge would gather it."""
-    if hasattr(task.param_weight, "placements"):
-        raise UnsupportedAdapterError("Megatron-FSDP", task.param_name, hint=_GATHER)
-    return task.param_weight, task.mapping

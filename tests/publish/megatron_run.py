@@ -29,13 +29,14 @@ from transformers import Qwen3MoeConfig
 
 from lorashard.errors import LorashardError
 
-HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, HEADS, GROUPS = 16, 12, 4, 2, 4, 2
+HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, HEADS, GROUPS = 16, 12, 4, 4, 4, 2
 
 
 @dataclass(frozen=True)
 class Case:
     """A way to share a model, and a kind of LoRA.
 
+    cp: only of the ranks, since attention that shares sequences needs Transformer Engine.
     experts: grouped or sequential. exports: whether `save_hf_adapter` can save it, too.
     """
 
@@ -43,6 +44,8 @@ class Case:
     pp: int = 1
     ep: int = 1
     etp: int = 1
+    cp: int = 1
+    vp: int = 1
     experts: str = "grouped"
     lora: str = "LoRA"
     exports: bool = True
@@ -85,7 +88,7 @@ def _stub(name: str, **members: Any) -> None:
     vars(sys.modules[name]).update(members)
 
 
-def megatron_model(case: Case) -> Any:
+def megatron_model(case: Case, chunk: int) -> Any:
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -98,14 +101,16 @@ def megatron_model(case: Case) -> Any:
         num_moe_experts=EXPERTS, moe_router_topk=2, moe_token_dispatcher_type="allgather",
         tensor_model_parallel_size=case.tp, pipeline_model_parallel_size=case.pp,
         expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.etp,
+        virtual_pipeline_model_parallel_size=case.vp if case.vp > 1 else None,
         gated_linear_unit=True, add_bias_linear=False,
         use_cpu_initialization=True, params_dtype=torch.float32, pipeline_dtype=torch.float32,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
     model = GPTModel(
         config, spec, 32, 64,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(False, chunk if case.vp > 1 else None),
+        post_process=parallel_state.is_pipeline_last_stage(False, chunk if case.vp > 1 else None),
+        vp_stage=chunk if case.vp > 1 else None,
         share_embeddings_and_output_weights=False,
     )  # fmt: skip
     if case.experts == "grouped":
@@ -180,12 +185,15 @@ def run(case: Case, folder: Path) -> None:
     from lorashard.publish.megatron import save_megatron
 
     parallel_state.initialize_model_parallel(
-        case.tp, case.pp, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.etp
-    )
+        case.tp, case.pp, case.vp if case.vp > 1 else None, context_parallel_size=case.cp,
+        expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.etp,
+    )  # fmt: skip
     kinds = {"LoRA": LoRA, "CanonicalLoRA": CanonicalLoRA}
     lora = kinds[case.lora](**({"dim": 4, "alpha": 8} | case.settings))
-    models = [lora(megatron_model(case), training=True)]
-    fill(models[0])
+    models = [megatron_model(case, chunk) for chunk in range(case.vp)]
+    lora(models if case.vp > 1 else models[0], training=True)
+    for model in models:
+        fill(model)
     base = Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"], hidden_size=HIDDEN, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=4, vocab_size=32,
@@ -211,7 +219,7 @@ def run(case: Case, folder: Path) -> None:
             bridge.save_hf_adapter(models, folder / "gathered", lora, show_progress=False)
     own = {
         name: parameter.detach()
-        for name, parameter in models[0].named_parameters()
+        for name, parameter in models[-1].named_parameters()
         if ".adapter." in name
     }
     told["own"] = {name: list(tensor.shape) for name, tensor in own.items()}

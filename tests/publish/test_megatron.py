@@ -9,13 +9,15 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorashard import SplitRequest, split_adapter, verify_shards
-from tests.publish.megatron_run import EXPERTS, Case
+from lorashard import SplitRequest, save_megatron, split_adapter, verify_shards
+from lorashard.errors import UnsupportedAdapterError
+from tests.publish.megatron_run import EXPERTS, LAYERS, Case
 from tests.tiny import REPO
 
 RUN = REPO / "tests" / "publish" / "megatron_run.py"
@@ -35,6 +37,7 @@ CASES = {
             lora="CanonicalLoRA",
             settings={"target_modules": ["linear_q", "linear_k", "linear_v", "linear_fc2"]},
         ),
+        "sequences": Case(cp=2, settings=OWN),
         "router": Case(tp=2, ep=2, settings={"target_modules": ["router", "linear_fc2"], **OWN}),
         "smaller-r-of-experts": Case(ep=2, settings={"normalize_moe_lora": True, **OWN}),
         "sequential-copies": Case(experts="sequential"),
@@ -50,6 +53,8 @@ CASES = {
         "layers-and-experts": Case(pp=2, ep=2, settings=OWN),
         "layers-and-sequential": Case(pp=2, ep=2, experts="sequential"),
         "tensors-and-layers": Case(tp=2, pp=2, ep=2, settings=OWN),
+        "sequences-and-experts": Case(cp=2, ep=2, settings=OWN),
+        "layers-in-turn": Case(pp=2, vp=2, ep=2, settings=OWN),
         "too-few-query-groups": Case(tp=4, settings=OWN),
     },
 }
@@ -105,7 +110,7 @@ def experts_by_hand(folder: Path, case: Case, world: int) -> dict[str, torch.Ten
             if not match:
                 continue
             layer, local, linear, side = match.groups()
-            layer = int(layer) + stage * (2 // stages)
+            layer = int(layer) + stage * (LAYERS // stages)
             for own in range(num_local) if local is None else [int(local)]:
                 values = tensor[own] if tensor.dim() == 3 else tensor
                 prefix = (
@@ -162,3 +167,9 @@ def test_what_only_a_gathered_export_can_put_together_is_refused_on_every_rank(
         assert told["error"].startswith("UnsupportedAdapterError: decoder.layers.0.")
         assert REFUSED[world, name] in told["error"]
     assert not (runs[world] / name / "sharded").exists()
+
+
+def test_a_bridge_without_an_export_of_adapters_is_refused(tmp_path: Path) -> None:
+    bridge = SimpleNamespace(_model_bridge=object())
+    with pytest.raises(UnsupportedAdapterError, match=r"This Megatron-Bridge: .* not supported"):
+        save_megatron(bridge, [], None, tmp_path / "out", ep_size=2)
