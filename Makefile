@@ -21,7 +21,7 @@ help: ## show this list
 demo: $(VENV)/.test ## make a small real MoE adapter, split it for EP 2, verify it, and show what is where
 	$(BIN)/python -m tests.demo
 
-test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside ## set up everything and run the tests (what CI runs)
+test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron ## set up everything and run the tests (what CI runs)
 	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 check: lint type test ## the tests, lint and types: run this before a review
@@ -90,6 +90,13 @@ $(VENV)/.vllm: $(VENV)/.test tests/vllm_release.py
 $(VENV)/.beside: $(VENV)/.vllm
 	rm -rf $(VENV)/beside
 	$(PIP) --target $(VENV)/beside --no-deps --group beside
+	touch $@
+
+# Megatron and its bridge: their Python files, which ask for Python 3.12 and run on others.
+$(VENV)/.megatron: $(VENV)/.test
+	rm -rf $(VENV)/megatron
+	$(PIP) --target $(VENV)/megatron --no-deps --group megatron-needs
+	$(PIP) --target $(VENV)/megatron --no-deps --only-binary :all: --python-version 3.12 --group megatron
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.base

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorashard.convert.convert import convert_shards
     from lorashard.errors import LorashardError
     from lorashard.merge import merge_shards
+    from lorashard.publish.megatron import save_megatron
     from lorashard.publish.peft_models import save_sharded
     from lorashard.publish.publisher import Publisher
     from lorashard.publish.trainer import PublishCallback
@@ -49,6 +50,7 @@ _HOMES = {
     "pull_shards": "transfer.pull",
     "push_shards": "transfer.push",
     "reshard_shards": "reshard.reshard",
+    "save_megatron": "publish.megatron",
     "save_sharded": "publish.peft_models",
     "split_adapter": "split.run",
     "split_adapters": "split.batch",
@@ -72,6 +74,7 @@ __all__ = [
     "pull_shards",
     "push_shards",
     "reshard_shards",
+    "save_megatron",
     "save_sharded",
     "split_adapter",
     "split_adapters",

@@ -2,7 +2,8 @@
 
 In: on each rank the tensors that it has, and a barrier. Out: the shard directory that `split` would
 write of the gathered adapter, byte for byte. Read `writer` first. `parts` says who has what,
-`gathered` what the adapter would be, `places` where its bytes go.
+`gathered` what the adapter would be, `places` where its bytes go. `peft_models` and `megatron` give a
+writer what a trainer's rank has.
 
 `publisher` takes such directories, one for each version, and has servers load and unload them.
 """

@@ -38,6 +38,13 @@ def peft_model(**changes: Any) -> Any:
     return get_peft_model(base, config)
 
 
+def train_step(model: Any) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tokens = torch.arange(8)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+
+
 def trained_model(world: int) -> Any:
     """Sharded over the ranks, and trained for a step."""
     model = peft_model()
@@ -45,10 +52,7 @@ def trained_model(world: int) -> Any:
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    tokens = torch.arange(8)[None]
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    optimizer.step()
+    train_step(model)
     return model
 
 

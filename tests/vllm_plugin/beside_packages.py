@@ -63,7 +63,7 @@ def config_of(path: Path) -> dict[str, Any]:
 
 def verl() -> Adding:
     """Its hijack replaces `_load_adapter` of the subclass."""
-    _without_init("verl", "verl.utils", "verl.utils.vllm")
+    without_init("verl", "verl.utils", "verl.utils.vllm")
     utils = importlib.import_module("verl.utils.vllm.utils")
     utils.VLLMHijack.hijack()
     return Adding(utils.TensorLoRARequest)
@@ -160,11 +160,11 @@ class Areal(Adding):
     forms = ("tensors", "own experts")
 
     def __init__(self) -> None:
-        _without_init("areal", "areal.engine", "areal.engine.vllm_ext")
+        without_init("areal", "areal.engine", "areal.engine.vllm_ext")
         platform = SimpleNamespace(synchronize=lambda: None)
-        _stub("areal.engine.core.distributed", init_custom_process_group=None)
-        _stub("areal.infra.platforms", current_platform=platform)
-        _stub("areal.utils.constants", DIST_GROUP_DEFAULT_TIMEOUT=None)
+        stub("areal.engine.core.distributed", init_custom_process_group=None)
+        stub("areal.infra.platforms", current_platform=platform)
+        stub("areal.utils.constants", DIST_GROUP_DEFAULT_TIMEOUT=None)
         name = "areal.engine.vllm_ext.vllm_worker_extension"
         self._extension = importlib.import_module(name).VLLMWorkerExtension
 
@@ -206,14 +206,14 @@ class Areal(Adding):
             raise RuntimeError(message.strip().splitlines()[-1])
 
 
-def _without_init(*names: str) -> None:
+def without_init(*names: str) -> None:
     """Make packages whose modules can be imported without what their __init__ imports."""
     sys.path.append(str(INSTALLED))
     for name in names:
-        _stub(name, __path__=[str(INSTALLED.joinpath(*name.split(".")))])
+        stub(name, __path__=[str(INSTALLED.joinpath(*name.split(".")))])
 
 
-def _stub(name: str, **members: Any) -> None:
+def stub(name: str, **members: Any) -> None:
     sys.modules[name] = types.ModuleType(name)
     vars(sys.modules[name]).update(members)
 
