@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from lorashard.storage.digests import digest_of
 from lorashard.storage.local import LocalFile, SharedWriter, sync_all, write_all, write_new
 from lorashard.writing.restore import restore_source
 
+_MANY_CPUS = 8
 _kept = KeptCommits()
 
 
@@ -108,16 +108,13 @@ class OwnShare:
 
     def digest(self) -> dict[str, str]:
         """Round 3, said to the others: the digests of this rank's share of the files, by name."""
-        files = self._adapter.plan.files
-        mine = range(self._rank, len(files), self._world_size)
         found = {}
-        with ThreadPoolExecutor(2) as pool:
-            source = pool.submit(self._source_digest) if self._rank == 0 else None
-            for i in mine:
-                with closing(LocalFile(self._directory / files[i].name)) as file:
-                    found[files[i].name] = digest_of(file, 0, file.size_bytes, lambda _: None)
-            if source is not None:
-                found[WEIGHTS_NAME] = source.result()
+        if self._rank == 0:
+            found[WEIGHTS_NAME] = self._source_digest()
+        files = self._adapter.plan.files
+        for i in _digested_by(self._rank, self._world_size, len(files)):
+            with closing(LocalFile(self._directory / files[i].name)) as file:
+                found[files[i].name] = digest_of(file, 0, file.size_bytes, lambda _: None)
         return found
 
     def describe_all(self, said: Sequence[Mapping[str, str]]) -> None:
@@ -159,10 +156,9 @@ class OwnShare:
         adapter = self._adapter
         with ExitStack() as stack:
             files = [stack.enter_context(closing(LocalFile(path))) for path in self._paths()]
-            # All other ranks wait for this one.
             return restore_source(
                 adapter.plan, adapter.header, files, len, lambda _: None,
-                digest_threads=blake3.AUTO,
+                digest_threads=_digest_threads(),
             )  # fmt: skip
 
 
@@ -174,6 +170,19 @@ def _opened(path: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _digested_by(rank: int, world_size: int, num_files: int) -> range:
+    """Which files a rank digests. Rank 0 has the source, which is as large as all of them."""
+    if world_size == 1:
+        return range(num_files)
+    return range(rank - 1, num_files, world_size - 1) if rank else range(0)
+
+
+def _digest_threads() -> int:
+    """For the source's digest, for which all other ranks wait. On few CPUs they need them more."""
+    num_cpus = os.cpu_count() or 1
+    return num_cpus // 2 if num_cpus >= _MANY_CPUS else 1
 
 
 def _table_name(rank: int) -> str:
