@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import fsspec
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
@@ -71,6 +72,8 @@ class ObjectStorage:
         self._client = boto3.client("s3", endpoint_url=self.endpoint, **self._credentials)
 
     def __enter__(self) -> ObjectStorage:  # noqa: PYI034 - Self came with Python 3.11
+        # fsspec keeps drivers by their arguments, to which the endpoint does not belong.
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         self._client.create_bucket(Bucket=BUCKET)
         self.requests.clear()

@@ -17,6 +17,7 @@ import http.client
 import json
 import shutil
 import statistics
+import tempfile
 import threading
 import time
 from contextlib import closing
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.bench.trainer_ranks import LORA_RANK, Trainer
+from lorashard.adapter.config import CONFIG_NAME
+from tests.bench.trainer_ranks import LORA_RANK, MODEL, Trainer
 from tests.gpu.checkpoint import save_tokenizer
 from tests.gpu.load_adapters import NUM_EXPERTS, NUM_LAYERS, VOCABULARY, write_model_config
 from tests.gpu.server import Server
@@ -34,6 +36,7 @@ NUM_REQUESTS, PROMPT_TOKENS, MAX_LEN = 32, 32, 2048
 QUIET_S, NUM_LOADS, NUM_VERSIONS = 1.5, 4, 6
 TRAINERS = (2, 8)  # ranks
 KINDS = ("stock", "plugin")
+DEVICES = ("cuda:0", "cuda:1")
 
 
 def serve_command(model: Path, *, graphs: bool) -> list[str]:
@@ -176,10 +179,34 @@ def measure_versions(server: Server, trainer: Trainer, way: str, folder: Path) -
     }
 
 
+def is_what_split_writes(folder: Path, devices: tuple[str, ...] = DEVICES) -> bool:
+    """Whether tensors on these devices become the bytes that `split` makes of the gathered adapter."""
+    from lorashard import SplitRequest, split_adapter
+
+    model = folder / "model.json"
+    model.write_text(json.dumps(MODEL))
+    with closing(Trainer(2, 1, devices)) as trainer:
+        for version in range(2):
+            written, gathered, split = (folder / f"{name}{version}" for name in "wgs")
+            trainer.run("train")
+            trainer.run("write", written, ep_size=2)
+            trainer.run("gather", gathered)
+            # The same settings, in the writer's form.
+            shutil.copy(written / CONFIG_NAME, gathered / CONFIG_NAME)
+            split_adapter(gathered, split, SplitRequest(2, model=str(model)))
+            files = [
+                {path.name: path.read_bytes() for path in place.iterdir()}
+                for place in (written, split)
+            ]
+            if files[0] != files[1]:
+                return False
+    return True
+
+
 def _measure_kind(kind: str, server: Server, folder: Path, document: dict[str, Any]) -> None:
     way = "write" if kind == "plugin" else "gather"
     for num_ranks in TRAINERS:
-        with closing(Trainer(num_ranks, NUM_LAYERS - 1, ("cuda:0", "cuda:1"))) as trainer:
+        with closing(Trainer(num_ranks, NUM_LAYERS - 1, DEVICES)) as trainer:
             if num_ranks == TRAINERS[0]:
                 paths = [folder / f"a{number}" for number in range(3)]
                 for path in paths:
@@ -204,6 +231,8 @@ def _main() -> None:
     write_model_config(work, NUM_EXPERTS)
     save_tokenizer(work / "model", VOCABULARY)
     document: dict[str, Any] = {"graphs": not args.eager}
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        document["is_what_split_writes"] = is_what_split_writes(Path(folder))
     servers = {
         kind: Server(
             serve_command(work / "model", graphs=not args.eager),
