@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkabl
 from lorashard.adapter.options import LayoutOptions
 from lorashard.errors import ShardError
 from lorashard.publish.peft_models import process_group, save_sharded
+from lorashard.publish.versions import version_name
 from lorashard.publish.wrapped import unwrap_peft_model
 from lorashard.vllm_options import Strategy
 
@@ -151,7 +152,7 @@ def _targets(
         raise ValueError("name is for a directory, and a directory needs it")
     if is_directory:
         directory = Path(to)
-        return (lambda version: directory / f"{name}-v{version:05d}"), publish
+        return (lambda version: directory / version_name(str(name), version)), publish
     if isinstance(to, VersionPublisher):
         if publish is not None:
             raise ValueError("publish is for what is not a publisher")

@@ -13,15 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.bench.trainer_ranks import ATTENTION as ATTENTION_SHAPES
+from tests.bench.trainer_ranks import HIDDEN, INTERMEDIATE, LORA_RANK, NUM_EXPERTS
 from tests.gpu.loras import ATTENTION, peft_config
 
 FORMATS = ("per_expert", "fused")
 ADAPTERS_PER_FORMAT = 2
-LORA_RANK = 32
-NUM_LAYERS, NUM_EXPERTS, HIDDEN, INTERMEDIATE = 9, 128, 4096, 1408
-VOCABULARY = 2048
-_ATTENTION_SHAPES = {"q_proj": (4096, HIDDEN), "k_proj": (1024, HIDDEN), "v_proj": (1024, HIDDEN),
-                     "o_proj": (HIDDEN, 4096)}  # fmt: skip
+NUM_LAYERS, VOCABULARY = 9, 2048
 
 
 def adapter_directory(work: Path, form: str, number: int, *, shards: bool) -> Path:
@@ -70,7 +68,7 @@ def make_adapter(form: str, seed: int, num_experts: int, device: str) -> dict[st
     tensors: dict[str, Tensor] = {}
     for layer in range(NUM_LAYERS):
         prefix = f"base_model.model.model.layers.{layer}"
-        for name, (out_features, in_features) in _ATTENTION_SHAPES.items():
+        for name, (out_features, in_features) in ATTENTION_SHAPES.items():
             stem = f"{prefix}.self_attn.{name}"
             tensors[f"{stem}.lora_A.weight"] = draw(LORA_RANK, in_features)
             tensors[f"{stem}.lora_B.weight"] = draw(out_features, LORA_RANK)
