@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lorashard.shards.directory import claims_to_be_shards
 from lorashard.vllm_plugin.engine.contracts import contract_breaks
 from lorashard.vllm_plugin.engine.guards import contract_refusal
 from lorashard.vllm_plugin.load.agreement import Exchange, do_together, tensor_parallel_group
+from lorashard.vllm_plugin.load.device_copy import ExpertsOnDevice
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.load.report import LoadedAdapter, LoadReport
 from lorashard.vllm_plugin.patches.apply import broken_patches, original_of
@@ -141,6 +142,7 @@ def _take_read(worker_manager: Any, request: Any) -> Any | None:
         return None
     refuse_displaced()  # by a package that came after the start
     loader.last_report = loaded.report
+    loader.on_device = ExpertsOnDevice(loaded.model, loaded.on_device)
     return loaded.model
 
 
@@ -166,9 +168,8 @@ def _read(
 ) -> LoadedAdapter:
     """VLLM's own `_load_adapter`, in a thread."""
     reading = _ReadingStandIn(loader, stock_class(worker_manager))
-    return LoadedAdapter(
-        load_adapter(_with_class(worker_manager, reading), request), reading.report
-    )
+    model = load_adapter(_with_class(worker_manager, reading), request)
+    return LoadedAdapter(model, reading.report, reading.on_device)
 
 
 def stock_class(worker_manager: Any) -> Any:
@@ -267,11 +268,12 @@ class _ReadingStandIn:
         self._loader = loader
         self._stock = stock
         self.report: LoadReport | None = None
+        self.on_device: Mapping[str, Any] = {}
 
     def from_local_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """The LoRAModel of an adapter; arguments and result are those of vLLM's method."""
-        loaded = self._loader.load(*args, **kwargs)
-        self.report = loaded.report
+        loaded = self._loader.load(*args, to_device=True, **kwargs)
+        self.report, self.on_device = loaded.report, loaded.on_device
         return loaded.model
 
     def __getattr__(self, name: str) -> Any:
