@@ -31,7 +31,8 @@ def test_nothing_is_on_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not settings.is_set(variable)
     assert not settings.verifies_fully()
     assert settings.warm_buffers() == 3
-    assert 1 <= settings.reader_threads() <= 8
+    assert 1 <= settings.reader_threads() <= 16
+    assert settings.reader_threads(1000) == 1  # workers on this host
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class Exchange:
     def hear(self) -> tuple[Outcome, ...]:
         """What each rank has said, this one too. Waits until all have."""
         self._work.wait()
-        return tuple(Outcome.decode(bytes(received.tolist())) for received in self._received)
+        return tuple(Outcome.decode(received.numpy().tobytes()) for received in self._received)
 
 
 class _Alone:

@@ -15,8 +15,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def affordable_buffers(wanted: int, size: int) -> int:
     """At most `wanted` buffers of `size` bytes each, and 0 or more; fewer if memory is short."""
-    workers = int(os.environ.get("LOCAL_WORLD_SIZE", "0") or 0) or _local_workers()
-    return max(0, min(wanted, available_bytes() // _SHARE // max(1, workers) // max(1, size)))
+    return max(0, min(wanted, available_bytes() // _SHARE // local_workers() // max(1, size)))
 
 
 def available_bytes() -> int:
@@ -36,8 +35,9 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _local_workers() -> int:
-    """The workers of this engine, assuming that all are on this host."""
+def local_workers() -> int:
+    """The workers of this engine on this host; all of them, where nobody says how many those are."""
     import torch.distributed as dist
 
-    return int(dist.get_world_size()) if dist.is_initialized() else 1
+    said = int(os.environ.get("LOCAL_WORLD_SIZE", "0") or 0)
+    return max(1, said or (int(dist.get_world_size()) if dist.is_initialized() else 1))

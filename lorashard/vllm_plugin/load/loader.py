@@ -30,6 +30,7 @@ from lorashard.vllm_plugin.load.collector import paused_collection
 from lorashard.vllm_plugin.load.contents import AdapterContents
 from lorashard.vllm_plugin.load.device_copy import ExpertsOnDevice
 from lorashard.vllm_plugin.load.filled_region import FilledRegion, fill_region
+from lorashard.vllm_plugin.load.host_memory import local_workers
 from lorashard.vllm_plugin.load.in_memory import config_of, find_raw_experts, narrow_stacks
 from lorashard.vllm_plugin.load.kept_plans import KeptPlans
 from lorashard.vllm_plugin.load.lora_model import (
@@ -76,7 +77,7 @@ class AdapterLoader:
         self.ep_size = max((live.ep_size for live in self.experts.values()), default=1)
         self.ep_rank = max((live.ep_rank for live in self.experts.values()), default=0)
         self._dtype = safetensors_dtype(manager.lora_config.lora_dtype)
-        self._threads = reader_threads(settings.reader_threads())
+        self._threads = reader_threads(settings.reader_threads(local_workers()))
         self.device = manager.device
         # One more than vLLM keeps: it loads an adapter before it evicts another.
         self.most_adapters = (
@@ -242,6 +243,8 @@ class AdapterLoader:
             peft_helper, arguments, contents.config, names,
             int(self._manager.lora_config.max_lora_rank),
         )  # fmt: skip
+        for weights in model.loras.values():
+            weights.optimize()  # which vLLM does while the engine waits
         model.loras.update(filled.experts)
         report = LoadReport(
             path=adapter.path,

@@ -1,7 +1,8 @@
 """Which bytes of which files are read, and where in the region they go. Pure; `fill` does it.
 
 In: what each layer takes (`assembly`), which files its experts are in (`rows`), and where each
-tensor begins. Out: reads of at most BLOCK_BYTES, or of one expert if that is more.
+tensor begins. Out: reads of at most BLOCK_BYTES, or VERBATIM_BYTES where no scratch memory is
+needed, or of one expert if that is more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from lorashard.vllm_plugin.load.rows import Run
 from lorashard.writing.blocks import BLOCK_BYTES
 
 _ALIGNMENT = 256
+# Between two reads a thread waits for Python's lock, which the worker's main thread takes all the time.
+VERBATIM_BYTES = 16 * 2**20
 
 # ep rank of a source, tensor name -> first byte of the tensor in that source.
 OffsetOf = Callable[[int, str], int]
@@ -200,7 +203,8 @@ def _reads_of_experts(
     scaling = scaling_of(layer, stack)
     is_verbatim = _is_verbatim(stack, pieces, dtype)
     slot_bytes = stack.rows * stack.cols * ELEMENT_SIZE[stack.dtype]
-    slots_per_block = max(1, BLOCK_BYTES // max(1, slot_bytes))
+    block_bytes = VERBATIM_BYTES if is_verbatim else BLOCK_BYTES
+    slots_per_block = max(1, block_bytes // max(1, slot_bytes))
     for run in layer.runs:
         begin = offset_of(run.ep_rank, stack.name) + run.src_slot * slot_bytes
         for first in range(0, run.count, slots_per_block):

@@ -122,6 +122,7 @@ def test_blocks_cover_a_run_once_and_none_is_larger_than_it_need_be(count: int, 
     plan = layer(factor(STACK, count), runs=(Run(0, 3, 0, count),), experts=tuple(range(count)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reads, "BLOCK_BYTES", block)
+        patch.setattr(reads, "VERBATIM_BYTES", block)
         jobs = planned(plan)
     at = 1000 + 3 * SLOT
     for job in jobs:
