@@ -71,6 +71,15 @@ class PartPlaces:
                 first = end
 
 
+def files_with_gaps(plan: ShardPlan) -> frozenset[int]:
+    """Of which files some bytes are in no part, so that they are zero only where the file is new."""
+    gaps = {zero.target.file for zero in plan.zeros}
+    for op in plan.reads:
+        if isinstance(op, Rearrange) and (op.rows, op.cols) != (op.slot_rows, op.slot_cols):
+            gaps.update(target.file for targets in op.targets for target in targets)
+    return frozenset(gaps)
+
+
 def _blocks_between(op: Rearrange, begin: int, end: int, name: str) -> Iterator[RearrangeBlock]:
     """Blocks of the source bytes [begin, end)."""
     unit = (op.end - op.begin) // axis_sizes(op)[op.axes[0]]

@@ -8,6 +8,7 @@ renames. Nobody sees another rank's tensors.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.read import read_model_facts
 from lorashard.errors import LayoutError, ShardError
 from lorashard.publish.exchange import Exchange, Round
+from lorashard.publish.files import fetch_spare_files
 from lorashard.publish.gathered import Serving, dense_names, expert_names, format_config
 from lorashard.publish.own_data import OwnTensor, dtype_of
 from lorashard.publish.parts import Part
@@ -80,6 +82,15 @@ class AdapterWriter:
         self._rank, self._world_size = rank, world_size
         self._force, self._sync = force, sync
         self._own: list[OwnTensor] = []
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """What this rank's part of the commit took: describe, write, digest, manifest, finish; in all.
+
+        "total" is all of it, so the rest of that is waiting for other ranks.
+        """
+        return self._seconds
 
     def experts(
         self, module: str, ids: Sequence[int], factors: Mapping[str, tuple[Any, Any]]
@@ -141,6 +152,7 @@ class AdapterWriter:
         `torch.distributed.barrier`. Each rank passes it seven times, also if one of them fails.
         Raises LorashardError: this rank's, or ShardError with another one's.
         """
+        began = time.perf_counter()
         target = resolve_target(self._out)
         session = staging_path(target) / _SESSION
         before = _identity(session)  # of a run that was killed
@@ -161,6 +173,7 @@ class AdapterWriter:
             raise ShardError(
                 f"{target}: rank 0 has not finished it.", hint="See rank 0's own error."
             )
+        self._seconds["total"] = time.perf_counter() - began
         return manifest
 
     def _begin(self, stack: ExitStack, target: Path) -> Exception | None:
@@ -175,6 +188,7 @@ class AdapterWriter:
                     sync=self._sync,
                 )
             )
+            fetch_spare_files(staging, target)
             write_new(staging / _SESSION, b"", sync=False)
         except Exception as err:  # noqa: BLE001 - see above
             return err
@@ -195,18 +209,21 @@ class AdapterWriter:
         exchange = Exchange(staging, self._rank, self._world_size, barrier)
         exchange.run(
             [
-                Round("parts", lambda _: share.describe()),
-                Round("written", share.write),
-                Round("digests", lambda _: share.digest()),
-                Round("described", share.describe_all),
+                Round("describe", lambda _: share.describe()),
+                Round("write", share.write),
+                Round("digest", lambda _: share.digest()),
+                Round("manifest", share.describe_all),
             ],
             failed,
         )
+        self._seconds = exchange.seconds
         manifest = share.manifest
+        began = time.perf_counter()
         if self._rank == 0:
             exchange.clear()
             (staging / _SESSION).unlink()
             share.finish(manifest)
+        self._seconds["finish"] = time.perf_counter() - began
         return manifest
 
 

@@ -12,6 +12,7 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -178,6 +179,18 @@ class LocalFile:
             begin = max(self._requested, position)
             os.posix_fadvise(self._fd, begin, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
             self._requested = begin + _AHEAD_BYTES
+
+
+@contextmanager
+def opened_to_write(path: Path, *, shared: bool = False) -> Iterator[int]:
+    """A new file to write. shared: or the one that another process has made, which does so as well."""
+    exclusive = 0 if shared else os.O_EXCL
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | exclusive
+    fd = os.open(path, flags, 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -3,8 +3,10 @@
     python -m tests.bench.publish --scale 0.1 --ranks 2     seconds, for a first look
     python -m tests.bench.publish --ranks 4 8 --json FILE   45 MoE layers of GLM-4.5-Air: 6.2 GB
 
-Everything is in /dev/shm. `cp` copies the published files, each cut into as many pieces as there are
-ranks, with one process a rank (`dd`).
+Everything is in /dev/shm. "first version" is written to new files, "later version" to those of a version
+that was removed, as `Publisher` leaves them. `cp` copies the published files, each cut into as many
+pieces as there are ranks, with one process a rank (`dd`), to new files. What each round of a commit took
+is that of the slowest rank.
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from lorashard.publish.removal import remove_shards
 from tests.bench.machine import describe_machine
 from tests.bench.trainer_ranks import Trainer
 
 LAYERS = 45
+OURS = ("first version", "later version")
 MEGABYTE = 2**20
 
 
@@ -50,30 +55,44 @@ def copy_in_parallel(source: Path, target: Path, num_processes: int) -> float:
 
 
 def measure(num_ranks: int, layers: int, repeat: int, work: Path) -> dict[str, Any]:
-    """Median seconds of each way, and the ratios."""
-    found: dict[str, list[float]] = {"publish": [], "gather and save_file": [], "cp": []}
+    """Median seconds of each way, and the ratios. What comes first of each is not counted."""
+    ways = ("first version", "later version", "gather and save_file", "cp")
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    rounds: dict[str, list[dict[str, float]]] = {way: [] for way in OURS}
     num_bytes = 0
     with closing(Trainer(num_ranks, layers)) as trainer:
         for _ in range(repeat + 1):
-            shards, plain, copy = work / "shards", work / "plain", work / "copy"
-            found["publish"].append(trainer.run("write", shards, ep_size=8))
-            num_bytes = sum(file.stat().st_size for file in shards.iterdir())
+            for way in OURS:
+                shards = work / way.replace(" ", "-")
+                found[way].append(trainer.run("write", shards, ep_size=8))
+                rounds[way].append(trainer.rounds)
+                num_bytes = sum(file.stat().st_size for file in shards.iterdir())
+                if way == OURS[0]:
+                    remove_shards(shards, as_spare=True)
+                trainer.run("train")
+            plain, copy = work / "plain", work / "copy"
             found["gather and save_file"].append(trainer.run("gather", plain))
             shutil.rmtree(plain)
             found["cp"].append(copy_in_parallel(shards, copy, num_ranks))
             for directory in (shards, copy):
                 shutil.rmtree(directory)
-            trainer.run("train")
     median = {way: statistics.median(seconds[1:]) for way, seconds in found.items()}
-    ours = median["publish"]
     return {
         "ranks": num_ranks,
         "gb": round(num_bytes / 1e9, 3),
         "seconds": {way: round(seconds, 3) for way, seconds in median.items()},
+        "times faster than gather": {
+            way: round(median["gather and save_file"] / median[way], 2) for way in OURS
+        },
+        "times cp": {way: round(median[way] / median["cp"], 2) for way in OURS},
+        "rounds": {way: medians(of_runs[1:]) for way, of_runs in rounds.items()},
         "all": {way: [round(s, 3) for s in seconds] for way, seconds in found.items()},
-        "times faster than gather": round(median["gather and save_file"] / ours, 2),
-        "times cp": round(ours / median["cp"], 2),
     }
+
+
+def medians(of_runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of several runs' seconds, by what they went into."""
+    return {name: round(statistics.median(run[name] for run in of_runs), 3) for name in of_runs[0]}
 
 
 def _main() -> None:

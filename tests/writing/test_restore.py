@@ -42,12 +42,15 @@ def test_the_bytes_and_the_digest_are_those_of_the_source(tmp_path: Path) -> Non
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = partial(split_into_blocks, block_bytes=64, column_block_bytes=64)
-    monkeypatch.setattr(restore, "split_into_blocks", cut)
+    cut = partial(split_into_blocks, column_block_bytes=64)
+    monkeypatch.setattr(restore, "split_into_blocks", lambda reads, _: cut(reads, block_bytes=64))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.usefixtures("small_blocks")
-def test_a_block_stays_what_it_is_while_the_next_one_is_read(tmp_path: Path) -> None:
+def test_a_block_stays_what_it_is_while_the_next_ones_are_read(
+    tmp_path: Path, threads: int
+) -> None:
     for save in (save_adapter, save_fused):
         adapter = save(tmp_path / save.__name__)
         shards = checked(adapter, tmp_path / f"{save.__name__}-shards")
@@ -58,29 +61,34 @@ def test_a_block_stays_what_it_is_while_the_next_one_is_read(tmp_path: Path) -> 
             written.extend(data)
 
         with opened_files(shards.files) as files:
-            digest = restore_source(shards.plan, bytes(written), files, write_slowly, sizes.append)
+            digest = restore_source(
+                shards.plan, bytes(written), files, write_slowly, sizes.append, threads=threads
+            )
         source = (adapter / "adapter_model.safetensors").read_bytes()
         assert len(sizes) > 4
         assert written == source
         assert digest == blake3(source).hexdigest()
 
 
+@pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.usefixtures("small_blocks")
-def test_an_error_of_either_side_is_raised_and_ends_the_threads(tmp_path: Path) -> None:
+def test_an_error_of_either_side_is_raised_and_ends_the_threads(
+    tmp_path: Path, threads: int
+) -> None:
     shards, before = checked(save_adapter(tmp_path / "a"), tmp_path / "s"), threading.active_count()
 
     def fail(_: memoryview) -> None:
         raise OSError("disk full")
 
     with opened_files(shards.files) as files, pytest.raises(OSError, match="disk full"):
-        restore_source(shards.plan, b"", files, fail, lambda _: None)
+        restore_source(shards.plan, b"", files, fail, lambda _: None, threads=threads)
     assert threading.active_count() == before
     path = tmp_path / "s" / RANK_FILES[1]
 
     def restore_as_it_is_cut() -> None:
         with opened_files(shards.files) as files:
             os.truncate(path, path.stat().st_size - 1)
-            restore_source(shards.plan, b"", files, len, lambda _: None)
+            restore_source(shards.plan, b"", files, len, lambda _: None, threads=threads)
 
     with pytest.raises(ShardError, match="while being read"):
         restore_as_it_is_cut()
