@@ -7,10 +7,9 @@ then every file has its name in the directory, and nothing spare is left.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from lorashard.publish.places import files_with_gaps
 from lorashard.shards.plan import ShardPlan
 from lorashard.storage.locked_directory import remove_directory
 from lorashard.storage.spares import take_spare
@@ -23,12 +22,11 @@ def fetch_spare_files(directory: Path, target: Path) -> None:
     take_spare(target.parent, directory / _SPARE)
 
 
-def choose_files(directory: Path, plan: ShardPlan) -> tuple[Path, ...]:
+def choose_files(directory: Path, plan: ShardPlan, gaps: Collection[int]) -> tuple[Path, ...]:
     """Where the ranks write each file of the plan. The same on each rank.
 
-    A spare file only where the ranks write all of it: where nobody does, the bytes must be zero.
+    gaps: of the files in which nobody writes some of the bytes. They must be zero, so these are new.
     """
-    gaps = files_with_gaps(plan)
     spare = [directory / _SPARE / file.name for file in plan.files]
     return tuple(
         path if number not in gaps and path.exists() else directory / path.name

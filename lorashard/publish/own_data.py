@@ -18,13 +18,13 @@ from lorashard.errors import LayoutError
 from lorashard.publish.parts import Part
 from lorashard.publish.places import PartBlock, PartPlaces
 from lorashard.storage.buffers import ThreadBuffer
-from lorashard.storage.local import SharedWriter
+from lorashard.storage.local import Writer
 from lorashard.writing.blocks import find_runs
 from lorashard.writing.rearrange import rearrange_block, scratch_bytes
 
 _HOST_BYTES = 64 * 2**20  # of a tensor, at a time
-_PINNED_BYTES = 16 * 2**20  # the same, of one on a GPU
-_LEAST_WRITERS, _MOST_WRITERS = 2, 4
+_PINNED_BYTES = 8 * 2**20  # the same, of one on a GPU
+_LEAST_WRITERS, _MOST_WRITERS = 2, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def write_own(
     tensors: Sequence[OwnTensor],
     places: PartPlaces,
     is_mine: Callable[[Part], bool],
-    files: Sequence[SharedWriter],
+    files: Sequence[Writer],
     num_cpus: int,
 ) -> None:
     """Write this rank's bytes to where they belong.
@@ -98,13 +98,13 @@ def write_own(
             for each in places.rearrangements(part):
                 _write_rearranged(each, data[first : first + size], files, scratch)
 
-    with ThreadPoolExecutor(max(_LEAST_WRITERS, min(_MOST_WRITERS, num_cpus // 2))) as pool:
+    with ThreadPoolExecutor(max(_LEAST_WRITERS, min(_MOST_WRITERS, num_cpus))) as pool:
         for _ in pool.map(write, [chunk for tensor in tensors for chunk in _chunks(tensor)]):
             pass
 
 
 def _write_rearranged(
-    each: PartBlock, data: memoryview, files: Sequence[SharedWriter], scratch: ThreadBuffer
+    each: PartBlock, data: memoryview, files: Sequence[Writer], scratch: ThreadBuffer
 ) -> None:
     block = each.block
     source = data[each.begin : each.begin + block.end - block.begin]

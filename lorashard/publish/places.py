@@ -5,7 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
+from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
 from lorashard.publish.parts import Part
@@ -73,11 +75,16 @@ class PartPlaces:
 
 def files_with_gaps(plan: ShardPlan) -> frozenset[int]:
     """Of which files some bytes are in no part, so that they are zero only where the file is new."""
-    gaps = {zero.target.file for zero in plan.zeros}
+    unfilled = [file.size_bytes - len(file.header) for file in plan.files]
     for op in plan.reads:
-        if isinstance(op, Rearrange) and (op.rows, op.cols) != (op.slot_rows, op.slot_cols):
-            gaps.update(target.file for targets in op.targets for target in targets)
-    return frozenset(gaps)
+        if isinstance(op, CopyRange):
+            size, targets = op.end - op.begin, op.targets
+        else:
+            size = op.rows * op.cols * ELEMENT_SIZE[op.dtype]
+            targets = tuple(chain.from_iterable(op.targets))
+        for target in targets:
+            unfilled[target.file] -= size
+    return frozenset(file for file, size in enumerate(unfilled) if size)
 
 
 def _blocks_between(op: Rearrange, begin: int, end: int, name: str) -> Iterator[RearrangeBlock]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,17 @@ from lorashard.publish.planned import KeptCommits, PlannedCommit, plan_commit
 from lorashard.shards.describe import make_manifest
 from lorashard.shards.directory import write_manifest, write_notice
 from lorashard.shards.manifest import FileDigest, Manifest, SourceInfo
-from lorashard.storage.digests import digest_of
+from lorashard.storage.digests import digest_file
 from lorashard.storage.local import (
     LocalFile,
     SharedWriter,
+    Writer,
     opened_to_write,
     sync_all,
     write_all,
     write_new,
 )
+from lorashard.storage.mapped import MappedWriter, has_all_pages
 from lorashard.storage.syscalls import available_cpus
 from lorashard.writing.restore import restore_source
 
@@ -105,14 +107,17 @@ class OwnShare:
         # The representation of a frozen dataclass says all that is in it.
         form = (self._config, repr(self._serving), *(one["parts"] for one in said))
         self._planned = _kept.find(form, self._plan)
-        self._files = choose_files(self._directory, self._adapter.plan)
+        self._files = choose_files(self._directory, self._adapter.plan, self._commit.gaps)
         with ExitStack() as stack:
             fds = [stack.enter_context(opened_to_write(path, shared=True)) for path in self._files]
             if self._rank == 0:
                 for fd, file in zip(fds, self._adapter.plan.files):
                     os.truncate(fd, file.size_bytes)  # what nobody fills of a new file is zero
                     write_all(fd, memoryview(file.header), 0)
-            writers = [SharedWriter(fd) for fd in fds]
+            writers = [
+                stack.enter_context(_writer(fd, file.size_bytes))
+                for fd, file in zip(fds, self._adapter.plan.files)
+            ]
             write_own(
                 self._own, self._commit.places, self._writes, writers,
                 available_cpus() // self._world_size,
@@ -126,10 +131,7 @@ class OwnShare:
         if self._rank == 0:
             found[WEIGHTS_NAME] = self._source_digest()
         for i in _digested_by(self._rank, self._world_size, len(self._files)):
-            with closing(LocalFile(self._files[i])) as file:
-                found[self._files[i].name] = digest_of(
-                    file, 0, file.size_bytes, lambda _: None, threads=self._digest_threads()
-                )
+            found[self._files[i].name] = digest_file(self._files[i], self._digest_threads())
         return found
 
     def describe_all(self, said: Sequence[Mapping[str, str]]) -> None:
@@ -183,6 +185,16 @@ class OwnShare:
         if num_others == 0:
             return min(_MOST_THREADS, num_cpus)
         return min(_MOST_THREADS, max(1, num_cpus // 2 // (num_others if self._rank else 1)))
+
+
+@contextmanager
+def _writer(fd: int, size_bytes: int) -> Iterator[Writer]:
+    """How this rank writes to a file. With few processors, mapping it takes longer than it saves."""
+    if available_cpus() < _MANY_CPUS or not has_all_pages(fd, size_bytes):
+        yield SharedWriter(fd)
+        return
+    with closing(MappedWriter(fd)) as mapped:
+        yield mapped
 
 
 def _digested_by(rank: int, world_size: int, num_files: int) -> range:

@@ -24,8 +24,8 @@ from lorashard.publish.gathered import Serving, dense_names, expert_names, forma
 from lorashard.publish.own_data import OwnTensor, dtype_of
 from lorashard.publish.parts import Part
 from lorashard.publish.rounds import OwnShare
-from lorashard.shards.directory import holds_only_shards, read_manifest
-from lorashard.shards.manifest import Manifest
+from lorashard.shards.directory import holds_only_shards, manifest_bytes
+from lorashard.shards.manifest import Manifest, format_manifest
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.storage.local import write_new
 from lorashard.storage.remote import locate
@@ -169,7 +169,7 @@ class AdapterWriter:
                 manifest = self._write(session.parent, barrier, failed)
         finally:
             barrier()
-        if self._rank != 0 and read_manifest(target) != manifest:
+        if self._rank != 0 and manifest_bytes(target) != format_manifest(manifest):
             raise ShardError(
                 f"{target}: rank 0 has not finished it.", hint="See rank 0's own error."
             )

@@ -148,6 +148,10 @@ class LocalFile:
         """Raise AdapterError if its path names another file by now, or it was written to."""
         self._watched.check_unchanged()
 
+    def was_written_to(self) -> bool:
+        """Whether this file was since it was opened, whatever its path names by now."""
+        return _state(os.fstat(self._fd)) != self._watched.state
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
@@ -213,6 +217,13 @@ def write_pieces(fd: int, pieces: Sequence[memoryview], offset: int) -> None:
 def _groups(pieces: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
     for first in range(0, len(pieces), _MOST_PIECES):
         yield pieces[first : first + _MOST_PIECES]
+
+
+class Writer(Protocol):
+    """Writes to any place of a file, for several threads."""
+
+    def write(self, pieces: Sequence[memoryview], offset: int) -> None:
+        """Write all of the pieces from `offset`. Raises OSError."""
 
 
 class SharedWriter:

@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from lorashard.errors import HeaderError
 from lorashard.storage import digests
-from lorashard.storage.digests import STEP_BYTES, digest_of, read_in_steps
+from lorashard.storage.digests import STEP_BYTES, digest_file, digest_of, read_in_steps
 from lorashard.storage.local import LocalFile
 
 CONTENT = random.Random(0).randbytes(2 * STEP_BYTES + 12_345)
@@ -44,6 +44,15 @@ def test_an_empty_range_reads_nothing(source: LocalFile) -> None:
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(digests, "LARGE_STEP_BYTES", STEP_BYTES)
     return int(request.param)
+
+
+@pytest.mark.parametrize("place", ["tmp_path", "memory_path"])
+def test_the_digest_of_a_file_is_that_of_its_bytes(
+    request: pytest.FixtureRequest, place: str, threads: int
+) -> None:
+    path: Path = request.getfixturevalue(place) / "file"
+    path.write_bytes(CONTENT)
+    assert digest_file(path, threads) == blake3(CONTENT).hexdigest()
 
 
 def test_the_digest_is_that_of_the_range_alone(source: LocalFile, threads: int) -> None:
