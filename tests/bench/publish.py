@@ -2,6 +2,8 @@
 
     python -m tests.bench.publish --scale 0.1 --ranks 2     seconds, for a first look
     python -m tests.bench.publish --ranks 4 8 --json FILE   45 MoE layers of GLM-4.5-Air: 6.2 GB
+    python -m tests.bench.publish --ranks 2 8 --scale 0.16 --ep-size 2 --devices cuda:0 cuda:1 --only-ours
+                                                            1.1 GB from GPUs
 
 Everything is in /dev/shm. "first version" is written to new files, "later version" to those of a version
 that was removed, as `Publisher` leaves them. `cp` copies the published files, each cut into as many
@@ -29,6 +31,7 @@ from tests.bench.trainer_ranks import Trainer
 
 LAYERS = 45
 OURS = ("first version", "later version")
+OTHERS = ("gather and save_file", "cp")
 MEGABYTE = 2**20
 
 
@@ -54,37 +57,41 @@ def copy_in_parallel(source: Path, target: Path, num_processes: int) -> float:
     return time.perf_counter() - began
 
 
-def measure(num_ranks: int, layers: int, repeat: int, work: Path) -> dict[str, Any]:
+def measure(num_ranks: int, layers: int, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Median seconds of each way, and the ratios. What comes first of each is not counted."""
-    ways = ("first version", "later version", "gather and save_file", "cp")
+    ways = OURS if args.only_ours else (*OURS, *OTHERS)
     found: dict[str, list[float]] = {way: [] for way in ways}
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in OURS}
     num_bytes = 0
-    with closing(Trainer(num_ranks, layers)) as trainer:
-        for _ in range(repeat + 1):
+    with closing(Trainer(num_ranks, layers, tuple(args.devices))) as trainer:
+        for _ in range(args.repeat + 1):
             for way in OURS:
                 shards = work / way.replace(" ", "-")
-                found[way].append(trainer.run("write", shards, ep_size=8))
+                found[way].append(trainer.run("write", shards, ep_size=args.ep_size))
                 rounds[way].append(trainer.rounds)
                 num_bytes = sum(file.stat().st_size for file in shards.iterdir())
                 if way == OURS[0]:
                     remove_shards(shards, as_spare=True)
                 trainer.run("train")
-            plain, copy = work / "plain", work / "copy"
-            found["gather and save_file"].append(trainer.run("gather", plain))
-            shutil.rmtree(plain)
-            found["cp"].append(copy_in_parallel(shards, copy, num_ranks))
-            for directory in (shards, copy):
-                shutil.rmtree(directory)
+            if not args.only_ours:
+                plain, copy = work / "plain", work / "copy"
+                found["gather and save_file"].append(trainer.run("gather", plain))
+                shutil.rmtree(plain)
+                found["cp"].append(copy_in_parallel(shards, copy, num_ranks))
+                shutil.rmtree(copy)
+            shutil.rmtree(shards)
     median = {way: statistics.median(seconds[1:]) for way, seconds in found.items()}
-    return {
-        "ranks": num_ranks,
-        "gb": round(num_bytes / 1e9, 3),
-        "seconds": {way: round(seconds, 3) for way, seconds in median.items()},
+    ratios = {} if args.only_ours else {
         "times faster than gather": {
             way: round(median["gather and save_file"] / median[way], 2) for way in OURS
         },
         "times cp": {way: round(median[way] / median["cp"], 2) for way in OURS},
+    }  # fmt: skip
+    return {
+        "ranks": num_ranks,
+        "gb": round(num_bytes / 1e9, 3),
+        "seconds": {way: round(seconds, 3) for way, seconds in median.items()},
+        **ratios,
         "rounds": {way: medians(of_runs[1:]) for way, of_runs in rounds.items()},
         "all": {way: [round(s, 3) for s in seconds] for way, seconds in found.items()},
     }
@@ -103,12 +110,15 @@ def _main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4])
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the layers")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--ep-size", type=int, default=8)
+    parser.add_argument("--devices", nargs="+", default=["cpu"], help="of the ranks, by turns")
+    parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     document: dict[str, Any] = {"machine": describe_machine(), "runs": []}
     for num_ranks in args.ranks:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as work:
-            run = measure(num_ranks, max(1, round(LAYERS * args.scale)), args.repeat, Path(work))
+            run = measure(num_ranks, max(1, round(LAYERS * args.scale)), args, Path(work))
         document["runs"].append(run)
         print(json.dumps(run), flush=True)
     if args.json:
