@@ -2,7 +2,8 @@
 
 `commit` goes in rounds, with a barrier after each: the ranks say what they have, each plans the same
 directory and writes its bytes into it, they digest the files, and rank 0 adds the manifest and
-renames. Nobody sees another rank's tensors.
+renames. Nobody sees another rank's tensors. In memory they write to the files of a version that was
+removed before, if a `Publisher` has left some.
 """
 
 from __future__ import annotations
