@@ -23,7 +23,8 @@ from lorashard.writing.blocks import find_runs
 from lorashard.writing.rearrange import rearrange_block, scratch_bytes
 
 _HOST_BYTES = 64 * 2**20  # of a tensor, at a time
-_PINNED_BYTES = 8 * 2**20  # the same, of one on a GPU
+_PINNED_BYTES = 8 * 2**20  # the same, of one on a GPU with smaller parts
+_ALL_HOST_BYTES = 256 * 2**20
 _LEAST_WRITERS, _MOST_WRITERS = 2, 8
 
 
@@ -50,9 +51,10 @@ class HostCopy(threading.local):
         import torch
 
         data = values.detach().contiguous().view(-1).view(torch.uint8)
-        if data.device.type == "cuda" and 0 < len(data) <= _PINNED_BYTES:
-            if self._pinned is None:
-                self._pinned = torch.empty(_PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
+        if data.device.type == "cuda" and 0 < len(data) <= _HOST_BYTES:
+            if self._pinned is None or len(self._pinned) < len(data):
+                size = max(_PINNED_BYTES, len(data))
+                self._pinned = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
             return memoryview(self._pinned[: len(data)].copy_(data).numpy())
         return memoryview(data.cpu().numpy())
 
@@ -98,8 +100,9 @@ def write_own(
             for each in places.rearrangements(part):
                 _write_rearranged(each, data[first : first + size], files, scratch)
 
-    with ThreadPoolExecutor(max(_LEAST_WRITERS, min(_MOST_WRITERS, num_cpus))) as pool:
-        for _ in pool.map(write, [chunk for tensor in tensors for chunk in _chunks(tensor)]):
+    chunks = [chunk for tensor in tensors for chunk in _chunks(tensor)]
+    with ThreadPoolExecutor(_num_writers(chunks, num_cpus)) as pool:
+        for _ in pool.map(write, chunks):
             pass
 
 
@@ -111,6 +114,12 @@ def _write_rearranged(
     for targets, view in rearrange_block(block, source, scratch.get(scratch_bytes(block))):
         for target in targets:
             files[target.file].write([view], target.offset)
+
+
+def _num_writers(chunks: Sequence[OwnTensor], num_cpus: int) -> int:
+    """As many as there are processors for, and memory for a chunk of each."""
+    largest = max((chunk.values.nbytes for chunk in chunks), default=1)
+    return max(_LEAST_WRITERS, min(_MOST_WRITERS, num_cpus, _ALL_HOST_BYTES // max(1, largest)))
 
 
 def _chunks(tensor: OwnTensor) -> Iterator[OwnTensor]:

@@ -168,9 +168,10 @@ class AdapterWriter:
                         hint="See rank 0's own error. All ranks must see this directory.",
                     )
                 manifest = self._write(session.parent, barrier, failed)
+                expected = format_manifest(manifest) if self._rank != 0 else b""
         finally:
             barrier()
-        if self._rank != 0 and manifest_bytes(target) != format_manifest(manifest):
+        if self._rank != 0 and manifest_bytes(target) != expected:
             raise ShardError(
                 f"{target}: rank 0 has not finished it.", hint="See rank 0's own error."
             )
