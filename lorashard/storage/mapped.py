@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from lorashard.storage.syscalls import populate, release
 
@@ -42,4 +43,5 @@ class MappedWriter:
 
     def close(self) -> None:
         """What was written stays."""
-        self._mapping.close()
+        with suppress(BufferError):  # an error on the way here still refers to it
+            self._mapping.close()
