@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -58,29 +58,31 @@ def copy_in_parallel(source: Path, target: Path, num_processes: int) -> float:
 
 
 def measure(num_ranks: int, layers: int, args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Median seconds of each way, and the ratios. What comes first of each is not counted."""
+    """Median seconds of each way, and the ratios. Our first run, in which plans are made, is not counted."""
     ways = OURS if args.only_ours else (*OURS, *OTHERS)
     found: dict[str, list[float]] = {way: [] for way in ways}
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in OURS}
     num_bytes = 0
     with closing(Trainer(num_ranks, layers, tuple(args.devices))) as trainer:
-        for _ in range(args.repeat + 1):
+        for run in range(args.repeat + 1):
             for way in OURS:
                 shards = work / way.replace(" ", "-")
-                found[way].append(trainer.run("write", shards, ep_size=args.ep_size))
-                rounds[way].append(trainer.rounds)
+                seconds = trainer.run("write", shards, ep_size=args.ep_size)
+                of_rounds = medians([trainer.rounds])
+                print(f"{num_ranks} ranks, {way}: {seconds:.3f} s {of_rounds}", flush=True)
                 num_bytes = sum(file.stat().st_size for file in shards.iterdir())
                 if way == OURS[0]:
                     remove_shards(shards, as_spare=True)
-                trainer.run("train")
-            if not args.only_ours:
-                plain, copy = work / "plain", work / "copy"
-                found["gather and save_file"].append(trainer.run("gather", plain))
-                shutil.rmtree(plain)
-                found["cp"].append(copy_in_parallel(shards, copy, num_ranks))
-                shutil.rmtree(copy)
+                if run:
+                    found[way].append(seconds)
+                    rounds[way].append(trainer.rounds)
+                    trainer.run("train")
+            if run and not args.only_ours:
+                for way, seconds in measure_others(trainer, shards, num_ranks, work):
+                    print(f"{num_ranks} ranks, {way}: {seconds:.3f} s", flush=True)
+                    found[way].append(seconds)
             shutil.rmtree(shards)
-    median = {way: statistics.median(seconds[1:]) for way, seconds in found.items()}
+    median = {way: statistics.median(seconds) for way, seconds in found.items()}
     ratios = {} if args.only_ours else {
         "times faster than gather": {
             way: round(median["gather and save_file"] / median[way], 2) for way in OURS
@@ -92,9 +94,20 @@ def measure(num_ranks: int, layers: int, args: argparse.Namespace, work: Path) -
         "gb": round(num_bytes / 1e9, 3),
         "seconds": {way: round(seconds, 3) for way, seconds in median.items()},
         **ratios,
-        "rounds": {way: medians(of_runs[1:]) for way, of_runs in rounds.items()},
+        "rounds": {way: medians(of_runs) for way, of_runs in rounds.items()},
         "all": {way: [round(s, 3) for s in seconds] for way, seconds in found.items()},
     }
+
+
+def measure_others(
+    trainer: Trainer, shards: Path, num_ranks: int, work: Path
+) -> Iterator[tuple[str, float]]:
+    """Seconds of the usual way, and of a copy of the shards."""
+    plain, copy = work / "plain", work / "copy"
+    yield OTHERS[0], trainer.run("gather", plain)
+    shutil.rmtree(plain)
+    yield OTHERS[1], copy_in_parallel(shards, copy, num_ranks)
+    shutil.rmtree(copy)
 
 
 def medians(of_runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -121,8 +134,8 @@ def _main() -> None:
             run = measure(num_ranks, max(1, round(LAYERS * args.scale)), args, Path(work))
         document["runs"].append(run)
         print(json.dumps(run), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(document, indent=1))
+        if args.json:
+            args.json.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

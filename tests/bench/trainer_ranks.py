@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,20 @@ class Rank:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank,
                                 world_size=world_size)  # fmt: skip
         torch.manual_seed(rank)
+        own = NUM_EXPERTS // world_size + 1
+        values = torch.randn(2 * own * LORA_RANK * HIDDEN, device=device, dtype=torch.bfloat16)
+        values.mul_(0.02)
+        begin = 0
+
+        def matrix(*size: int) -> Any:
+            """Other values each time; to draw them all takes longer than what is measured."""
+            nonlocal begin
+            begin += 9973
+            last = len(values) - prod(size)
+            return values[begin % last :][: prod(size)].clone().view(size)
 
         def pair(*size: int, inside: int, out: int) -> tuple[Any, Any]:
-            a = torch.randn(*size, LORA_RANK, inside, device=device, dtype=torch.bfloat16)
-            b = torch.randn(*size, out, LORA_RANK, device=device, dtype=torch.bfloat16)
-            return a.mul_(0.02), b.mul_(0.02)
+            return matrix(*size, LORA_RANK, inside), matrix(*size, out, LORA_RANK)
 
         self.ids = range(rank * NUM_EXPERTS // world_size, (rank + 1) * NUM_EXPERTS // world_size)
         self.experts = {
