@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from blake3 import blake3
 from lorashard import SplitRequest, split_adapter
 from lorashard.errors import ShardError
 from lorashard.shards.directory import locate_shards, opened_files
-from lorashard.shards.plan import Target
+from lorashard.shards.plan import ReadOp, Target
 from lorashard.shards.replan import CheckedShards, check_shards
 from lorashard.writing import restore
-from lorashard.writing.blocks import split_into_blocks
+from lorashard.writing.blocks import Block, split_into_blocks
 from lorashard.writing.restore import find_misplaced, restore_source
 from tests.tiny import MODULE, RANK_FILES, per_expert_tensors, save_adapter, save_fused
 
@@ -43,7 +44,13 @@ def test_the_bytes_and_the_digest_are_those_of_the_source(tmp_path: Path) -> Non
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     cut = partial(split_into_blocks, column_block_bytes=64)
-    monkeypatch.setattr(restore, "split_into_blocks", lambda reads, _: cut(reads, block_bytes=64))
+
+    def split_into_small_blocks(
+        reads: Sequence[ReadOp], _: int = 0, *, is_aligned: bool = False
+    ) -> Iterator[Block]:
+        return cut(reads, block_bytes=64, is_aligned=is_aligned)
+
+    monkeypatch.setattr(restore, "split_into_blocks", split_into_small_blocks)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
