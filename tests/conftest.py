@@ -1,14 +1,18 @@
-"""Which tests stay in one process when several run the suite, as `make test` has them do."""
+"""Which tests stay in one process when several run the suite, as `make test` has them do; a folder in memory."""
 
 from __future__ import annotations
 
 import re
+import tempfile
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 
+from lorashard.storage.syscalls import is_in_memory
 from tests.tiny import REPO
 from tests.vllm_release import PLUGIN_RELEASES
 
@@ -38,6 +42,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """What runs vLLM goes first in each process: it is slow, and at the end it would run alone."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: release_of(item.nodeid) is None)
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """A folder in memory, as tmp_path is one on a disk."""
+    memory = Path("/dev/shm")
+    if not is_in_memory(memory):
+        pytest.skip("/dev/shm is not in memory")
+    with tempfile.TemporaryDirectory(dir=memory) as path:
+        yield Path(path)
 
 
 def group_of(nodeid: str) -> str:

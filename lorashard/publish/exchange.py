@@ -38,6 +38,7 @@ class Exchange:
         self._directory = directory
         self._rank, self._world_size = rank, world_size
         self._barrier = barrier
+        self.seconds: dict[str, float] = {}  # of this rank's work in each round that it has done
 
     def run(self, rounds: Sequence[Round], failed: Exception | None = None) -> None:
         """Do the rounds one after the other.
@@ -67,8 +68,10 @@ class Exchange:
             path.unlink(missing_ok=True)
 
     def _say(self, step: Round, said: Sequence[Any]) -> Exception | None:
+        began = time.perf_counter()
         try:
             self._write(step.name, {"said": step.work(said)})
+            self.seconds[step.name] = time.perf_counter() - began
         except Exception as err:  # noqa: BLE001 - raised again at the end
             message = (
                 str(err) if isinstance(err, LorashardError) else f"{type(err).__name__}: {err}"

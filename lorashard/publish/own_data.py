@@ -6,6 +6,7 @@ referred to, not copied; what passes through host memory at a time is bounded.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from lorashard.errors import LayoutError
 from lorashard.publish.parts import Part
 from lorashard.publish.places import PartBlock, PartPlaces
 from lorashard.storage.buffers import ThreadBuffer
-from lorashard.storage.local import SharedWriter
+from lorashard.storage.local import Writer
 from lorashard.writing.blocks import find_runs
 from lorashard.writing.rearrange import rearrange_block, scratch_bytes
 
 _HOST_BYTES = 64 * 2**20  # of a tensor, at a time
-_WRITERS = 2
+_PINNED_BYTES = 8 * 2**20  # the same, of one on a GPU with smaller parts
+_ALL_HOST_BYTES = 256 * 2**20
+_LEAST_WRITERS, _MOST_WRITERS = 2, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,29 @@ class OwnTensor:
 
     parts: tuple[Part, ...]
     values: Any
+
+
+class HostCopy(threading.local):
+    """The bytes of a tensor in this machine's memory; of one on a GPU, in a buffer for each thread.
+
+    The buffer is pinned: a GPU copies into other memory at a fraction of the speed. torch keeps it for
+    the next commit.
+    """
+
+    def __init__(self) -> None:
+        self._pinned: Any = None
+
+    def bytes_of(self, values: Any) -> memoryview:
+        """They are valid until the next call from this thread."""
+        import torch
+
+        data = values.detach().contiguous().view(-1).view(torch.uint8)
+        if data.device.type == "cuda" and 0 < len(data) <= _HOST_BYTES:
+            if self._pinned is None or len(self._pinned) < len(data):
+                size = max(_PINNED_BYTES, len(data))
+                self._pinned = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+            return memoryview(self._pinned[: len(data)].copy_(data).numpy())
+        return memoryview(data.cpu().numpy())
 
 
 def dtype_of(tensor: Any, name: str) -> str:
@@ -47,17 +73,19 @@ def write_own(
     tensors: Sequence[OwnTensor],
     places: PartPlaces,
     is_mine: Callable[[Part], bool],
-    files: Sequence[SharedWriter],
+    files: Sequence[Writer],
+    num_cpus: int,
 ) -> None:
     """Write this rank's bytes to where they belong.
 
     is_mine: whether this rank writes a part of which others have copies. files: in plan order.
+    num_cpus: of the machine's, this rank's share.
     """
-    scratch = ThreadBuffer()
+    scratch, host = ThreadBuffer(), HostCopy()
     wait_for({tensor.values.device for tensor in tensors})  # the threads have streams of their own
 
     def write(chunk: OwnTensor) -> None:
-        data = _bytes_of(chunk.values)
+        data = host.bytes_of(chunk.values)
         size = len(data) // len(chunk.parts)
         mine = [(i * size, part) for i, part in enumerate(chunk.parts) if is_mine(part)]
         found = (
@@ -72,13 +100,14 @@ def write_own(
             for each in places.rearrangements(part):
                 _write_rearranged(each, data[first : first + size], files, scratch)
 
-    with ThreadPoolExecutor(_WRITERS) as pool:
-        for _ in pool.map(write, [chunk for tensor in tensors for chunk in _chunks(tensor)]):
+    chunks = [chunk for tensor in tensors for chunk in _chunks(tensor)]
+    with ThreadPoolExecutor(_num_writers(chunks, num_cpus)) as pool:
+        for _ in pool.map(write, chunks):
             pass
 
 
 def _write_rearranged(
-    each: PartBlock, data: memoryview, files: Sequence[SharedWriter], scratch: ThreadBuffer
+    each: PartBlock, data: memoryview, files: Sequence[Writer], scratch: ThreadBuffer
 ) -> None:
     block = each.block
     source = data[each.begin : each.begin + block.end - block.begin]
@@ -87,16 +116,16 @@ def _write_rearranged(
             files[target.file].write([view], target.offset)
 
 
+def _num_writers(chunks: Sequence[OwnTensor], num_cpus: int) -> int:
+    """As many as there are processors for, and memory for a chunk of each."""
+    largest = max((chunk.values.nbytes for chunk in chunks), default=1)
+    return max(_LEAST_WRITERS, min(_MOST_WRITERS, num_cpus, _ALL_HOST_BYTES // max(1, largest)))
+
+
 def _chunks(tensor: OwnTensor) -> Iterator[OwnTensor]:
-    """The tensor in pieces of at most `_HOST_BYTES`, but at least one part each."""
+    """The tensor in pieces that fit a buffer, but at least one part each."""
     size = tensor.values.numel() * tensor.values.element_size() // max(1, len(tensor.parts))
-    step = max(1, _HOST_BYTES // max(1, size))
+    limit = _PINNED_BYTES if tensor.values.device.type == "cuda" else _HOST_BYTES
+    step = max(1, limit // max(1, size))
     for first in range(0, len(tensor.parts), step):
         yield OwnTensor(tensor.parts[first : first + step], tensor.values[first : first + step])
-
-
-def _bytes_of(values: Any) -> memoryview:
-    import torch
-
-    host = values.detach().contiguous().cpu()
-    return memoryview(host.view(-1).view(torch.uint8).numpy())

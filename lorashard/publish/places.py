@@ -5,7 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
+from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
 from lorashard.publish.parts import Part
@@ -69,6 +71,20 @@ class PartPlaces:
                         yield PartBlock(block, done + block.begin - first)
                 done += end - first
                 first = end
+
+
+def files_with_gaps(plan: ShardPlan) -> frozenset[int]:
+    """Of which files some bytes are in no part, so that they are zero only where the file is new."""
+    unfilled = [file.size_bytes - len(file.header) for file in plan.files]
+    for op in plan.reads:
+        if isinstance(op, CopyRange):
+            size, targets = op.end - op.begin, op.targets
+        else:
+            size = op.rows * op.cols * ELEMENT_SIZE[op.dtype]
+            targets = tuple(chain.from_iterable(op.targets))
+        for target in targets:
+            unfilled[target.file] -= size
+    return frozenset(file for file, size in enumerate(unfilled) if size)
 
 
 def _blocks_between(op: Rearrange, begin: int, end: int, name: str) -> Iterator[RearrangeBlock]:

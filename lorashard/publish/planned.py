@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorashard.publish.gathered import GatheredAdapter, Serving, plan_gathered
 from lorashard.publish.parts import Part, join_parts
-from lorashard.publish.places import PartPlaces
+from lorashard.publish.places import PartPlaces, files_with_gaps
 
 _MOST_PLANS = 2
 _SOURCE = "the gathered adapter"  # in messages
@@ -21,11 +21,15 @@ _SOURCE = "the gathered adapter"  # in messages
 
 @dataclass(frozen=True, slots=True)
 class PlannedCommit:
-    """What all ranks write. writers: of each tensor that several ranks have, the one that writes it."""
+    """What all ranks write. writers: of each tensor that several ranks have, the one that writes it.
+
+    gaps: the numbers of the files in which nobody writes some of the bytes.
+    """
 
     adapter: GatheredAdapter
     places: PartPlaces
     writers: Mapping[str, int]
+    gaps: Collection[int]
 
 
 def plan_commit(config: bytes, serving: Serving, parts: Sequence[Sequence[Part]]) -> PlannedCommit:
@@ -36,7 +40,8 @@ def plan_commit(config: bytes, serving: Serving, parts: Sequence[Sequence[Part]]
     joined = join_parts(parts)
     adapter = plan_gathered(config, joined.tensors, serving, _SOURCE)
     entries = {entry.name: entry for entry in adapter.index.tensors}
-    return PlannedCommit(adapter, PartPlaces(adapter.plan, entries), joined.writers)
+    places = PartPlaces(adapter.plan, entries)
+    return PlannedCommit(adapter, places, joined.writers, files_with_gaps(adapter.plan))
 
 
 class KeptCommits:

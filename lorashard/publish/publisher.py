@@ -17,7 +17,7 @@ from lorashard.adapter.config import CONFIG_NAME
 from lorashard.errors import LorashardError, ServerError, ShardError
 from lorashard.publish.records import forget, record, was_written_again
 from lorashard.publish.remote_versions import RemoteVersions
-from lorashard.publish.removal import clear_removed, remove_shards
+from lorashard.publish.removal import clear_removed, remove_shards, remove_spare
 from lorashard.publish.servers import Server, parse_server
 from lorashard.publish.versions import is_adapter_name, outdated, version_name, version_of
 from lorashard.shards.directory import LocatedShards, find_files, has_digest, read_manifest
@@ -83,6 +83,7 @@ class Publisher:
         directory_on_servers: str | None = None,
         upload_to: str | None = None,
         private: bool = False,
+        keep_spare: bool = True,
     ) -> None:
         """directory: holds the versions; only directories in it that are named as versions are touched.
 
@@ -94,6 +95,8 @@ class Publisher:
         repository (hf://owner/name[@branch][/folder]), which gets a commit with the version's name as
         its tag, and whose history keeps all.
         private: make a repository that is created private.
+        keep_spare: where the directory is in memory (/dev/shm), the files of the version that was
+        removed last stay, for the next one to be written to them: twice as fast. They are no adapter.
         Raises ValueError, or ShardError if `directory` is a URL.
         """
         if not is_adapter_name(name):
@@ -104,6 +107,7 @@ class Publisher:
         # Links stay as they are: servers may see the directory by this path alone.
         self._directory = Path(os.path.abspath(directory))
         self._name, self._keep = name, keep
+        self._keep_spare = keep_spare
         self._servers = tuple(
             dict.fromkeys(parse_server(url, api_key, timeout_s) for url in servers)
         )
@@ -156,7 +160,9 @@ class Publisher:
 
     def withdraw(self) -> Removal:
         """Unload all versions from all servers, and remove their directories. What was uploaded stays."""
-        return self._remove(sorted({*self._served(), *self._present()}))
+        removal = self._remove(sorted({*self._served(), *self._present()}))
+        remove_spare(self._directory)
+        return removal
 
     def _load(self, name: str) -> None:
         here, path = self._directory / name, self._path_on_servers(name)
@@ -196,7 +202,9 @@ class Publisher:
                 for outcome in lists
                 if outcome.result and self._is_used(name, outcome.result)
             ]
-            reason = next(iter((*failed, *used)), None) or remove_shards(self._directory / name)
+            reason = next(iter((*failed, *used)), None) or remove_shards(
+                self._directory / name, as_spare=self._keep_spare
+            )
             if reason is None:
                 forget(self._directory / name)
                 removed.append(version)

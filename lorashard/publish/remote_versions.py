@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
-from lorashard.adapter.notice import NOTICE
+from lorashard.adapter.config import CONFIG_NAME
 from lorashard.errors import LorashardError, OutputExistsError
 from lorashard.publish.versions import outdated, version_name, version_of
 from lorashard.shards.directory import manifest_bytes, read_manifest
@@ -20,9 +19,9 @@ from lorashard.storage.drivers import is_object_store
 from lorashard.storage.hub import HubAddress, parse_address, translating_errors
 from lorashard.storage.remote import RemoteFolder, locate, open_url
 from lorashard.uploading.card import CARD_NAME, is_untouched
-from lorashard.uploading.upload import RANK_FILE, is_on_hub, upload_shards
+from lorashard.uploading.upload import RANK_FILE, is_on_hub, names_at, upload_shards
 
-_OWN_NAMES = frozenset({MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME, REPLICATED_NAME, CARD_NAME})
+_OWN_NAMES = frozenset({MANIFEST_NAME, CONFIG_NAME, REPLICATED_NAME, CARD_NAME})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +113,8 @@ def _remove_folder(folder: RemoteFolder) -> bool:
     fs: Any = folder.fs
     names = folder.files()
     if folder.folders() or not all(
-        name in _OWN_NAMES or RANK_FILE.fullmatch(name) for name in names
+        name in _OWN_NAMES or RANK_FILE.fullmatch(name) for name in names_at(fs, folder.path)
     ):
-        return False
-    if WEIGHTS_NAME in names and not _holds(folder, WEIGHTS_NAME, NOTICE):
         return False
     if CARD_NAME in names:
         card = fs.cat_file(f"{folder.path}/{CARD_NAME}").decode("utf-8", "replace")
@@ -128,12 +125,3 @@ def _remove_folder(folder: RemoteFolder) -> bool:
     if not is_object_store(fs):
         fs.rmdir(folder.path)
     return True
-
-
-def _holds(folder: RemoteFolder, name: str, content: bytes) -> bool:
-    file = folder.file(name)
-    return (
-        file is not None
-        and file.size_bytes == len(content)
-        and file.read(0, file.size_bytes) == content
-    )

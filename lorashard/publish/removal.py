@@ -10,14 +10,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.shards.directory import holds_only_shards
+from lorashard.shards.names import MANIFEST_NAME
 from lorashard.storage.locked_directory import remove_directory
+from lorashard.storage.spares import SPARE_NAME, keep_spare
 
 _REMOVED_SUFFIX = ".lorashard-removed"
 
 
-def remove_shards(path: Path) -> str | None:
-    """Delete a shard directory. Why it was left alone; None if it is gone."""
+def remove_shards(path: Path, *, as_spare: bool) -> str | None:
+    """Delete a shard directory. Why it was left alone; None if it is gone.
+
+    as_spare: in memory, its files may stay for the next version, where nobody takes them for shards.
+    """
     try:
         if not os.path.lexists(path):
             return None
@@ -30,8 +36,22 @@ def remove_shards(path: Path) -> str | None:
         os.rename(path, aside)
     except OSError as err:
         return f"cannot be removed ({err.strerror})"
-    remove_directory(aside)
+    if not (as_spare and _has_become_spare(aside)):
+        remove_directory(aside)
     return None
+
+
+def remove_spare(directory: Path) -> None:
+    """Delete what the next version would have been written to."""
+    remove_directory(directory / SPARE_NAME)
+
+
+def _has_become_spare(aside: Path) -> bool:
+    try:
+        (aside / MANIFEST_NAME).unlink()  # first: without it nobody takes the rest for shards
+        return keep_spare(aside, lambda name: name not in (CONFIG_NAME, WEIGHTS_NAME))
+    except OSError:
+        return False
 
 
 def clear_removed(directory: Path, is_version: Callable[[str], bool]) -> None:

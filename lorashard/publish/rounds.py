@@ -18,6 +18,7 @@ from blake3 import blake3
 from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.errors import AdapterError
 from lorashard.publish.exchange import OWN_PREFIX
+from lorashard.publish.files import choose_files, name_files
 from lorashard.publish.gathered import GatheredAdapter, Serving
 from lorashard.publish.own_data import OwnTensor, write_own
 from lorashard.publish.parts import Part
@@ -25,11 +26,21 @@ from lorashard.publish.planned import KeptCommits, PlannedCommit, plan_commit
 from lorashard.shards.describe import make_manifest
 from lorashard.shards.directory import write_manifest, write_notice
 from lorashard.shards.manifest import FileDigest, Manifest, SourceInfo
-from lorashard.storage.digests import digest_of
-from lorashard.storage.local import LocalFile, SharedWriter, sync_all, write_all, write_new
+from lorashard.storage.digests import digest_file
+from lorashard.storage.local import (
+    LocalFile,
+    SharedWriter,
+    Writer,
+    opened_to_write,
+    sync_all,
+    write_all,
+    write_new,
+)
+from lorashard.storage.mapped import MappedWriter, has_all_pages
+from lorashard.storage.syscalls import available_cpus
 from lorashard.writing.restore import restore_source
 
-_MANY_CPUS = 8
+_MANY_CPUS, _MOST_THREADS = 8, 16
 _kept = KeptCommits()
 
 
@@ -57,6 +68,7 @@ class OwnShare:
         self._sync = sync
         self._planned: PlannedCommit | None = None
         self._made: Manifest | None = None
+        self._files: tuple[Path, ...] = ()
 
     @property
     def manifest(self) -> Manifest:
@@ -95,14 +107,21 @@ class OwnShare:
         # The representation of a frozen dataclass says all that is in it.
         form = (self._config, repr(self._serving), *(one["parts"] for one in said))
         self._planned = _kept.find(form, self._plan)
+        self._files = choose_files(self._directory, self._adapter.plan, self._commit.gaps)
         with ExitStack() as stack:
-            fds = [stack.enter_context(_opened(path)) for path in self._paths()]
+            fds = [stack.enter_context(opened_to_write(path, shared=True)) for path in self._files]
             if self._rank == 0:
                 for fd, file in zip(fds, self._adapter.plan.files):
-                    os.truncate(fd, file.size_bytes)  # what nobody fills is zero
+                    os.truncate(fd, file.size_bytes)  # what nobody fills of a new file is zero
                     write_all(fd, memoryview(file.header), 0)
-            writers = [SharedWriter(fd) for fd in fds]
-            write_own(self._own, self._commit.places, self._writes, writers)
+            writers = [
+                stack.enter_context(_writer(fd, file.size_bytes))
+                for fd, file in zip(fds, self._adapter.plan.files)
+            ]
+            write_own(
+                self._own, self._commit.places, self._writes, writers,
+                available_cpus() // self._world_size,
+            )  # fmt: skip
             if self._sync:
                 sync_all(fds)
 
@@ -111,10 +130,8 @@ class OwnShare:
         found = {}
         if self._rank == 0:
             found[WEIGHTS_NAME] = self._source_digest()
-        files = self._adapter.plan.files
-        for i in _digested_by(self._rank, self._world_size, len(files)):
-            with closing(LocalFile(self._directory / files[i].name)) as file:
-                found[files[i].name] = digest_of(file, 0, file.size_bytes, lambda _: None)
+        for i in _digested_by(self._rank, self._world_size, len(self._files)):
+            found[self._files[i].name] = digest_file(self._files[i], self._digest_threads())
         return found
 
     def describe_all(self, said: Sequence[Mapping[str, str]]) -> None:
@@ -137,12 +154,10 @@ class OwnShare:
 
     def finish(self, manifest: Manifest) -> None:
         """What rank 0 adds at the end."""
+        name_files(self._directory, self._files)
         write_new(self._directory / CONFIG_NAME, self._config, sync=self._sync)
         write_notice(self._directory, sync=self._sync)
         write_manifest(self._directory, manifest, sync=self._sync)
-
-    def _paths(self) -> list[Path]:
-        return [self._directory / file.name for file in self._adapter.plan.files]
 
     def _writes(self, part: Part) -> bool:
         return self._commit.writers.get(part.name, self._rank) == self._rank
@@ -155,21 +170,31 @@ class OwnShare:
     def _source_digest(self) -> str:
         adapter = self._adapter
         with ExitStack() as stack:
-            files = [stack.enter_context(closing(LocalFile(path))) for path in self._paths()]
+            files = [stack.enter_context(closing(LocalFile(path))) for path in self._files]
             return restore_source(
                 adapter.plan, adapter.header, files, len, lambda _: None,
-                digest_threads=_digest_threads(),
+                threads=self._digest_threads(),
             )  # fmt: skip
+
+    def _digest_threads(self) -> int:
+        """Rank 0 has as much to digest as all others, and they do it at the same time."""
+        num_cpus = available_cpus()
+        if num_cpus < _MANY_CPUS:
+            return 1
+        num_others = min(self._world_size - 1, len(self._files))
+        if num_others == 0:
+            return min(_MOST_THREADS, num_cpus)
+        return min(_MOST_THREADS, max(1, num_cpus // 2 // (num_others if self._rank else 1)))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """A file to write, made by the rank that comes first."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def _writer(fd: int, size_bytes: int) -> Iterator[Writer]:
+    """How this rank writes to a file. With few processors, mapping it takes longer than it saves."""
+    if available_cpus() < _MANY_CPUS or not has_all_pages(fd, size_bytes):
+        yield SharedWriter(fd)
+        return
+    with closing(MappedWriter(fd)) as mapped:
+        yield mapped
 
 
 def _digested_by(rank: int, world_size: int, num_files: int) -> range:
@@ -177,12 +202,6 @@ def _digested_by(rank: int, world_size: int, num_files: int) -> range:
     if world_size == 1:
         return range(num_files)
     return range(rank - 1, num_files, world_size - 1) if rank else range(0)
-
-
-def _digest_threads() -> int:
-    """For the source's digest, for which all other ranks wait. On few CPUs they need them more."""
-    num_cpus = os.cpu_count() or 1
-    return num_cpus // 2 if num_cpus >= _MANY_CPUS else 1
 
 
 def _table_name(rank: int) -> str:

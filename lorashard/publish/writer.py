@@ -2,12 +2,14 @@
 
 `commit` goes in rounds, with a barrier after each: the ranks say what they have, each plans the same
 directory and writes its bytes into it, they digest the files, and rank 0 adds the manifest and
-renames. Nobody sees another rank's tensors.
+renames. Nobody sees another rank's tensors. In memory they write to the files of a version that was
+removed before, if a `Publisher` has left some.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,12 +20,13 @@ from lorashard.adapter.options import LayoutOptions
 from lorashard.adapter.read import read_model_facts
 from lorashard.errors import LayoutError, ShardError
 from lorashard.publish.exchange import Exchange, Round
+from lorashard.publish.files import fetch_spare_files
 from lorashard.publish.gathered import Serving, dense_names, expert_names, format_config
 from lorashard.publish.own_data import OwnTensor, dtype_of
 from lorashard.publish.parts import Part
 from lorashard.publish.rounds import OwnShare
-from lorashard.shards.directory import holds_only_shards, read_manifest
-from lorashard.shards.manifest import Manifest
+from lorashard.shards.directory import holds_only_shards, manifest_bytes
+from lorashard.shards.manifest import Manifest, format_manifest
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.storage.local import write_new
 from lorashard.storage.remote import locate
@@ -80,6 +83,15 @@ class AdapterWriter:
         self._rank, self._world_size = rank, world_size
         self._force, self._sync = force, sync
         self._own: list[OwnTensor] = []
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """What this rank's part of the commit took: describe, write, digest, manifest, finish; in all.
+
+        "total" is all of it, so the rest of that is waiting for other ranks.
+        """
+        return self._seconds
 
     def experts(
         self, module: str, ids: Sequence[int], factors: Mapping[str, tuple[Any, Any]]
@@ -141,6 +153,7 @@ class AdapterWriter:
         `torch.distributed.barrier`. Each rank passes it seven times, also if one of them fails.
         Raises LorashardError: this rank's, or ShardError with another one's.
         """
+        began = time.perf_counter()
         target = resolve_target(self._out)
         session = staging_path(target) / _SESSION
         before = _identity(session)  # of a run that was killed
@@ -155,12 +168,14 @@ class AdapterWriter:
                         hint="See rank 0's own error. All ranks must see this directory.",
                     )
                 manifest = self._write(session.parent, barrier, failed)
+                expected = format_manifest(manifest) if self._rank != 0 else b""
         finally:
             barrier()
-        if self._rank != 0 and read_manifest(target) != manifest:
+        if self._rank != 0 and manifest_bytes(target) != expected:
             raise ShardError(
                 f"{target}: rank 0 has not finished it.", hint="See rank 0's own error."
             )
+        self._seconds["total"] = time.perf_counter() - began
         return manifest
 
     def _begin(self, stack: ExitStack, target: Path) -> Exception | None:
@@ -175,6 +190,7 @@ class AdapterWriter:
                     sync=self._sync,
                 )
             )
+            fetch_spare_files(staging, target)
             write_new(staging / _SESSION, b"", sync=False)
         except Exception as err:  # noqa: BLE001 - see above
             return err
@@ -195,18 +211,21 @@ class AdapterWriter:
         exchange = Exchange(staging, self._rank, self._world_size, barrier)
         exchange.run(
             [
-                Round("parts", lambda _: share.describe()),
-                Round("written", share.write),
-                Round("digests", lambda _: share.digest()),
-                Round("described", share.describe_all),
+                Round("describe", lambda _: share.describe()),
+                Round("write", share.write),
+                Round("digest", lambda _: share.digest()),
+                Round("manifest", share.describe_all),
             ],
             failed,
         )
+        self._seconds = exchange.seconds
         manifest = share.manifest
+        began = time.perf_counter()
         if self._rank == 0:
             exchange.clear()
             (staging / _SESSION).unlink()
             share.finish(manifest)
+        self._seconds["finish"] = time.perf_counter() - began
         return manifest
 
 

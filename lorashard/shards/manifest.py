@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from lorashard.adapter.keys import Projection
@@ -90,7 +91,7 @@ def format_manifest(manifest: Manifest) -> bytes:
             "repo": source.repo,
             "revision": source.revision,
             "files": {name: _digest_json(digest) for name, digest in source.files.items()},
-            "header": base64.b64encode(zlib.compress(source.header, 6)).decode(),
+            "header": _compressed(source.header),
         },
         "options": asdict(manifest.options)
         | {"dtype": manifest.dtype, "gate_up_known": manifest.gate_up_known},
@@ -103,6 +104,11 @@ def format_manifest(manifest: Manifest) -> bytes:
         },
     }
     return (_pretty(document, "") + "\n").encode()
+
+
+@lru_cache(2)  # a training publishes the same header again and again
+def _compressed(header: bytes) -> str:
+    return base64.b64encode(zlib.compress(header, 6)).decode()
 
 
 def _placement_json(placement: Placement) -> dict[str, Any]:

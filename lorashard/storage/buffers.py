@@ -30,8 +30,8 @@ class BufferPool:
         self._free.put(buffer)
 
 
-class ThreadBuffer(threading.local):
-    """A buffer for each thread that asks for it, kept for its next use there."""
+class Buffer:
+    """A buffer that is kept for its next use."""
 
     def __init__(self) -> None:
         self._held: mmap.mmap | None = None
@@ -41,6 +41,10 @@ class ThreadBuffer(threading.local):
         if self._held is None or len(self._held) < size:
             self._held = allocate_private(size)
         return memoryview(self._held)[:size]
+
+
+class ThreadBuffer(Buffer, threading.local):
+    """A buffer for each thread that asks for it, kept for its next use there."""
 
 
 def allocate_private(size: int) -> mmap.mmap:

@@ -35,6 +35,22 @@ class HeldDirectory:
         except OSError:
             return True
 
+    def has_kept(self, file: LocalFile) -> bool:
+        """Whether a file that was opened here still is what it was when it was opened.
+
+        It is not if it was written to, if another one has its name, or if it has gone to another
+        place, to be written to there (as `storage.spares` has it). One that was deleted has no place
+        any more, and stays as it is.
+        """
+        opened = os.fstat(file.fileno())
+        try:
+            has_stayed = os.path.samestat(os.stat(Path(file.name).name, dir_fd=self._fd), opened)
+        except FileNotFoundError:
+            has_stayed = opened.st_nlink == 0
+        except OSError:
+            has_stayed = False
+        return has_stayed and not file.was_written_to()
+
     def close(self) -> None:
         """Close the directory, not the files that were opened."""
         os.close(self._fd)

@@ -12,6 +12,7 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -147,6 +148,10 @@ class LocalFile:
         """Raise AdapterError if its path names another file by now, or it was written to."""
         self._watched.check_unchanged()
 
+    def was_written_to(self) -> bool:
+        """Whether this file was since it was opened, whatever its path names by now."""
+        return _state(os.fstat(self._fd)) != self._watched.state
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
@@ -180,6 +185,18 @@ class LocalFile:
             self._requested = begin + _AHEAD_BYTES
 
 
+@contextmanager
+def opened_to_write(path: Path, *, shared: bool = False) -> Iterator[int]:
+    """A new file to write. shared: or the one that another process has made, which does so as well."""
+    exclusive = 0 if shared else os.O_EXCL
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | exclusive
+    fd = os.open(path, flags, 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def write_all(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data` at `offset`; a full disk raises OSError(ENOSPC)."""
     while data:
@@ -200,6 +217,13 @@ def write_pieces(fd: int, pieces: Sequence[memoryview], offset: int) -> None:
 def _groups(pieces: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
     for first in range(0, len(pieces), _MOST_PIECES):
         yield pieces[first : first + _MOST_PIECES]
+
+
+class Writer(Protocol):
+    """Writes to any place of a file, for several threads."""
+
+    def write(self, pieces: Sequence[memoryview], offset: int) -> None:
+        """Write all of the pieces from `offset`. Raises OSError."""
 
 
 class SharedWriter:

@@ -1,20 +1,26 @@
 """Linux system calls that Python does not offer.
 
 In: an open file descriptor, or two paths. On a system without the call, `reserve` only sets the
-size, `start_writeback` does nothing, `exchange` and `rename_to_free` return False.
+size, `start_writeback` does nothing, `exchange`, `rename_to_free` and `is_in_memory` return False.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
+import sys
 from pathlib import Path
 
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _RENAME_NOREPLACE = 1  # linux/fs.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
+_TMPFS_MAGIC = 0x01021994  # linux/magic.h
+_MADV_DONTNEED = 4  # linux/mman.h
+_MADV_POPULATE_WRITE = 23  # linux/mman.h
+_STATFS_BYTES = 256  # more than a struct statfs, which begins with the type, a long
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -37,11 +43,52 @@ def reserve(fd: int, size_bytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
+def available_cpus() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def start_writeback(fd: int, offset: int, length: int) -> None:
     """Start writing bytes that are final to disk, so that fsync has little left to wait for."""
     if hasattr(_libc, "sync_file_range"):  # only a hint, so its result does not matter
         begin, size = ctypes.c_longlong(offset), ctypes.c_longlong(length)
         _libc.sync_file_range(fd, begin, size, _SYNC_FILE_RANGE_WRITE)
+
+
+def populate(mapping: mmap.mmap, begin: int, end: int) -> None:
+    """Have the pages [begin, end) of a file's mapping ready to be written to, which is faster than
+    one fault for each.
+
+    Raises OSError if there is no memory for one. To write to that page would end the process.
+    """
+    if _advise(mapping, begin, end, _MADV_POPULATE_WRITE):
+        code = ctypes.get_errno()
+        if code != errno.EINVAL:  # before Linux 5.14
+            raise OSError(code, os.strerror(code))
+
+
+def release(mapping: mmap.mmap, begin: int, end: int) -> None:
+    """Be done with the pages [begin, end) of a file's mapping. The file has what was written to them."""
+    _advise(mapping, begin, end, _MADV_DONTNEED)
+
+
+def _advise(mapping: mmap.mmap, begin: int, end: int, advice: int) -> int:
+    """madvise(2), while other threads of Python go on."""
+    first = ctypes.c_char.from_buffer(mapping, begin)
+    address, length = ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(end - begin)
+    return int(_libc.madvise(address, length, advice))
+
+
+def is_in_memory(path: Path) -> bool:
+    """Whether a directory is on a file system that has its files in memory alone, as /dev/shm is."""
+    if sys.platform != "linux":
+        return False
+    found = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _libc.statfs(os.fsencode(path), found) != 0:
+        return False
+    return ctypes.c_long.from_buffer(found).value == _TMPFS_MAGIC
 
 
 def exchange(one: Path, other: Path) -> bool:

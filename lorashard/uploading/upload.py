@@ -150,7 +150,7 @@ def _to_url(
     assert isinstance(folder, RemoteFolder), "only a Hub address can be a local directory"
     fs, path = folder.fs, folder.path
     with translating_errors(place):
-        present = _names_at(fs, path)
+        present = names_at(fs, path)
         card = (
             fs.cat_file(f"{path}/{CARD_NAME}").decode("utf-8", "replace")
             if CARD_NAME in present
@@ -178,8 +178,8 @@ def _to_url(
     return Uploaded(place, None, upload.names, upload.removed, upload.card is None)
 
 
-def _names_at(fs: Any, path: str) -> frozenset[str]:
-    """The names in the folder, except that of the notice."""
+def names_at(fs: Any, path: str) -> frozenset[str]:
+    """The names in a folder elsewhere, except that of the notice."""
     try:
         entries = fs.ls(path, detail=False, refresh=True)
     except FileNotFoundError:

@@ -55,18 +55,23 @@ def split_into_blocks(
     reads: Sequence[ReadOp],
     block_bytes: int = BLOCK_BYTES,
     column_block_bytes: int = COLUMN_BLOCK_BYTES,
+    *,
+    is_aligned: bool = False,
 ) -> Iterator[Block]:
     """Cut and join `reads` (in source order) into blocks of at most the given sizes.
 
     One index of a Rearrange's slowest axis is never cut, so a block can be larger if that is.
+    is_aligned: copies are cut where the source has a multiple of `block_bytes`.
     """
     pending: list[CopyRange] = []
     size = 0
     for op in reads:
         if isinstance(op, CopyRange):
-            for piece in _cut(op, block_bytes):
+            for piece in _cut(op, block_bytes, is_aligned=is_aligned):
                 length = piece.end - piece.begin
-                if pending and (size + length > block_bytes or pending[-1].end != piece.begin):
+                is_full = size + length > block_bytes
+                is_full |= is_aligned and piece.begin % block_bytes == 0
+                if pending and (is_full or pending[-1].end != piece.begin):
                     yield CopyBlock(pending[0].begin, pending[-1].end, tuple(pending))
                     pending, size = [], 0
                 pending.append(piece)
@@ -100,14 +105,16 @@ def axis_sizes(op: Rearrange) -> dict[str, int]:
     return {"e": len(op.targets), "r": op.rows, "c": op.cols}
 
 
-def _cut(op: CopyRange, block_bytes: int) -> Iterator[CopyRange]:
-    if op.end - op.begin <= block_bytes:
+def _cut(op: CopyRange, block_bytes: int, *, is_aligned: bool) -> Iterator[CopyRange]:
+    first = op.begin // block_bytes * block_bytes if is_aligned else op.begin
+    if op.end - first <= block_bytes:
         yield op
         return
-    for begin in range(op.begin, op.end, block_bytes):
+    for cut in range(first, op.end, block_bytes):
+        begin, end = max(cut, op.begin), min(cut + block_bytes, op.end)
         shift = begin - op.begin
         targets = tuple(Target(target.file, target.offset + shift) for target in op.targets)
-        yield CopyRange(begin, min(begin + block_bytes, op.end), targets)
+        yield CopyRange(begin, end, targets)
 
 
 def _rearrange_blocks(

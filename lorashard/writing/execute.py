@@ -8,11 +8,10 @@ as far as it is final.
 from __future__ import annotations
 
 import mmap
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,13 @@ from lorashard.progress import Progress
 from lorashard.shards.plan import ShardPlan
 from lorashard.storage.buffers import BufferPool, ThreadBuffer
 from lorashard.storage.digests import STEP_BYTES
-from lorashard.storage.local import ByteSource, SharedWriter, sync_all, write_all
+from lorashard.storage.local import (
+    ByteSource,
+    SharedWriter,
+    opened_to_write,
+    sync_all,
+    write_all,
+)
 from lorashard.storage.syscalls import reserve
 from lorashard.writing.blocks import (
     BLOCK_BYTES,
@@ -84,7 +89,7 @@ def write_files(
     on_read: called with each piece of the source, in order, while it is in the processor's cache.
     """
     with ExitStack() as stack:
-        fds = [stack.enter_context(_created(directory / file.name)) for file in plan.files]
+        fds = [stack.enter_context(opened_to_write(directory / file.name)) for file in plan.files]
         with ThreadPoolExecutor(max_workers=_WRITERS) as pool:  # bytes that nobody writes stay zero
             list(pool.map(reserve, fds, [file.size_bytes for file in plan.files]))
         for fd, file in zip(fds, plan.files):
@@ -95,15 +100,6 @@ def write_files(
         if sync:
             sync_all(fds)
     return files
-
-
-@contextmanager
-def _created(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _write_blocks(

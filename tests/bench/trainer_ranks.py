@@ -2,8 +2,8 @@
 
     python -m tests.bench.trainer_ranks --rank 0 --world-size 4 --store FILE --layers 8
 
-The adapter has GLM-4.5-Air's shapes. Each line on stdin is a command, `WAY PATH`, and each line on
-stdout says that this rank is done.
+The adapter has GLM-4.5-Air's shapes. Each line on stdin is a command, `WAY EP_SIZE PATH`, and each line
+on stdout says that this rank is done, and what each round of a commit took.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,20 @@ class Rank:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank,
                                 world_size=world_size)  # fmt: skip
         torch.manual_seed(rank)
+        own = NUM_EXPERTS // world_size + 1
+        values = torch.randn(2 * own * LORA_RANK * HIDDEN, device=device, dtype=torch.bfloat16)
+        values.mul_(0.02)
+        begin = 0
+
+        def matrix(*size: int) -> Any:
+            """Other values each time; to draw them all takes longer than what is measured."""
+            nonlocal begin
+            begin += 9973
+            last = len(values) - prod(size)
+            return values[begin % last :][: prod(size)].clone().view(size)
 
         def pair(*size: int, inside: int, out: int) -> tuple[Any, Any]:
-            a = torch.randn(*size, LORA_RANK, inside, device=device, dtype=torch.bfloat16)
-            b = torch.randn(*size, out, LORA_RANK, device=device, dtype=torch.bfloat16)
-            return a.mul_(0.02), b.mul_(0.02)
+            return matrix(*size, LORA_RANK, inside), matrix(*size, out, LORA_RANK)
 
         self.ids = range(rank * NUM_EXPERTS // world_size, (rank + 1) * NUM_EXPERTS // world_size)
         self.experts = {
@@ -73,12 +83,13 @@ class Rank:
                 a.mul_(1.01)
                 b.mul_(1.01)
 
-    def write(self, out: str, ep_size: int) -> None:
-        """With lorashard: every rank writes its own."""
+    def write(self, out: str, ep_size: int) -> dict[str, float]:
+        """With lorashard: every rank writes its own. Seconds by what they went into."""
         import torch.distributed as dist
 
         from lorashard import AdapterWriter
 
+        began = time.perf_counter()
         writer = AdapterWriter(
             out, CONFIG, ep_size=ep_size, model=MODEL, rank=self.rank, world_size=self.world_size,
             sync=False,
@@ -88,7 +99,9 @@ class Rank:
         if self.rank == 0:
             for module, (a, b) in self.attention.items():
                 writer.dense(module, a, b)
+        given = time.perf_counter() - began
         writer.commit(dist.barrier)
+        return {"give": given, **writer.seconds}
 
     def gather(self, out: str) -> None:
         """The usual way: rank 0 gets all, and saves one file."""
@@ -132,6 +145,7 @@ class Trainer:
             )
             for rank in range(world_size)
         ]  # fmt: skip
+        self.rounds: dict[str, float] = {}  # of the last "write", the slowest rank's seconds
         self._wait()
 
     def close(self) -> None:
@@ -148,14 +162,21 @@ class Trainer:
             assert process.stdin is not None
             process.stdin.write(f"{way} {ep_size} {out}\n")
             process.stdin.flush()
-        self._wait()
-        return time.perf_counter() - began
+        of_ranks = self._wait()
+        seconds = time.perf_counter() - began
+        if way == "write":
+            self.rounds = {name: max(rank[name] for rank in of_ranks) for name in of_ranks[0]}
+        return seconds
 
-    def _wait(self) -> None:
+    def _wait(self) -> list[dict[str, float]]:
+        answers = []
         for process in self._ranks:
             assert process.stdout is not None
-            if process.stdout.readline() != "done\n":
+            done, _, answer = process.stdout.readline().partition(" ")
+            if done != "done":
                 raise RuntimeError("a rank has ended")
+            answers.append(json.loads(answer))
+        return answers
 
 
 def _main() -> None:
@@ -167,16 +188,17 @@ def _main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     rank = Rank(args.rank, args.world_size, args.store, args.layers, args.device)
-    print("done", flush=True)
+    print("done {}", flush=True)
     for line in sys.stdin:
         way, ep_size, out = line.rstrip("\n").split(" ", 2)
+        seconds: dict[str, float] = {}
         if way == "write":
-            rank.write(out, int(ep_size))
+            seconds = rank.write(out, int(ep_size))
         elif way == "gather":
             rank.gather(out)
         else:
             rank.train()
-        print("done", flush=True)
+        print("done", json.dumps(seconds), flush=True)
 
 
 if __name__ == "__main__":

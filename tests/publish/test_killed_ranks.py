@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 
 from lorashard import SplitRequest, split_adapter, verify_shards
+from lorashard.publish.removal import remove_shards
+from lorashard.shards.directory import claims_to_be_shards
+from lorashard.storage.spares import SPARE_NAME
 from tests.publish.test_writer import dealt, files_of, gathered
 
 RANKS = ([0, 1], [2, 3], [4, 5])
@@ -81,6 +85,30 @@ def test_a_rank_that_is_killed_at_a_barrier_leaves_nothing_that_a_server_would_t
         commit_all(path, out)
         assert files_of(out) == whole
         assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("kill", range(len(RANKS)))
+def test_the_same_where_the_files_of_an_outdated_version_are_written_to(
+    memory_path: Path, adapter: tuple[Path, dict[str, bytes]], kill: int
+) -> None:
+    path, whole = adapter
+    moments = random.Random(kill)
+    for at in (*range(BARRIERS), *(moments.uniform(0, 0.15) for _ in range(4))):
+        old, out = memory_path / "old", memory_path / "out"
+        commit_all(path, old)
+        assert remove_shards(old, as_spare=True) is None
+        commit_all(path, out, kill, at)
+        if isinstance(at, int):
+            assert out.exists() == (at == BARRIERS - 1)
+        assert not out.exists() or files_of(out) == whole
+        for other in memory_path.iterdir():
+            assert other == out or not claims_to_be_shards(other)
+        commit_all(path, out)
+        assert files_of(out) == whole
+        verify_shards(out, against=path)
+        assert {child.name for child in memory_path.iterdir()} <= {"out", SPARE_NAME}
+        shutil.rmtree(out)
+        shutil.rmtree(memory_path / SPARE_NAME, ignore_errors=True)
 
 
 def test_a_rank_that_is_killed_at_any_moment_leaves_a_whole_directory_or_none(

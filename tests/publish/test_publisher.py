@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from lorashard import Publisher, SplitRequest, split_adapter
+from lorashard import AdapterWriter, Publisher, SplitRequest, split_adapter, verify_shards
 from lorashard.errors import ManifestError, ServerError, ShardError
+from lorashard.storage.spares import SPARE_NAME
 from tests.lora_endpoints import Endpoints
 from tests.tiny import RANK_FILES, contents, per_expert_tensors, save_adapter
 
@@ -307,6 +308,56 @@ def test_what_a_killed_run_was_deleting_goes_with_the_next_version(
     (leftover / RANK_FILES[0]).write_bytes(b"half")
     publish_all(publisher, 2)
     assert present(tmp_path) == names(2)
+
+
+def inodes(publisher: Publisher, version: int) -> list[int]:
+    return [(publisher.path(version) / name).stat().st_ino for name in RANK_FILES]
+
+
+def write_in_place(publisher: Publisher, *versions: int) -> None:
+    """What a trainer commits, with other weights for each version."""
+    for version in versions:
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["gate_proj"]}
+        writer = AdapterWriter(publisher.path(version), config, ep_size=2)
+        for name, tensor in per_expert_tensors(seed=version).items():
+            writer.tensor(name, tensor)
+        writer.commit()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_in_memory_a_version_is_written_to_the_files_of_the_last_that_was_removed(
+    memory_path: Path, servers: Servers, keep: int
+) -> None:
+    publisher, written = publisher_of(memory_path, servers, keep=keep), []
+    for version in range(2 * keep + 3):
+        write_in_place(publisher, version)
+        written.append(inodes(publisher, version))
+        removed = publisher.publish(version).removal.versions
+        assert removed == (() if version < keep else (version - keep,))
+        kept = names(*range(max(0, version - keep + 1), version + 1))
+        assert served(servers[0]) == served(servers[1]) == kept
+        assert present(memory_path) == sorted([*kept, *([SPARE_NAME] if removed else [])])
+        for kept_version in kept:
+            verify_shards(memory_path / "versions" / kept_version)
+    assert written[keep + 1 :] == written[: -keep - 1]
+    assert publisher.withdraw().left == ()
+    assert present(memory_path) == []
+
+
+def test_who_wants_no_spare_files_has_none(memory_path: Path, servers: Servers) -> None:
+    publisher = publisher_of(memory_path, servers, keep=1, keep_spare=False)
+    for version in range(3):
+        write_in_place(publisher, version)
+        publisher.publish(version)
+    assert present(memory_path) == names(2)
+
+
+def test_several_versions_that_go_at_once_leave_one_spare(
+    memory_path: Path, servers: Servers
+) -> None:
+    publish_all(publisher_of(memory_path, servers, keep=4), 0, 1, 2, 3)
+    publish_all(publisher_of(memory_path, servers, keep=1), 4)
+    assert present(memory_path) == [SPARE_NAME, *names(4)]
 
 
 def test_a_version_that_failed_takes_no_place_of_one_that_is_served(

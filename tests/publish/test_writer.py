@@ -184,6 +184,17 @@ def test_stacked_experts_and_dense_layers(tmp_path: Path, ids: tuple[list[int], 
     verify_shards(tmp_path / "out", against=path)
 
 
+def test_each_rank_knows_what_its_rounds_took(tmp_path: Path) -> None:
+    writers = dealt(gathered(tmp_path), tmp_path / "out", [0, 1, 2], [3, 4, 5])
+    assert not writers[0].seconds
+    commit_all(writers)
+    for writer in writers:
+        seconds = dict(writer.seconds)
+        total = seconds.pop("total")
+        assert list(seconds) == ["describe", "write", "digest", "manifest", "finish"]
+        assert 0 < sum(seconds.values()) <= total
+
+
 def test_experts_of_a_smaller_r_are_padded_as_split_does(tmp_path: Path) -> None:
     path = gathered(tmp_path, lora_ranks={1: 1, 4: 1})
     writers = writers_of(path, tmp_path / "out", 2)

@@ -11,7 +11,8 @@ import pytest
 from blake3 import blake3
 
 from lorashard.errors import HeaderError
-from lorashard.storage.digests import STEP_BYTES, digest_of, read_in_steps
+from lorashard.storage import digests
+from lorashard.storage.digests import STEP_BYTES, digest_file, digest_of, read_in_steps
 from lorashard.storage.local import LocalFile
 
 CONTENT = random.Random(0).randbytes(2 * STEP_BYTES + 12_345)
@@ -39,22 +40,42 @@ def test_an_empty_range_reads_nothing(source: LocalFile) -> None:
     assert list(read_in_steps(source, beyond, beyond, memoryview(bytearray(9)))) == []
 
 
-def test_the_digest_is_that_of_the_range_alone(source: LocalFile) -> None:
+@pytest.fixture(params=[1, 2, 7])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(digests, "LARGE_STEP_BYTES", STEP_BYTES)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("place", ["tmp_path", "memory_path"])
+def test_the_digest_of_a_file_is_that_of_its_bytes(
+    request: pytest.FixtureRequest, place: str, threads: int
+) -> None:
+    path: Path = request.getfixturevalue(place) / "file"
+    path.write_bytes(CONTENT)
+    assert digest_file(path, threads) == blake3(CONTENT).hexdigest()
+
+
+def test_the_digest_is_that_of_the_range_alone(source: LocalFile, threads: int) -> None:
     expected = blake3(CONTENT[10:-10]).hexdigest()
-    assert digest_of(source, 10, len(CONTENT) - 10, lambda _: None) == expected
+    found = digest_of(source, 10, len(CONTENT) - 10, lambda _: None, threads=threads)
+    assert found == expected
 
 
-def test_bytes_read_before_are_digested_first(source: LocalFile) -> None:
-    digest = digest_of(source, 100, len(CONTENT), lambda _: None, prefix=CONTENT[:100])
+def test_bytes_read_before_are_digested_first(source: LocalFile, threads: int) -> None:
+    digest = digest_of(
+        source, 100, len(CONTENT), lambda _: None, prefix=CONTENT[:100], threads=threads
+    )
     assert digest == blake3(CONTENT).hexdigest()
 
 
-def test_progress_adds_up_to_the_range_and_moves_with_each_step(source: LocalFile) -> None:
+def test_progress_adds_up_to_the_range_and_moves_with_each_step(
+    source: LocalFile, threads: int
+) -> None:
     steps: list[int] = []
-    digest_of(source, 0, len(CONTENT), steps.append)
+    digest_of(source, 0, len(CONTENT), steps.append, threads=threads)
     assert steps == [STEP_BYTES, STEP_BYTES, 12_345]
 
 
-def test_a_source_that_ends_early_gives_no_digest(source: LocalFile) -> None:
+def test_a_source_that_ends_early_gives_no_digest(source: LocalFile, threads: int) -> None:
     with pytest.raises(HeaderError, match=f"it ended at byte {len(CONTENT)} "):
-        digest_of(source, 0, len(CONTENT) + 1, lambda _: None)
+        digest_of(source, 0, len(CONTENT) + 1, lambda _: None, threads=threads)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,32 @@ def test_files_are_those_of_the_directory_that_was_opened(tmp_path: Path) -> Non
     assert file.read(0, 3) == b"old"
     file.close()
     held.close()
+
+
+def test_a_file_is_kept_until_it_is_written_to_moved_or_replaced(tmp_path: Path) -> None:
+    for number, change in enumerate(
+        (
+            lambda path: path.write_bytes(b"new"),
+            lambda path: path.rename(path.with_name("elsewhere")),
+            lambda path: (path.parent / "new").rename(path),
+        )
+    ):
+        path = directory(tmp_path / str(number), b"old")
+        (path / "new").write_bytes(b"new")
+        with closing(HeldDirectory(path)) as held, closing(held.file("file")) as file:
+            assert held.has_kept(file)
+            change(path / "file")
+            assert not held.has_kept(file)
+
+
+def test_a_file_that_is_deleted_or_goes_with_its_directory_is_kept(tmp_path: Path) -> None:
+    path = directory(tmp_path / "a", b"old")
+    with closing(HeldDirectory(path)) as held, closing(held.file("file")) as file:
+        path.rename(tmp_path / "b")
+        assert held.has_kept(file)
+        shutil.rmtree(tmp_path / "b")
+        assert held.has_kept(file)
+        assert file.read(0, 3) == b"old"
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:

@@ -56,6 +56,17 @@ def test_a_long_copy_is_cut_and_each_piece_goes_on_where_the_last_ended() -> Non
     assert second.copies == (CopyRange(110, 120, (Target(0, 17), Target(1, 1017))),)
 
 
+def test_aligned_blocks_end_at_multiples_of_their_size() -> None:
+    reads = (copy(3, 8), copy(8, 9), copy(9, 35, offset=7), copy(35, 40), copy(40, 44))
+    blocks = list(split_into_blocks(reads, 10, is_aligned=True))
+    assert [(b.begin, b.end) for b in blocks] == [(3, 10), (10, 20), (20, 30), (30, 40), (40, 44)]
+    first, second = blocks[:2]
+    assert isinstance(first, CopyBlock)
+    assert isinstance(second, CopyBlock)
+    assert first.copies[2] == CopyRange(9, 10, (Target(0, 7), Target(1, 1007)))
+    assert second.copies == (CopyRange(10, 20, (Target(0, 8), Target(1, 1008))),)
+
+
 def test_what_lies_side_by_side_is_one_run() -> None:
     places = [
         (Target(1, 20), 0, 10), (Target(1, 0), 10, 20), (Target(1, 10), 40, 50),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from blake3 import blake3
 from lorashard import SplitRequest, split_adapter
 from lorashard.errors import ShardError
 from lorashard.shards.directory import locate_shards, opened_files
-from lorashard.shards.plan import Target
+from lorashard.shards.plan import ReadOp, Target
 from lorashard.shards.replan import CheckedShards, check_shards
 from lorashard.writing import restore
-from lorashard.writing.blocks import split_into_blocks
+from lorashard.writing.blocks import Block, split_into_blocks
 from lorashard.writing.restore import find_misplaced, restore_source
 from tests.tiny import MODULE, RANK_FILES, per_expert_tensors, save_adapter, save_fused
 
@@ -42,12 +43,21 @@ def test_the_bytes_and_the_digest_are_those_of_the_source(tmp_path: Path) -> Non
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = partial(split_into_blocks, block_bytes=64, column_block_bytes=64)
-    monkeypatch.setattr(restore, "split_into_blocks", cut)
+    cut = partial(split_into_blocks, column_block_bytes=64)
+
+    def split_into_small_blocks(
+        reads: Sequence[ReadOp], _: int = 0, *, is_aligned: bool = False
+    ) -> Iterator[Block]:
+        return cut(reads, block_bytes=64, is_aligned=is_aligned)
+
+    monkeypatch.setattr(restore, "split_into_blocks", split_into_small_blocks)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.usefixtures("small_blocks")
-def test_a_block_stays_what_it_is_while_the_next_one_is_read(tmp_path: Path) -> None:
+def test_a_block_stays_what_it_is_while_the_next_ones_are_read(
+    tmp_path: Path, threads: int
+) -> None:
     for save in (save_adapter, save_fused):
         adapter = save(tmp_path / save.__name__)
         shards = checked(adapter, tmp_path / f"{save.__name__}-shards")
@@ -58,29 +68,34 @@ def test_a_block_stays_what_it_is_while_the_next_one_is_read(tmp_path: Path) -> 
             written.extend(data)
 
         with opened_files(shards.files) as files:
-            digest = restore_source(shards.plan, bytes(written), files, write_slowly, sizes.append)
+            digest = restore_source(
+                shards.plan, bytes(written), files, write_slowly, sizes.append, threads=threads
+            )
         source = (adapter / "adapter_model.safetensors").read_bytes()
         assert len(sizes) > 4
         assert written == source
         assert digest == blake3(source).hexdigest()
 
 
+@pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.usefixtures("small_blocks")
-def test_an_error_of_either_side_is_raised_and_ends_the_threads(tmp_path: Path) -> None:
+def test_an_error_of_either_side_is_raised_and_ends_the_threads(
+    tmp_path: Path, threads: int
+) -> None:
     shards, before = checked(save_adapter(tmp_path / "a"), tmp_path / "s"), threading.active_count()
 
     def fail(_: memoryview) -> None:
         raise OSError("disk full")
 
     with opened_files(shards.files) as files, pytest.raises(OSError, match="disk full"):
-        restore_source(shards.plan, b"", files, fail, lambda _: None)
+        restore_source(shards.plan, b"", files, fail, lambda _: None, threads=threads)
     assert threading.active_count() == before
     path = tmp_path / "s" / RANK_FILES[1]
 
     def restore_as_it_is_cut() -> None:
         with opened_files(shards.files) as files:
             os.truncate(path, path.stat().st_size - 1)
-            restore_source(shards.plan, b"", files, len, lambda _: None)
+            restore_source(shards.plan, b"", files, len, lambda _: None, threads=threads)
 
     with pytest.raises(ShardError, match="while being read"):
         restore_as_it_is_cut()

@@ -6,7 +6,8 @@ another one takes its place during the load.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from blake3 import blake3
@@ -31,7 +32,8 @@ from lorashard.vllm_plugin.settings import verifies_fully
 def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
     """Read the manifest and the configuration. What is opened later is closed with `stack`.
 
-    Raises ManifestError, ShardError or AdapterError.
+    Raises ManifestError, ShardError or AdapterError. `stack` raises ShardError as it closes a file
+    that has changed since it was opened.
     """
     try:
         held = HeldDirectory(path)
@@ -54,8 +56,7 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
     contradiction = next(find_contradictions(manifest, None), None)
     if contradiction is not None:
         raise ManifestError(path / MANIFEST_NAME, contradiction, hint=_COPY_AGAIN)
-    files = ShardFiles(held, manifest)
-    stack.callback(files.close)
+    files = stack.enter_context(_checked_files(held, manifest))
     shared = _stacks_in(manifest.files[REPLICATED_NAME], manifest, shared=True)
     # The rank files' tensors differ in dimension 0 alone, so the first file describes them all.
     ranked = _stacks_in(manifest.files[rank_file_name(0, manifest.placement.ep_size)], manifest)
@@ -80,6 +81,16 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
 
 
 _COPY_AGAIN = "Copy the whole directory again: its files belong together."
+
+
+@contextmanager
+def _checked_files(held: HeldDirectory, manifest: Manifest) -> Iterator[ShardFiles]:
+    files = ShardFiles(held, manifest)
+    try:
+        yield files
+        files.check_unchanged()
+    finally:
+        files.close()
 
 
 def _check_not_replaced(held: HeldDirectory) -> None:
@@ -139,6 +150,11 @@ class ShardFiles:
             self._opened[ep_rank] = RankFile(self._directory, name, recorded)
         return self._opened[ep_rank]
 
+    def check_unchanged(self) -> None:
+        """Raise ShardError if a file that was opened has changed since."""
+        for file in self._opened.values():
+            file.check_unchanged()
+
     def close(self) -> None:
         """Close what was opened."""
         for file in self._opened.values():
@@ -157,6 +173,7 @@ class RankFile:
     """
 
     def __init__(self, directory: HeldDirectory, name: str, recorded: ShardFile) -> None:
+        self._directory = directory
         self._path = directory.path / name
         try:
             self._file = directory.file(name)
@@ -198,6 +215,14 @@ class RankFile:
             raise ShardError(
                 f"rank file {self._path.name}: it ended at byte {offset + done} while being read.",
                 hint=_COPY_AGAIN,
+            )
+
+    def check_unchanged(self) -> None:
+        """Raise ShardError if it was written to, or may have been, since it was opened."""
+        if not self._directory.has_kept(self._file):
+            raise ShardError(
+                f"rank file {self._path.name}: it changed while it was being loaded.",
+                hint="Load the adapter again when nobody writes there.",
             )
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ register()
 import torch
 from vllm.lora.peft_helper import PEFTHelper
 from lorashard import SplitRequest, split_adapter
+from lorashard.vllm_plugin.load import fill
 from tests.vllm_plugin import harness
 from tests.vllm_plugin.harness_selfcheck import SIZES, adapter_of, modules
 
@@ -56,6 +57,20 @@ try:
 except ValueError as err:
     found["failed"] = [str(err), loader.last_report is None]
 (folder / "away").rename(missing)
+
+run = fill.Filler.run
+def read_while_another_writes(*arguments):
+    done = run(*arguments)
+    with missing.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    return done
+fill.Filler.run = read_while_another_writes
+try:
+    engine.add_adapter(harness.request(engine, folder / "ep2", "changed", 6))
+except ValueError as err:
+    found["changed"] = [str(err), loader.last_report is None, 6 in engine.list_adapters()]
+fill.Filler.run = run
 
 dense = {{name: t for name, t in built.tensors.items() if "self_attn" in name}}
 without = type(built)(built.spec, dense, built.config, {{}}, {{}}).write(folder / "dense")
@@ -139,6 +154,12 @@ def test_a_load_that_fails_leaves_no_report_of_the_one_before() -> None:
     message, is_none = findings()["failed"]
     assert "ep-00000-of-00002.safetensors" in message
     assert is_none
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused_and_not_kept() -> None:
+    message, is_none, is_kept = findings()["changed"]
+    assert "ep-00000-of-00002.safetensors: it changed while it was being loaded" in message
+    assert (is_none, is_kept) == (True, False)
 
 
 def test_an_adapter_without_experts_is_left_to_vllm() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,57 @@ def test_a_file_that_ends_while_it_is_read_says_where(shards: Path) -> None:
         source = open_shard_directory(shards, stack).sources.source_of(0)
         with pytest.raises(ShardError, match=f"{RANK_FILES[0]}: it ended at byte {size} while"):
             source.read_into(memoryview(bytearray(100)), size - 10)
+
+
+def write_to(path: Path) -> None:
+    flip_bit(path, -1)
+
+
+def take_over(path: Path) -> None:
+    """As a writer does that has not written yet."""
+    path.rename(path.parent.parent / path.name)
+
+
+def put_another_in_its_place(path: Path) -> None:
+    (path.parent / "other").write_bytes(path.read_bytes())
+    (path.parent / "other").rename(path)
+
+
+@pytest.mark.parametrize("change", [write_to, take_over, put_another_in_its_place])
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    shards: Path, tmp_path: Path, change: Callable[[Path], None], is_linked: bool
+) -> None:
+    path = shards / RANK_FILES[0]
+    if is_linked:  # as in the Hub's cache
+        path.rename(tmp_path / "blob")
+        path.symlink_to(tmp_path / "blob")
+    expected = f"rank file {RANK_FILES[0]}: it changed while it was being loaded"
+    stack = ExitStack()
+    open_shard_directory(shards, stack).sources.source_of(0)
+    change(path)
+    with pytest.raises(ShardError, match=expected):
+        stack.close()
+
+
+@pytest.mark.parametrize("change", [shutil.rmtree, lambda path: path.rename(path.parent / "b")])
+@pytest.mark.parametrize("is_opened", [False, True])
+def test_a_directory_that_is_deleted_or_renamed_meanwhile_is_read_as_far_as_it_was_open(
+    shards: Path, change: Callable[[Path], None], is_opened: bool
+) -> None:
+    content = (shards / RANK_FILES[0]).read_bytes()
+    data = bytearray(len(content))
+    with ExitStack() as stack:
+        sources = open_shard_directory(shards, stack).sources
+        if is_opened:
+            sources.source_of(0)
+        change(shards)
+        if is_opened or change is not shutil.rmtree:
+            sources.source_of(0).read_into(memoryview(data), 0)
+            assert data == content
+        else:
+            with pytest.raises(ShardError, match="replaced while it was being loaded"):
+                sources.source_of(0)
 
 
 def test_another_configuration_than_the_recorded_one_is_refused(shards: Path) -> None:
