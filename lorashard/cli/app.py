@@ -112,7 +112,8 @@ def _fail(message: str, hint: str | None, code: int) -> NoReturn:
 
 
 def _print_error_json(message: str, hint: str | None, code: int) -> None:
-    if "--json" in sys.argv[1:] and not render.printed_json():
+    ours = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    if "--json" in ours and not render.printed_json():
         render.print_json({"error": message, "hint": hint, "exit_code": code})
 
 

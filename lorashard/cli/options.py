@@ -110,10 +110,11 @@ TensorParallelSize = Annotated[
     typer.Option("-tp", "--tensor-parallel-size", min=1, help="vLLM's --tensor-parallel-size."),
 ]
 DataParallelSize = Annotated[
-    int, typer.Option("--data-parallel-size", min=1, help="vLLM's --data-parallel-size.")
+    int, typer.Option("-dp", "--data-parallel-size", min=1, help="vLLM's --data-parallel-size.")
 ]
 EnableExpertParallel = Annotated[
-    bool, typer.Option("--enable-expert-parallel", help="vLLM's --enable-expert-parallel.")
+    bool,
+    typer.Option("-ep", "--enable-expert-parallel", help="vLLM's --enable-expert-parallel."),
 ]
 EnableEplb = Annotated[bool, typer.Option("--enable-eplb", help="vLLM's --enable-eplb.")]
 FullyShardedLoras = Annotated[
