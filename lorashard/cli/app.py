@@ -6,11 +6,13 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lorashard.cli import (
+    about,
     convert,
     doctor,
     inspect,
@@ -23,11 +25,19 @@ from lorashard.cli import (
     split,
     verify,
 )
+from lorashard.cli.groups import GROUPS, GroupedHelp, epilog_of
 from lorashard.errors import AdapterError, LorashardError
 from lorashard.storage.system_errors import describe, hint_of
-from lorashard.version import __version__
+
+# Help is as wide as the terminal, until lines become hard to read.
+_MOST_COLUMNS = 120
 
 app = typer.Typer(
+    cls=GroupedHelp,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": _MOST_COLUMNS,
+    },
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: importing rich would take half of the time of `--help`
@@ -38,7 +48,7 @@ app = typer.Typer(
 
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
-        render.print_line(f"lorashard {__version__}")
+        about.version()
         raise typer.Exit
 
 
@@ -52,19 +62,22 @@ def _root(
     pass
 
 
-for _command in (
-    split.split,
-    verify.verify,
-    inspect.inspect,
-    plan.plan,
-    merge.merge,
-    convert.convert,
-    reshard.reshard,
-    pull.pull,
-    push.push,
-    doctor.doctor,
-):
-    app.command()(_command)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "split": split.split,
+    "reshard": reshard.reshard,
+    "inspect": inspect.inspect,
+    "plan": plan.plan,
+    "verify": verify.verify,
+    "doctor": doctor.doctor,
+    "merge": merge.merge,
+    "convert": convert.convert,
+    "pull": pull.pull,
+    "push": push.push,
+    "version": about.version,
+    "env": about.env,
+}
+for _name in (name for names in GROUPS.values() for name in names):
+    app.command(_name, epilog=epilog_of(_name))(_COMMANDS[_name])
 
 
 def main() -> NoReturn:

@@ -204,7 +204,7 @@ def doctor(
     words: Annotated[
         Optional[list[str]],
         typer.Argument(
-            metavar="[ADAPTER_OR_SHARDS] [-- COMMAND]",
+            metavar="ADAPTER_OR_SHARDS",
             help="An adapter or a shard directory that is to be served; and, after --, the command "
             "that starts vLLM, as it is. Both are optional.",
             show_default=False,
