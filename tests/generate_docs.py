@@ -41,7 +41,9 @@ report needs, and `lorashard --install-completion` sets up completion for your s
 Results go to stdout, progress and notes to stderr. `--json` prints one JSON document on stdout;
 its fields are an interface and change only with a note in the changelog. If a command fails before
 it has a result, or is used wrongly (exit code 2), the document is
-`{"error": ..., "hint": ..., "exit_code": ...}`. Exit codes are listed in [errors.md](errors.md).
+`{"error": ..., "hint": ..., "exit_code": ..., "kind": ..., "where": ...}`, also on stdout: what is wrong, what
+to do, the exit code, the name of the class (or `UsageError`), and the path or module that it is about. `hint` and
+`where` may be null. Classes and exit codes are listed in [errors.md](errors.md).
 """
 
 ERRORS_INTRO = """\

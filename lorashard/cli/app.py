@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -25,9 +25,10 @@ from lorashard.cli import (
     split,
     verify,
 )
+from lorashard.cli.error_json import USAGE, error_json, json_of, where_of
 from lorashard.cli.groups import GROUPS, GroupedHelp, epilog_of
 from lorashard.errors import AdapterError, LorashardError
-from lorashard.storage.system_errors import describe, hint_of
+from lorashard.storage.system_errors import describe
 
 # Help is as wide as the terminal, until lines become hard to read.
 _MOST_COLUMNS = 120
@@ -101,33 +102,32 @@ def main() -> NoReturn:
             render.say("interrupted")
         # Typer has said on stderr what is wrong with the arguments, and exits while it handles that.
         if (wrong_usage := getattr(err.__context__, "format_message", None)) is not None:
-            _print_error_json(wrong_usage(), "Add --help to see the options.", int(err.code or 0))
+            hint = "Add --help to see the options."
+            _print_error_json(error_json(USAGE, wrong_usage(), hint, int(err.code or 0)))
         raise
     except LorashardError as err:
-        _fail(err.message, hint_of(err), err.exit_code)
+        _fail(json_of(err))
     except Exception as err:
         if os.environ.get("LORASHARD_DEBUG"):
             raise
+        kind, where = type(err).__name__, where_of(err)
         if isinstance(err, OSError) and (described := describe(err)):
-            _fail(*described, AdapterError.exit_code)
-        _fail(
-            f"unexpected {type(err).__name__}: {err}",
-            "Please report this. Set LORASHARD_DEBUG=1 to see where it happened.",
-            1,
-        )
+            _fail(error_json(kind, *described, AdapterError.exit_code, where))
+        hint = "Please report this. Set LORASHARD_DEBUG=1 to see where it happened."
+        _fail(error_json(kind, f"unexpected {kind}: {err}", hint, 1, where))
     sys.exit(0)
 
 
-def _fail(message: str, hint: str | None, code: int) -> NoReturn:
-    render.say_error(message, hint)
-    _print_error_json(message, hint, code)
-    sys.exit(code)
+def _fail(error: Mapping[str, Any]) -> NoReturn:
+    render.say_error(error["error"], error["hint"])
+    _print_error_json(error)
+    sys.exit(error["exit_code"])
 
 
-def _print_error_json(message: str, hint: str | None, code: int) -> None:
+def _print_error_json(error: Mapping[str, Any]) -> None:
     ours = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     if "--json" in ours and not render.printed_json():
-        render.print_json({"error": message, "hint": hint, "exit_code": code})
+        render.print_json(error)
 
 
 def _exit_on_signal(signum: int, _frame: Any) -> NoReturn:

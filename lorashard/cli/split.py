@@ -12,6 +12,7 @@ import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
+from lorashard.cli.error_json import json_of
 from lorashard.errors import AdapterError, BatchError
 from lorashard.storage.system_errors import hint_of
 
@@ -246,7 +247,5 @@ def _outcome_json(outcome: AdapterOutcome) -> dict[str, Any]:
         "adapter": outcome.adapter,
         "status": outcome.status,
         "out": str(outcome.target),
-        "error": outcome.error.message,
-        "hint": hint_of(outcome.error),
-        "exit_code": outcome.error.exit_code,
+        **json_of(outcome.error),
     }
