@@ -43,7 +43,8 @@ its fields are an interface and change only with a note in the changelog. If a c
 it has a result, or is used wrongly (exit code 2), the document is
 `{"error": ..., "hint": ..., "exit_code": ..., "kind": ..., "where": ...}`, also on stdout: what is wrong, what
 to do, the exit code, the name of the class (or `UsageError`), and the path or module that it is about. `hint` and
-`where` may be null. Classes and exit codes are listed in [errors.md](errors.md).
+`where` may be null. Given several paths, `inspect` and `verify` print a list with a document for each,
+which is such an error where a path cannot be read. Classes and exit codes are listed in [errors.md](errors.md).
 """
 
 ERRORS_INTRO = """\

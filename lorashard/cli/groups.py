@@ -30,6 +30,7 @@ EXAMPLES = {
         "lorashard verify my-adapter-ep8",
         "lorashard verify my-adapter-ep8 --against my-adapter",
         "lorashard verify my-adapter-ep8 --node-ranks 0-3",
+        "lorashard verify all/*-ep8",
     ),
     "doctor": (
         "lorashard doctor",

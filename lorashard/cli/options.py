@@ -29,6 +29,12 @@ Shards = Annotated[
         metavar="SHARDS", help="A shard directory, local or remote.", show_default=False
     ),
 ]
+SeveralShards = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SHARDS", help="Shard directories, local or remote.", show_default=False
+    ),
+]
 EpSize = Annotated[
     int,
     typer.Option("--ep-size", min=1, help="Number of expert-parallel ranks.", show_default=False),
