@@ -137,6 +137,9 @@ AdapterOutput = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Replace a finished target directory, atomically.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check and decide everything, but write nothing.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 

@@ -72,9 +72,7 @@ def split(
         bool,
         typer.Option("--resume", help="Keep a directory that is finished and of the same adapter."),
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and decide everything, but write nothing.")
-    ] = False,
+    dry_run: opt.DryRun = False,
     no_sync: Annotated[
         bool,
         typer.Option(
