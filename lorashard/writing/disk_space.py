@@ -14,7 +14,7 @@ def check_disk_space(target: Path, size_bytes: int, *, hint: str) -> None:
 
     A file system that does not say how large it is, as some network ones, is believed to have room.
     """
-    folder = target
+    folder = target.absolute()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     try:
