@@ -82,7 +82,14 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """What completion and `help(lorashard)` show: the API, though nothing of it is imported yet."""
+    return sorted([*__all__, "errors"])
+
+
 def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module(f"{__name__}.errors")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -150,10 +150,14 @@ class NotReadyError(LorashardError):
 class BatchError(LorashardError):
     """Some of several adapters failed: `errors`, in order; the exit code is that of the first one."""
 
-    def __init__(self, errors: Sequence[LorashardError], count: int) -> None:
-        super().__init__(
-            f"{len(errors)} of {count} adapters failed.",
-            hint="The others are done; run it again with --resume to retry only these.",
-        )
+    def __init__(
+        self,
+        errors: Sequence[LorashardError],
+        count: int,
+        *,
+        noun: str = "adapters",
+        hint: str = "The others are done; run it again with --resume to retry only these.",
+    ) -> None:
+        super().__init__(f"{len(errors)} of {count} {noun} failed.", hint=hint)
         self.errors = tuple(errors)
         self.exit_code = errors[0].exit_code

@@ -40,9 +40,9 @@ PURE = (
     "vllm_plugin.engine.guards", "vllm_plugin.load.assembly", "vllm_plugin.load.reads",
     "vllm_plugin.load.rearrangements", "vllm_plugin.load.plain_plan",
     "vllm_plugin.load.rows", "vllm_plugin.load.advice", "vllm_plugin.load.matching", "vllm_plugin.load.outcome",
-    "vllm_plugin.doctor.adapter_outcome", "vllm_plugin.doctor.diagnosis", "vllm_plugin.doctor.findings",
+    "vllm_plugin.doctor.adapter_outcome", "vllm_plugin.doctor.command", "vllm_plugin.doctor.diagnosis", "vllm_plugin.doctor.findings",
     "vllm_plugin.doctor.flags", "vllm_plugin.doctor.live_layers", "vllm_plugin.doctor.notes",
-    "vllm_plugin.doctor.problems", "vllm_plugin.doctor.releases",
+    "vllm_plugin.doctor.problems", "vllm_plugin.doctor.releases", "vllm_plugin.doctor.verdict",
 )  # fmt: skip
 TOUCHING = frozenset({
     "ctypes", "fcntl", "huggingface_hub", "io", "mmap", "os", "pathlib", "safetensors", "shutil",

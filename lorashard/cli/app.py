@@ -6,11 +6,13 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lorashard.cli import (
+    about,
     convert,
     doctor,
     inspect,
@@ -23,11 +25,20 @@ from lorashard.cli import (
     split,
     verify,
 )
+from lorashard.cli.error_json import USAGE, error_json, json_of, where_of
+from lorashard.cli.groups import GROUPS, GroupedHelp, epilog_of
 from lorashard.errors import AdapterError, LorashardError
-from lorashard.storage.system_errors import describe, hint_of
-from lorashard.version import __version__
+from lorashard.storage.system_errors import describe
+
+# Help is as wide as the terminal, until lines become hard to read.
+_MOST_COLUMNS = 120
 
 app = typer.Typer(
+    cls=GroupedHelp,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": _MOST_COLUMNS,
+    },
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: importing rich would take half of the time of `--help`
@@ -38,7 +49,7 @@ app = typer.Typer(
 
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
-        render.print_line(f"lorashard {__version__}")
+        about.version()
         raise typer.Exit
 
 
@@ -52,19 +63,22 @@ def _root(
     pass
 
 
-for _command in (
-    split.split,
-    verify.verify,
-    inspect.inspect,
-    plan.plan,
-    merge.merge,
-    convert.convert,
-    reshard.reshard,
-    pull.pull,
-    push.push,
-    doctor.doctor,
-):
-    app.command()(_command)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "split": split.split,
+    "reshard": reshard.reshard,
+    "inspect": inspect.inspect,
+    "plan": plan.plan,
+    "verify": verify.verify,
+    "doctor": doctor.doctor,
+    "merge": merge.merge,
+    "convert": convert.convert,
+    "pull": pull.pull,
+    "push": push.push,
+    "version": about.version,
+    "env": about.env,
+}
+for _name in (name for names in GROUPS.values() for name in names):
+    app.command(_name, epilog=epilog_of(_name))(_COMMANDS[_name])
 
 
 def main() -> NoReturn:
@@ -88,32 +102,32 @@ def main() -> NoReturn:
             render.say("interrupted")
         # Typer has said on stderr what is wrong with the arguments, and exits while it handles that.
         if (wrong_usage := getattr(err.__context__, "format_message", None)) is not None:
-            _print_error_json(wrong_usage(), "Add --help to see the options.", int(err.code or 0))
+            hint = "Add --help to see the options."
+            _print_error_json(error_json(USAGE, wrong_usage(), hint, int(err.code or 0)))
         raise
     except LorashardError as err:
-        _fail(err.message, hint_of(err), err.exit_code)
+        _fail(json_of(err))
     except Exception as err:
         if os.environ.get("LORASHARD_DEBUG"):
             raise
+        kind, where = type(err).__name__, where_of(err)
         if isinstance(err, OSError) and (described := describe(err)):
-            _fail(*described, AdapterError.exit_code)
-        _fail(
-            f"unexpected {type(err).__name__}: {err}",
-            "Please report this. Set LORASHARD_DEBUG=1 to see where it happened.",
-            1,
-        )
+            _fail(error_json(kind, *described, AdapterError.exit_code, where))
+        hint = "Please report this. Set LORASHARD_DEBUG=1 to see where it happened."
+        _fail(error_json(kind, f"unexpected {kind}: {err}", hint, 1, where))
     sys.exit(0)
 
 
-def _fail(message: str, hint: str | None, code: int) -> NoReturn:
-    render.say_error(message, hint)
-    _print_error_json(message, hint, code)
-    sys.exit(code)
+def _fail(error: Mapping[str, Any]) -> NoReturn:
+    render.say_error(error["error"], error["hint"])
+    _print_error_json(error)
+    sys.exit(error["exit_code"])
 
 
-def _print_error_json(message: str, hint: str | None, code: int) -> None:
-    if "--json" in sys.argv[1:] and not render.printed_json():
-        render.print_json({"error": message, "hint": hint, "exit_code": code})
+def _print_error_json(error: Mapping[str, Any]) -> None:
+    ours = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    if "--json" in ours and not render.printed_json():
+        render.print_json(error)
 
 
 def _exit_on_signal(signum: int, _frame: Any) -> NoReturn:

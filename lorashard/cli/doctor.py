@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,26 +16,39 @@ import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.errors import NotReadyError
+from lorashard.errors import LorashardError, NotReadyError
 
 if TYPE_CHECKING:
+    from lorashard.adapter.base_model import ModelFacts
+    from lorashard.vllm_plugin.doctor.command import VllmCommand
     from lorashard.vllm_plugin.doctor.diagnosis import Report
     from lorashard.vllm_plugin.doctor.findings import PatchState
     from lorashard.vllm_plugin.doctor.flags import EngineFlags
 
 
-def run_doctor(path: Path | None, flags: EngineFlags, model: str | None, *, as_json: bool) -> None:
+def run_doctor(
+    path: Path | None,
+    flags: EngineFlags,
+    model: str | None,
+    command: VllmCommand | None,
+    *,
+    as_json: bool,
+    verbose: bool,
+) -> None:
     """Look, decide, print. Raises NotReadyError if anything is broken or would be refused."""
     from lorashard.adapter.base_model import merge_facts  # noqa: PLC0415
     from lorashard.adapter.options import LayoutOptions  # noqa: PLC0415
-    from lorashard.adapter.read import read_model_facts  # noqa: PLC0415
-    from lorashard.storage.remote import locate  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.adapter_survey import survey_adapter  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.diagnosis import diagnose  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.problems import lora_problems  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.survey import has_vllm, survey  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.verdict import reach_verdict  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.vllm_config import find_config_refusal  # noqa: PLC0415
 
-    facts = read_model_facts(locate(model)) if model else None
+    notes: list[str] = []
+    facts = _read_model(model, command, notes)
+    if path is None and command is not None:
+        path = _choose_adapter(command, notes)
     if has_vllm():
         render.say("importing vLLM ...")
     installation, patches = survey()
@@ -44,13 +59,48 @@ def run_doctor(path: Path | None, flags: EngineFlags, model: str | None, *, as_j
         refusal = find_config_refusal(path, is_shards=adapter.is_shard_directory)
         adapter = replace(adapter, vllm_refusal=refusal)
     report = diagnose(installation, patches, flags, facts, adapter)
+    if command is not None:
+        problems = (*report.problems, *lora_problems(enable_lora=command.enable_lora))
+        found = (*report.notes, *command.notes, *notes)
+        report = replace(report, ok=not problems, problems=problems, notes=found)
+    ignored = () if command is None else command.ignored
     if as_json:
-        render.print_json(asdict(report))
+        verdict = {"verdict": reach_verdict(report)}
+        render.print_json(verdict | asdict(report) | {"ignored": list(ignored)})
     else:
-        _show(report)
+        _show(report, ignored, verbose=verbose)
     if not report.ok:
-        count, first = len(report.problems), _lines(report.problems[0].text)[0]
-        raise NotReadyError(f"{count} problem{'' if count == 1 else 's'}: {first}")
+        count = len(report.problems)
+        raise NotReadyError("1 problem found." if count == 1 else f"{count} problems found.")
+
+
+def _read_model(
+    model: str | None, command: VllmCommand | None, notes: list[str]
+) -> ModelFacts | None:
+    """The facts of --model, or of the model that the command serves, where that can be read."""
+    from lorashard.adapter.read import read_model_facts  # noqa: PLC0415
+    from lorashard.storage.remote import locate  # noqa: PLC0415
+
+    if model is not None:
+        return read_model_facts(locate(model))
+    if command is None or command.model is None:
+        return None
+    try:
+        return read_model_facts(locate(command.model))
+    except LorashardError as err:
+        notes.append(f"The model was not looked at: {err.message}")
+        return None
+
+
+def _choose_adapter(command: VllmCommand, notes: list[str]) -> Path | None:
+    """The first local adapter of --lora-modules."""
+    local = [Path(name) for name in command.adapters if Path(name).exists()]
+    notes += [
+        f"{name} of --lora-modules was not looked at."
+        for name in command.adapters
+        if local[:1] != [Path(name)]
+    ]
+    return local[0] if local else None
 
 
 def _lines(problem: str) -> list[str]:
@@ -59,19 +109,40 @@ def _lines(problem: str) -> list[str]:
     return [text, f"  {hint}"] if newline else [hint]
 
 
-def _show(report: Report) -> None:
-    _show_installation(report)
-    _show_patches(report.patches)
-    _show_engine(report)
-    _show_adapter(report)
-    render.print_line("")
-    for note in report.notes:
-        render.print_line(f"note: {note}")
+def _show(report: Report, ignored: Sequence[str], *, verbose: bool) -> None:
+    """The verdict, what leads to it, and with -v all the rest."""
+    from lorashard.vllm_plugin.doctor.verdict import describe_verdict  # noqa: PLC0415
+
+    render.print_line(describe_verdict(report))
     for problem in report.problems:
         for line in _lines(f"problem: {problem.text}"):
             render.print_line(line)
-    if report.ok:
-        render.print_line("ok: nothing is broken, and nothing would be refused")
+    for note in report.notes:
+        render.print_line(f"note: {note}")
+    render.print_line("")
+    if verbose:
+        _show_installation(report)
+        _show_patches(report.patches)
+    else:
+        _show_summary(report)
+    _show_engine(report, verbose=verbose)
+    _show_adapter(report)
+    if verbose and ignored:
+        render.print_line("")
+        render.print_line("Ignored, since expert LoRA does not depend on it")
+        for words in ignored:
+            render.print_line(f"  {words}")
+
+
+def _show_summary(report: Report) -> None:
+    here = report.installation
+    states = Counter(patch.state for patch in report.patches)
+    counted = ", ".join(f"{count} {state}" for state, count in states.items())
+    found = "found" if here.entry_point else "not found"
+    render.print_line(
+        f"lorashard {here.lorashard}, vLLM {here.vllm or 'not installed'}, plugin {found} by vLLM"
+    )
+    render.print_line(f"Patches: {counted} (-v lists them)")
 
 
 def _show_installation(report: Report) -> None:
@@ -103,14 +174,15 @@ def _show_patches(patches: Sequence[PatchState]) -> None:
         render.print_line(f"    upstream  {patch.upstream}, from {patch.since}{until}")
 
 
-def _show_engine(report: Report) -> None:
-    render.print_line("")
+def _show_engine(report: Report, *, verbose: bool) -> None:
+    if verbose:
+        render.print_line("")
     render.print_line(
         f"Engine: {report.ep_size} expert-parallel ranks, experts placed {report.placement}"
         if report.ep_size > 1
         else "Engine: no expert parallelism (-tp N --enable-expert-parallel)"
     )
-    if report.known_once_loaded:
+    if verbose and report.known_once_loaded:
         render.print_line("  Known only once a model is loaded:")
         for fact in report.known_once_loaded:
             render.print_line(f"    {fact}")
@@ -123,18 +195,18 @@ def _show_adapter(report: Report) -> None:
     facts = [f"{adapter.num_experts} experts"] if adapter.num_experts else []
     facts += [f"r={adapter.lora_rank}"] if adapter.lora_rank else []
     facts += [f"{adapter.strategy} on {len(adapter.ranks)} ranks"] if adapter.ranks else []
-    render.print_line("")
     render.print_line(f"Adapter: {adapter.path}, {', '.join([adapter.kind, *facts])}")
     if report.outcome is not None:
         render.print_line(f"  {report.outcome}")
 
 
 def doctor(
-    path: Annotated[
-        Optional[Path],
+    words: Annotated[
+        Optional[list[str]],
         typer.Argument(
             metavar="ADAPTER_OR_SHARDS",
-            help="An adapter or a shard directory that is to be served; optional.",
+            help="An adapter or a shard directory that is to be served; and, after --, the command "
+            "that starts vLLM, as it is. Both are optional.",
             show_default=False,
         ),
     ] = None,
@@ -146,12 +218,18 @@ def doctor(
     expert_placement_strategy: opt.ExpertPlacementStrategy = "linear",
     max_lora_rank: Annotated[int, typer.Option(min=1, help="vLLM's --max-lora-rank.")] = 16,
     model: opt.Model = None,
+    verbose: Annotated[
+        bool,
+        typer.Option("-v", "--verbose", help="Also show each patch, and what was ignored."),
+    ] = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show what the vLLM plugin finds here, and would do with this adapter and these flags.
+    """Say whether this adapter would be right in this vLLM with these flags.
 
-    Run it in vLLM's own environment. Exit code 5 if anything is broken or would be refused.
+    Run it in vLLM's own environment. The first line is the verdict: right; refused, if vLLM or the
+    plugin would refuse it; or wrong, if the plugin would not work here. Exit code 5 unless it is right.
     """
+    from lorashard.vllm_plugin.doctor.command import parse_command  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.flags import EngineFlags  # noqa: PLC0415
 
     flags = EngineFlags(
@@ -163,4 +241,19 @@ def doctor(
         expert_placement_strategy=expert_placement_strategy,
         max_lora_rank=max_lora_rank,
     )
-    run_doctor(path, flags, model, as_json=as_json)
+    path, command_words = _take_apart(words or [])
+    command = None
+    if command_words:
+        command = parse_command(command_words, flags)
+        flags = command.flags
+        os.environ.update(command.environment)
+    run_doctor(path, flags, model, command, as_json=as_json, verbose=verbose)
+
+
+def _take_apart(words: list[str]) -> tuple[Path | None, list[str]]:
+    """The adapter, if there is one, and the command. Click has dropped the `--` between them."""
+    from lorashard.vllm_plugin.doctor.command import starts_command  # noqa: PLC0415
+
+    if not words or starts_command(words):
+        return None, words
+    return Path(words[0]), words[1:]

@@ -9,14 +9,15 @@ import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
+from lorashard.cli.several import look_at_each
 
 
 def inspect(
-    path: Annotated[
-        str,
+    paths: Annotated[
+        list[str],
         typer.Argument(
             metavar="ADAPTER_OR_SHARDS",
-            help="An adapter or a shard directory, local or remote.",
+            help="Adapters or shard directories, local or remote.",
             show_default=False,
         ),
     ],
@@ -27,7 +28,7 @@ def inspect(
     allow_pickle: opt.AllowPickle = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show what an adapter or a shard directory holds; reads headers only."""
+    """Show what adapters or shard directories hold; reads headers only."""
     from lorashard.adapter.read import opened_adapter, read_layout  # noqa: PLC0415
     from lorashard.inspect.summary import summarize_adapter, summarize_shards  # noqa: PLC0415
     from lorashard.shards.directory import claims_to_be_shards, read_manifest  # noqa: PLC0415
@@ -39,19 +40,23 @@ def inspect(
         lora_b_layout=lora_b_layout,
         orientation=orientation,
     )
-    place = locate(path)
-    if claims_to_be_shards(place):
-        summary = summarize_shards(read_manifest(place))
-    else:
-        with opened_adapter(place, allow_pickle=allow_pickle) as source:
-            layout = read_layout(source, place, options, model).layout
-            summary = summarize_adapter(source.index.config, source.index.tensors, layout)
-    if as_json:
-        render.print_json({"path": path, **summary})
-    elif summary["kind"] == "shards":
-        _show_shards(path, summary)
-    else:
-        _show_adapter(path, summary)
+
+    def look(path: str) -> tuple[dict[str, Any], None]:
+        place = locate(path)
+        if claims_to_be_shards(place):
+            summary = summarize_shards(read_manifest(place))
+        else:
+            with opened_adapter(place, allow_pickle=allow_pickle) as source:
+                layout = read_layout(source, place, options, model).layout
+                summary = summarize_adapter(source.index.config, source.index.tensors, layout)
+        if not as_json:
+            if path is not paths[0]:
+                render.print_line("")
+            show = _show_shards if summary["kind"] == "shards" else _show_adapter
+            show(path, summary)
+        return {"path": path, **summary}, None
+
+    look_at_each(paths, look, key="path", as_json=as_json)
 
 
 def _show_adapter(path: str, summary: Mapping[str, Any]) -> None:

@@ -29,6 +29,12 @@ Shards = Annotated[
         metavar="SHARDS", help="A shard directory, local or remote.", show_default=False
     ),
 ]
+SeveralShards = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SHARDS", help="Shard directories, local or remote.", show_default=False
+    ),
+]
 EpSize = Annotated[
     int,
     typer.Option("--ep-size", min=1, help="Number of expert-parallel ranks.", show_default=False),
@@ -110,10 +116,11 @@ TensorParallelSize = Annotated[
     typer.Option("-tp", "--tensor-parallel-size", min=1, help="vLLM's --tensor-parallel-size."),
 ]
 DataParallelSize = Annotated[
-    int, typer.Option("--data-parallel-size", min=1, help="vLLM's --data-parallel-size.")
+    int, typer.Option("-dp", "--data-parallel-size", min=1, help="vLLM's --data-parallel-size.")
 ]
 EnableExpertParallel = Annotated[
-    bool, typer.Option("--enable-expert-parallel", help="vLLM's --enable-expert-parallel.")
+    bool,
+    typer.Option("-ep", "--enable-expert-parallel", help="vLLM's --enable-expert-parallel."),
 ]
 EnableEplb = Annotated[bool, typer.Option("--enable-eplb", help="vLLM's --enable-eplb.")]
 FullyShardedLoras = Annotated[
@@ -129,6 +136,9 @@ AdapterOutput = Annotated[
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace a finished target directory, atomically.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check and decide everything, but write nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]

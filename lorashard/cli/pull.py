@@ -34,13 +34,14 @@ def pull(
         ),
     ] = None,
     force: opt.Force = False,
+    dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Fetch what some ranks need of a shard directory, and no other rank's bytes."""
     from lorashard.shards.directory import needed_files  # noqa: PLC0415
     from lorashard.shards.names import MANIFEST_NAME  # noqa: PLC0415
-    from lorashard.transfer.pull import find_shards, pull_shards  # noqa: PLC0415
+    from lorashard.transfer.pull import find_shards, plan_pull, pull_shards  # noqa: PLC0415
 
     ep_ranks = opt.chosen_ranks(ep_rank, node_ranks)
     if not ep_ranks:
@@ -48,14 +49,21 @@ def pull(
     found = find_shards(shards)
     source = found.source
     target = Path(source.name) if out is None else out
-    files = needed_files(found.manifest, ep_ranks, source)
-    total = sum(digest.size_bytes for digest in files.values())
-    with render.progress_bar(f"pull {source.name}", total, quiet=quiet) as bar:
-        manifest = pull_shards(found, target, ep_ranks, force=force, progress=bar.advance)
+    manifest = found.manifest
+    if dry_run:
+        sizes = dict(plan_pull(found, target, ep_ranks, force=force))
+    else:
+        files = needed_files(manifest, ep_ranks, source)
+        sizes = {name: digest.size_bytes for name, digest in files.items()}
+    total = sum(sizes.values())
+    if not dry_run:
+        with render.progress_bar(f"pull {source.name}", total, quiet=quiet) as bar:
+            pull_shards(found, target, ep_ranks, force=force, progress=bar.advance)
+        sizes[MANIFEST_NAME] = (target / MANIFEST_NAME).stat().st_size
     experts = sorted({e for k in ep_ranks for e in manifest.placement.ranks[k]})
     render.say(
         f"{source}: experts {render.ids(experts)} of {manifest.placement.num_experts}, "
-        f"{render.size(total)}",
+        f"{render.size(total)}" + (" (dry run, nothing written)" if dry_run else ""),
         quiet=quiet,
     )
     result = {
@@ -64,7 +72,7 @@ def pull(
         "out": str(target),
         "ep_ranks": list(ep_ranks),
         "ep_size": manifest.placement.ep_size,
-        "files": {name: digest.size_bytes for name, digest in files.items()}
-        | {MANIFEST_NAME: (target / MANIFEST_NAME).stat().st_size},
+        "files": sizes,
+        "dry_run": dry_run,
     }
     render.print_result(result, target, as_json=as_json, quiet=quiet)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 from lorashard.errors import LorashardError
 
 SHOW_PROGRESS_AFTER_S = 1.0
+SAY_PROGRESS_EVERY_S = 10.0  # where there is no terminal, as in the log of a job
 COUNTED_FROM_R = " (counted from r; --model checks it)"
 _LEAST_WIDTH = 80
 _PRINTED: list[str] = []  # the kinds of documents that are on stdout: one is all that may be
@@ -162,11 +164,54 @@ class ByteBar:
         """Begin to count from zero, up to `total_bytes`."""
 
 
+class _Clock:
+    """Says when it is time for another line."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < SAY_PROGRESS_EVERY_S:
+            return False
+        self._last = now
+        return True
+
+
+class _ByteLines(ByteBar):
+    """Says from time to time how far the work is."""
+
+    def __init__(self, label: str, total_bytes: int) -> None:
+        self._label, self._clock, self._lock = label, _Clock(), threading.Lock()
+        self.restart(total_bytes)
+
+    def restart(self, total_bytes: int) -> None:
+        self._total, self._done, self._since = total_bytes, 0, self._clock.seconds()
+
+    def advance(self, size_bytes: int) -> None:
+        with self._lock:  # threads report
+            self._done += size_bytes
+            if not self._clock.is_due():
+                return
+            speed = self._done / max(self._clock.seconds() - self._since, 1e-9)
+            of = f" of {size(self._total)}" if self._total else ""
+            say(f"{self._label}: {size(self._done)}{of}, {size(int(speed))}/s")
+
+
 @contextmanager
 def progress_bar(label: str, total_bytes: int = 0, *, quiet: bool) -> Iterator[ByteBar]:
-    """Yield a bar to report bytes to; it appears on stderr once the work has taken a second."""
-    if quiet or not sys.stderr.isatty():
+    """Yield a bar to report bytes to; it appears on stderr once the work has taken a second.
+
+    Without a terminal, a line every ten seconds.
+    """
+    if quiet:
         yield ByteBar()
+        return
+    if not sys.stderr.isatty():
+        yield _ByteLines(label, total_bytes)
         return
     from rich.console import Console
     from rich.progress import (
@@ -204,9 +249,15 @@ def progress_bar(label: str, total_bytes: int = 0, *, quiet: bool) -> Iterator[B
 
 @contextmanager
 def count_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts things done; shows a bar on stderr from the start."""
-    if quiet or not sys.stderr.isatty():
+    """Yield a function that counts things done; shows a bar on stderr from the start.
+
+    Without a terminal, a line at most every ten seconds.
+    """
+    if quiet:
         yield lambda _: None
+        return
+    if not sys.stderr.isatty():
+        yield _count_lines(label, total)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -217,6 +268,18 @@ def count_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int]
     ) as bar:
         task = bar.add_task(label, total=total)
         yield lambda number: bar.advance(task, number)
+
+
+def _count_lines(label: str, total: int) -> Callable[[int], None]:
+    clock, done = _Clock(), 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        if clock.is_due():
+            say(f"{label}: {done} of {total}")
+
+    return advance
 
 
 def size(num_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -31,11 +32,12 @@ def reshard(
     placement: opt.Placement = "linear",
     expert_map: opt.ExpertMap = None,
     force: opt.Force = False,
+    dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Redistribute the experts of a shard directory, bit for bit, without the source adapter."""
-    from lorashard.reshard.reshard import reshard_shards  # noqa: PLC0415
+    from lorashard.reshard.reshard import plan_reshard, reshard_shards  # noqa: PLC0415
     from lorashard.shards.directory import locate_shards  # noqa: PLC0415
     from lorashard.shards.names import REPLICATED_NAME  # noqa: PLC0415
     from lorashard.storage.remote import RemoteFolder  # noqa: PLC0415
@@ -45,25 +47,31 @@ def reshard(
     located = locate_shards(shards)
     place = located.place
     target = _default_target(place, ep_size) if out is None else out
-    total = sum(file.digest.size_bytes for file in located.manifest.files.values())
-    total += proof_bytes(located.manifest)
-    with render.progress_bar(f"reshard {place.name}", total, quiet=quiet) as bar:
-        manifest = reshard_shards(
-            located,
-            target,
-            ep_size,
-            strategy=placement,
-            expert_map=expert_map,
-            force=force,
-            progress=bar.advance,
+    sizes: Mapping[str, int]
+    if dry_run:
+        placed, sizes = plan_reshard(
+            located, target, ep_size, strategy=placement, expert_map=expert_map, force=force
         )
-    placed = manifest.placement
-    sizes = {name: file.digest.size_bytes for name, file in manifest.files.items()}
+    else:
+        total = sum(file.digest.size_bytes for file in located.manifest.files.values())
+        total += proof_bytes(located.manifest)
+        with render.progress_bar(f"reshard {place.name}", total, quiet=quiet) as bar:
+            manifest = reshard_shards(
+                located,
+                target,
+                ep_size,
+                strategy=placement,
+                expert_map=expert_map,
+                force=force,
+                progress=bar.advance,
+            )
+        placed = manifest.placement
+        sizes = {name: file.digest.size_bytes for name, file in manifest.files.items()}
     largest = max(size for name, size in sizes.items() if name != REPLICATED_NAME)
     render.say(
-        f"{place}: {placed.num_experts} experts in {len(manifest.modules)} modules on "
+        f"{place}: {placed.num_experts} experts in {len(located.manifest.modules)} modules on "
         f"{placed.ep_size} ranks, {render.size(sizes[REPLICATED_NAME])} replicated + "
-        f"{render.size(largest)} per rank",
+        f"{render.size(largest)} per rank" + (" (dry run, nothing written)" if dry_run else ""),
         quiet=quiet,
     )
     result = {
@@ -74,7 +82,8 @@ def reshard(
         "placement": placed.strategy,
         "ep_size": placed.ep_size,
         "ranks": [list(experts) for experts in placed.ranks],
-        "files": sizes,
+        "files": dict(sizes),
+        "dry_run": dry_run,
     }
     render.print_result(result, target, as_json=as_json, quiet=quiet)
 

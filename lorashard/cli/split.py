@@ -12,6 +12,7 @@ import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
+from lorashard.cli.error_json import json_of
 from lorashard.errors import AdapterError, BatchError
 from lorashard.storage.system_errors import hint_of
 
@@ -71,9 +72,7 @@ def split(
         bool,
         typer.Option("--resume", help="Keep a directory that is finished and of the same adapter."),
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and decide everything, but write nothing.")
-    ] = False,
+    dry_run: opt.DryRun = False,
     no_sync: Annotated[
         bool,
         typer.Option(
@@ -246,7 +245,5 @@ def _outcome_json(outcome: AdapterOutcome) -> dict[str, Any]:
         "adapter": outcome.adapter,
         "status": outcome.status,
         "out": str(outcome.target),
-        "error": outcome.error.message,
-        "hint": hint_of(outcome.error),
-        "exit_code": outcome.error.exit_code,
+        **json_of(outcome.error),
     }

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.errors import ShardError, VerificationError
+from lorashard.cli.several import look_at_each
+from lorashard.errors import LorashardError, ShardError, VerificationError
 
 if TYPE_CHECKING:
     from lorashard.shards.directory import LocatedShards
 
 
 def verify(
-    shards: opt.Shards,
+    shards: opt.SeveralShards,
     against: Annotated[
         Optional[str],
         typer.Option(
@@ -33,12 +34,31 @@ def verify(
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Check a shard directory, or some of its ranks: structure, placement, digests and values."""
+    """Check shard directories, or some of their ranks: structure, placement, digests and values."""
+    ep_ranks = opt.chosen_ranks(ep_rank, node_ranks) or None
+
+    def look(path: str) -> tuple[dict[str, Any], LorashardError | None]:
+        return _verify_one(
+            path, against, ep_ranks, allow_pickle=allow_pickle, as_json=as_json, quiet=quiet
+        )
+
+    look_at_each(shards, look, key="shards", as_json=as_json)
+
+
+def _verify_one(
+    shards: str,
+    against: str | None,
+    ep_ranks: tuple[int, ...] | None,
+    *,
+    allow_pickle: bool,
+    as_json: bool,
+    quiet: bool,
+) -> tuple[dict[str, Any], ShardError | None]:
+    """Print what is found, unless as JSON. Returns the JSON, and the error if anything is wrong."""
     from lorashard.shards.directory import locate_shards, needed_files  # noqa: PLC0415
     from lorashard.verify.verify import proves_placement, verify_shards  # noqa: PLC0415
     from lorashard.writing.restore import proof_bytes  # noqa: PLC0415
 
-    ep_ranks = opt.chosen_ranks(ep_rank, node_ranks) or None
     located = locate_shards(shards)
     manifest, placement = located.manifest, located.manifest.placement
     needed = manifest.files if ep_ranks is None else needed_files(manifest, ep_ranks, shards)
@@ -57,17 +77,18 @@ def verify(
             progress=bar.advance,
         )
     unproven_cast = against is None and proves_all and manifest.dtype is not None
+    placement_proven = against is not None or (proves_all and not unproven_cast)
+    document = {
+        "shards": shards,
+        "ok": not findings,
+        "against": against,
+        "ep_ranks": None if ep_ranks is None else list(ep_ranks),
+        "placement_proven": placement_proven and not findings,
+        "findings": list(findings),
+    }
     if as_json:
-        placement_proven = against is not None or (proves_all and not unproven_cast)
-        render.print_json({
-            "shards": shards,
-            "ok": not findings,
-            "against": against,
-            "ep_ranks": None if ep_ranks is None else list(ep_ranks),
-            "placement_proven": placement_proven and not findings,
-            "findings": list(findings),
-        })  # fmt: skip
-    elif findings:
+        return document, _failure(shards, located, ep_ranks, findings) if findings else None
+    if findings:
         for finding in findings:
             render.print_line(finding)
     elif not quiet:
@@ -79,8 +100,7 @@ def verify(
             f"{shards}: ok, {placement.num_experts} experts on {placement.ep_size} ranks"
             f"{proven}{checked}"
         )
-    if findings:
-        raise _failure(shards, located, ep_ranks, findings)
+    return document, _failure(shards, located, ep_ranks, findings) if findings else None
 
 
 def _failure(

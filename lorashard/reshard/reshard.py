@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +25,7 @@ from lorashard.reshard.copies import CopyDigests
 from lorashard.reshard.moves import MovePlan, Stretch, plan_moves
 from lorashard.shards.describe import describe_files
 from lorashard.shards.directory import (
+    LocatedShards,
     Shards,
     holds_only_shards,
     locate_shards,
@@ -34,7 +35,7 @@ from lorashard.shards.directory import (
 )
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME
-from lorashard.shards.placement import place_experts
+from lorashard.shards.placement import Placement, place_experts
 from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.shards.replan import CheckedShards, check_shards, describe_wrong_digest
 from lorashard.storage.local import ByteSource, write_new
@@ -42,6 +43,7 @@ from lorashard.storage.small_files import read_json
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.version import __version__
 from lorashard.vllm_options import Strategy
+from lorashard.writing.disk_space import check_disk_space
 from lorashard.writing.execute import write_files
 from lorashard.writing.restore import describe_misplaced, describe_places
 
@@ -67,11 +69,7 @@ def reshard_shards(
     a remote place that does not answer, or changes while it is read.
     """
     located, out = locate_shards(shards), Path(out)
-    check_target(out, force=force, replaceable=holds_only_shards)
-    old = check_shards(located)
-    explicit = None if expert_map is None else read_json(expert_map)
-    placement = place_experts(old.layout, ep_size, strategy, explicit)
-    new_plan = build_plan(old.layout, placement, old.manifest.dtype)
+    old, placement, new_plan = _decide(located, out, ep_size, strategy, expert_map, force=force)
     moves = plan_moves(old.layout, old.plan, old.manifest.placement, new_plan, placement)
     with staged_directory(
         out, last=MANIFEST_NAME, force=force, replaceable=holds_only_shards
@@ -88,6 +86,44 @@ def reshard_shards(
         write_notice(staging)
         write_manifest(staging, manifest)
     return manifest
+
+
+def plan_reshard(
+    shards: Shards,
+    out: str | os.PathLike[str],
+    ep_size: int,
+    *,
+    strategy: Strategy = "linear",
+    expert_map: Path | None = None,
+    force: bool = False,
+) -> tuple[Placement, Mapping[str, int]]:
+    """The new placement, and the bytes of each new file. Raises as `reshard_shards`; writes nothing.
+
+    What only reading everything shows, such as a wrong digest, is not found.
+    """
+    located, out = locate_shards(shards), Path(out)
+    _, placement, plan = _decide(located, out, ep_size, strategy, expert_map, force=force)
+    return placement, {file.name: file.size_bytes for file in plan.files}
+
+
+def _decide(
+    located: LocatedShards,
+    out: Path,
+    ep_size: int,
+    strategy: Strategy,
+    expert_map: Path | None,
+    *,
+    force: bool,
+) -> tuple[CheckedShards, Placement, ShardPlan]:
+    """The old files, and the new placement and plan, if they can be written."""
+    check_target(out, force=force, replaceable=holds_only_shards)
+    old = check_shards(located)
+    explicit = None if expert_map is None else read_json(expert_map)
+    placement = place_experts(old.layout, ep_size, strategy, explicit)
+    plan = build_plan(old.layout, placement, old.manifest.dtype)
+    size_bytes = sum(file.size_bytes for file in plan.files)
+    check_disk_space(out, size_bytes, hint="Free some space, or choose another place with -o.")
+    return old, placement, plan
 
 
 def _move_bytes(

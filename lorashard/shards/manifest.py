@@ -62,7 +62,7 @@ class SourceInfo:
     header: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Manifest:
     """Everything that lorashard.json says.
 
@@ -78,6 +78,14 @@ class Manifest:
     placement: Placement
     modules: Mapping[str, ModuleInfo]
     files: Mapping[str, ShardFile]
+
+    def __repr__(self) -> str:
+        """Short, as the tables of a large adapter are megabytes of text."""
+        placed = self.placement
+        return (
+            f"Manifest({placed.num_experts} experts in {len(self.modules)} modules, "
+            f"{placed.strategy} on {placed.ep_size} ranks)"
+        )
 
 
 def format_manifest(manifest: Manifest) -> bytes:

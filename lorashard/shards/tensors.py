@@ -38,7 +38,7 @@ class _LocalCopy:
         weakref.finalize(self, stack.close)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TensorFile:
     """One safetensors file of a shard directory, its header checked against the manifest.
 
@@ -48,6 +48,9 @@ class TensorFile:
     path: Path
     entries: Mapping[str, TensorEntry]
     _copy: _LocalCopy | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"TensorFile({str(self.path)!r}, {len(self.entries)} tensors)"
 
     def read_bytes(self, name: str) -> bytes:
         """A tensor's bytes, row-major, little-endian. Raises KeyError for an unknown name."""
@@ -71,7 +74,7 @@ class TensorFile:
         return tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ShardDirectory:
     """A finished shard directory. Opening it reads the manifest only.
 
@@ -82,6 +85,9 @@ class ShardDirectory:
     place: Location
     manifest: Manifest
     _copies: dict[str, _LocalCopy] = field(default_factory=dict, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"ShardDirectory({str(self.place)!r}, {self.manifest!r})"
 
     @property
     def path(self) -> Path:

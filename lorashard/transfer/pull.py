@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from lorashard.storage.remote import RemoteFile, RemoteFolder, locate, over_loca
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.storage.syscalls import start_writeback
 from lorashard.storage.targets import explained_write_errors, resolve_target
+from lorashard.writing.disk_space import check_disk_space
 
 # Small files cost round trips rather than bytes, so a large one is fetched meanwhile. If there are
 # as many large ones, each gets fewer windows, so that memory stays the same.
@@ -105,6 +106,28 @@ def pull_shards(
     return manifest
 
 
+def plan_pull(
+    pulled: PullSource,
+    out: str | os.PathLike[str],
+    ep_ranks: Sequence[int],
+    *,
+    force: bool = False,
+) -> Mapping[str, int]:
+    """What `pull_shards` would fetch: bytes by file name. Raises as it does, and writes nothing.
+
+    What an interrupted pull has left counts as not there.
+    """
+    target = resolve_target(Path(out))
+    needed = needed_files(pulled.manifest, ep_ranks, str(pulled.source))
+    if has_content(target / MANIFEST_NAME, pulled.raw_manifest):
+        needed = {n: d for n, d in needed.items() if not has_digest(target / n, d)}
+    else:
+        check_target(target, force=force, replaceable=holds_only_shards)
+    sizes = {name: digest.size_bytes for name, digest in needed.items()}
+    check_disk_space(target, sum(sizes.values()), hint=FULL_DISK_HINT)
+    return sizes
+
+
 def _fetch_all(
     source: RemoteFolder,
     files: Mapping[str, FileDigest],
@@ -113,6 +136,8 @@ def _fetch_all(
     progress: Progress,
 ) -> None:
     """Fetch `files` into `work`, several at once. target: for messages."""
+    missing = sum(digest.size_bytes - _fetched_bytes(work / n) for n, digest in files.items())
+    check_disk_space(target, missing, hint=FULL_DISK_HINT)
     num_large = sum(digest.size_bytes > WINDOW_BYTES for digest in files.values())
     ahead = WINDOWS_AHEAD if num_large < _FILES_AT_ONCE else _WINDOWS_OF_EACH
 
@@ -129,6 +154,14 @@ def _fetch_all(
             raise outcome.error  # what was fetched stays for the next pull
 
     run_concurrently(tuple(files), fetch, workers=_FILES_AT_ONCE, finished=finished)
+
+
+def _fetched_bytes(path: Path) -> int:
+    """Bytes that an earlier pull has left of a file."""
+    for candidate in (path, path.with_name(path.name + _PART)):
+        with suppress(OSError):
+            return candidate.stat().st_size
+    return 0
 
 
 def _fetch_file(

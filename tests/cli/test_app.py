@@ -93,8 +93,20 @@ def test_an_error_with_json_is_one_document(adapter: Path, shards: Path) -> None
         done = run_cli(*command, "--json")
         document = json.loads(done.stdout)
         assert (done.returncode, document.pop("exit_code")) == (code, code)
-        assert set(document) == {"error", "hint"}
+        assert set(document) == {"error", "hint", "kind", "where"}
+        assert document["kind"] in {"AdapterError", "ManifestError"}
         assert f"error: {document['error']}\n" in done.stderr
+
+
+def test_an_error_as_json_says_what_it_is_about(adapter: Path, shards: Path) -> None:
+    (adapter / "adapter_model.safetensors").write_bytes(bytes(4))
+    (shards / "lorashard.json").write_text("{")
+    for named, file, kind in (
+        (adapter, "adapter_model.safetensors", "HeaderError"),
+        (shards, "lorashard.json", "ManifestError"),
+    ):
+        document = json.loads(run_cli("inspect", named, "--json").stdout)
+        assert (document["kind"], document["where"]) == (kind, str(named / file))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +126,10 @@ def test_wrong_usage_with_json_is_one_document_too(argv: list[object], error: st
     done = run_cli(*argv, "--json")
     document = json.loads(done.stdout)
     assert error in document.pop("error")
-    assert document == {"hint": "Add --help to see the options.", "exit_code": 2}
+    assert document == {
+        "hint": "Add --help to see the options.", "exit_code": 2, "kind": "UsageError",
+        "where": None,
+    }  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("Usage: ")
     assert error in done.stderr

@@ -62,7 +62,7 @@ def installed(folder: Path, entry_points: str) -> str:
 
 def examine(*args: object, code: int = 5, **env: str) -> dict[str, Any]:
     """What `doctor --json` says. Without vLLM, that it is missing is always a problem."""
-    done = run_cli("doctor", *args, "--json", **env)
+    done = run_cli("doctor", "--json", *args, **env)
     assert done.returncode == code, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -101,15 +101,16 @@ def test_json_of_shards_and_flags_is_an_interface(
 
 
 def test_the_missing_vllm_is_a_problem_and_each_patch_says_so(python_path: str) -> None:
-    done = run_cli("doctor", PYTHONPATH=python_path)
+    done = run_cli("doctor", "-v", PYTHONPATH=python_path)
     assert done.returncode == 5
-    assert done.stderr.startswith("error: 1 problem: vLLM is not installed in this Python")
+    assert done.stderr == "error: 1 problem found.\n"
+    assert "problem: vLLM is not installed in this Python" in done.stdout
     assert "_load_adapter: not checked: vLLM is not installed\n" in done.stdout
     assert "why       Every rank parses" in done.stdout
 
 
 def test_plain_output_names_versions_flags_and_adapter(shards: Path, python_path: str) -> None:
-    done = run_cli("doctor", shards, "-tp", 2, EP, PYTHONPATH=python_path)
+    done = run_cli("doctor", shards, "-tp", 2, EP, "-v", PYTHONPATH=python_path)
     for shown in (
         "vLLM       not installed", "plugin     found by vLLM", "2 expert-parallel ranks",
         "Known only once a model is loaded", f"{shards}, shards, 4 experts, r=2, linear on 2 ranks",
@@ -444,3 +445,71 @@ def test_another_plugin_s_patches_are_shown(
         (text,) = problems(found, "patches")
         assert "LoRAModelManager._add_adapter is " in text
         assert "add_somehow (" in text
+
+
+SERVE = ("vllm", "serve", "MODEL", "--enable-lora")
+
+
+def test_the_verdict_is_the_first_line_and_details_are_for_v(
+    shards: Path, python_path: str
+) -> None:
+    done = run_cli("doctor", shards, "-tp", 2, EP, PYTHONPATH=python_path)
+    first, second, *rest = done.stdout.splitlines()
+    assert first == "wrong: the plugin would not work here (1 problem)"
+    assert second.startswith("problem: vLLM is not installed in this Python")
+    assert not any("why   " in line or "Known only" in line for line in rest)
+    assert len(rest) < 8
+
+
+def test_a_right_verdict_says_what_happens_to_the_adapter(shards: Path, python_path: str) -> None:
+    path = f"{python_path}{os.pathsep}{require_release('0.33.0')}"
+    done = run_cli("doctor", shards, "--", *SERVE, "-tp", 2, "-ep", PYTHONPATH=path)
+    assert done.returncode == 0
+    assert done.stdout.startswith(
+        "right: nothing is broken, and nothing would be refused; the adapter: each rank reads its "
+    )
+
+
+def test_a_refused_verdict_comes_with_its_problem(python_path: str) -> None:
+    path = f"{python_path}{os.pathsep}{require_release('0.33.0')}"
+    done = run_cli("doctor", "--", *SERVE, "-tp", 2, EP, "--enable-eplb", PYTHONPATH=path)
+    assert done.returncode == 5
+    assert done.stdout.startswith(
+        "refused: this engine or this adapter would be refused (1 problem)\nproblem: LoRA with "
+    )
+
+
+def test_a_whole_command_of_vllm_is_read_as_it_is(shards: Path, python_path: str) -> None:
+    found = examine(
+        "--", "VLLM_PLUGINS=other", *SERVE, "--tensor_parallel_size=2", EP,
+        "--compilation-config", '{"level": 3}', "--port", 8000,
+        "--lora-modules", f"mine={shards}", "theirs=owner/name",
+        PYTHONPATH=python_path,
+    )  # fmt: skip
+    assert (found["verdict"], found["ep_size"]) == ("wrong", 2)
+    assert found["adapter"]["path"] == str(shards)
+    assert found["ignored"] == ['--compilation-config {"level": 3}', "--port 8000"]
+    assert "VLLM_PLUGINS leaves the plugin out" in problems(found, "plugin")[0]
+    assert "owner/name of --lora-modules was not looked at." in found["notes"]
+    assert any("The model was not looked at: MODEL" in note for note in found["notes"])
+
+
+def test_a_command_without_lora_is_a_problem() -> None:
+    assert "--enable-lora" in problems(examine("--", "vllm", "serve", "MODEL"), "flags")[0]
+
+
+def test_a_json_option_of_the_command_is_not_ours() -> None:
+    assert run_cli("doctor", "--", *SERVE, "--json").stdout.startswith("wrong: ")
+
+
+def test_what_is_ignored_is_shown_with_v_only() -> None:
+    words = ("--", *SERVE, "--port", 8000)
+    assert "--port 8000" not in run_cli("doctor", *words).stdout
+    assert "  --port 8000\n" in run_cli("doctor", "-v", *words).stdout
+
+
+def test_another_command_is_refused_with_an_example(shards: Path) -> None:
+    done = run_cli("doctor", shards, "--", "docker", "run", "image")
+    assert done.returncode == 4
+    assert "'docker run image' does not start a vLLM server." in done.stderr
+    assert "lorashard doctor -- vllm serve MODEL" in done.stderr

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import shlex
 
+import pytest
+from typer.main import get_command
+
+from lorashard.cli.app import app
+from lorashard.cli.groups import EXAMPLES, GROUPS
 from lorashard.version import __version__
 from tests.tiny import run_cli
 
@@ -37,6 +42,38 @@ def test_help_of_a_command_lists_its_options(command: str) -> None:
     assert [option for option in OPTIONS[command] if option not in done.stdout] == []
 
 
+def test_every_command_is_in_a_group_and_has_its_whole_summary() -> None:
+    shown = " ".join(run_cli("-h").stdout.split())
+    for title in GROUPS:
+        assert f"{title}:" in shown
+    registered = [info.name for info in app.registered_commands]
+    assert sorted(registered) == sorted(name for names in GROUPS.values() for name in names)
+    assert "..." not in shown.partition("Make shards:")[2]
+
+
+@pytest.mark.parametrize("command", [name for name in EXAMPLES if EXAMPLES[name]])
+def test_short_help_is_the_help_and_ends_with_examples(command: str) -> None:
+    short, long = run_cli(command, "-h"), run_cli(command, "--help")
+    assert (short.returncode, short.stdout) == (0, long.stdout)
+    ending = "\n".join(f"    {example}" for example in EXAMPLES[command])
+    assert short.stdout.endswith(f"Examples:\n{ending}\n")
+
+
+def test_every_example_is_a_valid_command_line() -> None:
+    """Words that the parser refuses end with 2; other faults come later."""
+    for line in (line for lines in EXAMPLES.values() for line in lines):
+        parsed = get_command(app)
+        context = parsed.make_context("lorashard", shlex.split(line)[1:])
+        name, command, rest = parsed.resolve_command(context, context._protected_args)  # type: ignore[attr-defined]
+        command.make_context(name, rest + context.args)
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("60", 60), ("110", 110), ("200", 120)])
+def test_help_is_as_wide_as_the_terminal_up_to_a_limit(columns: str, widest: int) -> None:
+    lines = run_cli("split", "-h", COLUMNS=columns).stdout.splitlines()
+    assert widest - 25 < max(map(len, lines)) <= max(widest, 70)
+
+
 def test_no_command_is_a_usage_error_with_help() -> None:
     done = run_cli()
     assert done.returncode == 2
@@ -44,6 +81,7 @@ def test_no_command_is_a_usage_error_with_help() -> None:
 
 
 def test_the_version_is_printed() -> None:
+    assert run_cli("version").stdout == run_cli("--version").stdout
     done = run_cli("--version")
     assert (done.returncode, done.stdout) == (0, f"lorashard {__version__}\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tests.adapters import Spec, build
@@ -52,3 +53,15 @@ def test_inspect_shows_the_files_of_each_rank(shards: Path) -> None:
     done = run_cli("inspect", shards)
     assert done.returncode == 0
     assert all(name in done.stdout for name in (*RANK_FILES, "linear on 2 ranks", "2-3"))
+
+
+def test_several_paths_are_inspected_in_one_call(
+    adapter: Path, shards: Path, tmp_path: Path
+) -> None:
+    done = run_cli("inspect", adapter, tmp_path / "nowhere", shards)
+    assert done.returncode == 3
+    assert f"adapter       {adapter}\n" in done.stdout
+    assert f"\n\nshards      {shards}\n" in done.stdout
+    assert "error: 1 of 3 paths failed.\n" in done.stderr
+    found = json.loads(run_cli("inspect", adapter, shards, "--json").stdout)
+    assert [document["kind"] for document in found] == ["adapter", "shards"]

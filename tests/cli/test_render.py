@@ -135,6 +135,29 @@ def test_without_a_terminal_bars_count_silently(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr() == ("", "")
 
 
+def test_without_a_terminal_a_line_says_now_and_then_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with render.progress_bar("pull x", quiet=False) as bar:
+        bar.restart(40_000_000)
+        for now[0] in (4.0, 10.0, 14.0, 20.0):
+            bar.advance(10_000_000)
+    with render.progress_bar("pull x", 10, quiet=True) as bar:
+        now[0] = 40.0
+        bar.advance(5)
+    with render.count_bar("split", 2, quiet=False) as advance:
+        now[0] = 60.0
+        advance(1)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "pull x: 20.0 MB of 40.0 MB, 2.0 MB/s\npull x: 40.0 MB of 40.0 MB, 2.0 MB/s\n"
+        "split: 1 of 2\n"
+    )
+
+
 BAR = """
 from lorashard.cli import render
 render.SHOW_PROGRESS_AFTER_S = {after}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from lorashard import SplitRequest, split_adapter
@@ -83,3 +84,23 @@ def test_a_directory_of_some_ranks_that_is_damaged_is_said_to_be_that(shards: Pa
     (shards / RANK_FILES[1]).unlink()
     flip_bit(shards / RANK_FILES[0], -2)
     assert "Do not serve this directory" in run_cli("verify", shards).stderr
+
+
+def test_several_directories_are_verified_in_one_call(shards: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards, damaged)
+    flip_bit(damaged / RANK_FILES[0], -2)
+    nowhere = tmp_path / "nowhere"
+    done = run_cli("verify", nowhere, damaged, shards)
+    assert done.returncode == run_cli("verify", nowhere).returncode
+    assert done.stdout == (
+        f"{damaged / RANK_FILES[0]}: BLAKE3 differs from the manifest's\n"
+        f"{shards}: ok, 4 experts on 2 ranks\n"
+    )
+    assert done.stderr.count("error: ") == 3
+    assert "error: 2 of 3 paths failed.\n" in done.stderr
+    found = json.loads(run_cli("verify", nowhere, damaged, shards, "--json").stdout)
+    assert [document["shards"] for document in found] == [str(nowhere), str(damaged), str(shards)]
+    assert [document.get("ok") for document in found] == [None, False, True]
+    assert found[0]["exit_code"] == done.returncode
+    assert run_cli("verify", shards, shards).returncode == 0

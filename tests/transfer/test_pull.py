@@ -5,7 +5,9 @@ Pulls over a network are in tests/system/test_remote_adapters.py and test_object
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import tempfile
 import threading
@@ -267,8 +269,12 @@ def test_an_impossible_target_is_a_shard_error(shards: Path, tmp_path: Path, rea
     assert contents(tmp_path) == {"file": b"mine"}
 
 
-def test_a_full_disk_keeps_what_was_fetched_for_the_next_pull(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_what_was_fetched_for_the_next_pull(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make_shards(tmp_path, hidden=4096)
+    # As if the disk filled up only after the look at it.
+    monkeypatch.setattr("lorashard.transfer.pull.check_disk_space", lambda *_, **__: None)
     with mounted_tmpfs(tmp_path / "disk", "size=160k") as mounted:
         if not mounted:
             pytest.skip("mounting needs root")
@@ -295,3 +301,44 @@ def test_a_damaged_file_of_the_target_is_fetched_again(
     pull_shards(shards, target, [0], force=force)
     assert (target / RANK_FILES[0]).read_bytes() == (shards / RANK_FILES[0]).read_bytes()
     assert verify_shards(target, ep_ranks=[0]) == ()
+
+
+def test_a_pull_that_does_not_fit_is_refused_before_it_begins(tmp_path: Path) -> None:
+    source = make_shards(tmp_path, hidden=4096)
+    with mounted_tmpfs(tmp_path / "disk", "size=160k") as mounted:
+        if not mounted:
+            pytest.skip("mounting needs root")
+        target = tmp_path / "disk" / "out"
+        for argv in ((), ("--dry-run",)):
+            done = run_cli("pull", source, "--node-ranks", "0-1", "-o", target, *argv)
+            assert done.returncode == 5
+            assert re.match(
+                rf"error: {target}: 0\.\d\d MB are to be written, and {target.parent} has "
+                r"0\.1\d MB free\.\n",
+                done.stderr,
+            )
+        assert not target.exists()
+        subprocess.run(["mount", "-o", "remount,size=8m", tmp_path / "disk"], check=True)
+        pull_shards(source, target, (0, 1))
+        assert contents(target) == contents(source)
+        assert os.listdir(tmp_path / "disk") == ["out"]
+
+
+def test_a_dry_run_says_what_would_be_fetched_and_writes_nothing(
+    shards: Path, target: Path
+) -> None:
+    argv = ("pull", shards, "--ep-rank", 0, "-o", target, "--json")
+    planned = json.loads(run_cli(*argv, "--dry-run").stdout)
+    assert planned["dry_run"] is True
+    assert not any(target.parent.iterdir())
+    done = json.loads(run_cli(*argv).stdout)
+    assert done["dry_run"] is False
+    assert planned["files"] == {n: s for n, s in done["files"].items() if n != "lorashard.json"}
+    more = run_cli("pull", shards, "--node-ranks", "0-1", "-o", target, "--dry-run", "--json")
+    assert list(json.loads(more.stdout)["files"]) == [RANK_FILES[1]]
+
+
+def test_a_dry_run_fails_where_the_pull_would(shards: Path, foreign: Path) -> None:
+    done = run_cli("pull", shards, "--ep-rank", 0, "-o", foreign, "--dry-run")
+    assert done.returncode == 5
+    assert contents(foreign) == FOREIGN

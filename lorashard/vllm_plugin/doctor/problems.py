@@ -66,3 +66,11 @@ def flag_problems(flags: EngineFlags, refusals: Sequence[Refusal]) -> Iterator[P
         )
     for refusal in refusals:
         yield Problem("flags", refusal.explanation)
+
+
+def lora_problems(*, enable_lora: bool) -> Iterator[Problem]:
+    """Why a vLLM command line would serve no adapter at all."""
+    if not enable_lora:
+        yield Problem(
+            "flags", "Without --enable-lora, vLLM takes no adapters. Add it to the command."
+        )
