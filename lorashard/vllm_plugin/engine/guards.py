@@ -14,6 +14,7 @@ from dataclasses import dataclass
 class EngineFacts:
     """What decides whether LoRA on experts is right in this engine. None = not known yet.
 
+    eplb_obstacle: why the LoRA of experts cannot follow when EPLB moves them; None if it can.
     experts_class: the class that computes the experts. reads_lora: whether its code looks at the
     LoRA context. leaves_rows: it sums rows of remote experts that nothing has written.
     rearranged_for: the kernel whose weight layout the experts have, where LoRA computes them with
@@ -24,6 +25,7 @@ class EngineFacts:
     expert_parallel: bool
     data_parallel_size: int = 1
     eplb: bool = False
+    eplb_obstacle: str | None = None
     num_experts: int | None = None
     experts_class: str | None = None
     reads_lora: bool = True
@@ -92,10 +94,10 @@ _DISPLACED = Rule(
 RULES: tuple[Rule, ...] = (
     Rule(
         variable="LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE",
-        applies=lambda facts: facts.eplb,
-        reason="LoRA with --enable-eplb: a rebalance moves the experts' weights but not their LoRA, "
-        "so adapters are silently wrong from then on.",
-        way_out="Start without --enable-eplb.",
+        applies=lambda facts: facts.eplb and facts.eplb_obstacle is not None,
+        reason="LoRA with --enable-eplb: a rebalance would move the experts' weights but not their "
+        "LoRA, so adapters would be silently wrong from then on. {facts.eplb_obstacle}",
+        way_out="Or start without --enable-eplb.",
     ),
     Rule(
         variable="LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL",
@@ -130,6 +132,17 @@ RULES: tuple[Rule, ...] = (
         way_out="Use vLLM 0.25.1 or later.",
     ),
 )
+
+# Why EPLB is refused all the same, and what to do.
+ELASTIC_EPLB = (
+    "Elastic scaling (--enable-elastic-ep) changes the number of ranks, and lorashard's buffers "
+    "and loads are made for one. Start without it."
+)
+NIXL_EPLB = (
+    "With the communicator nixl, nobody has seen what a rebalance does to LoRA. Start with "
+    "--eplb-config.communicator torch_gloo."
+)
+OLD_EPLB = "In this vLLM, LoRA cannot travel with the experts. Use vLLM 0.24.0 or later."
 
 # Every variable that overrides a refusal.
 VARIABLES = tuple(rule.variable for rule in RULES)

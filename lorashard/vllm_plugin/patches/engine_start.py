@@ -19,7 +19,9 @@ from lorashard.vllm_plugin.load.host_memory import affordable_buffers
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.patches.adapter_loading import attach_loader, stock_class
 from lorashard.vllm_plugin.patches.apply import broken_patches
+from lorashard.vllm_plugin.patches.expert_rows import attach_rows
 from lorashard.vllm_plugin.patches.foreign import log_foreign_patches, refuse_displaced
+from lorashard.vllm_plugin.patches.rebalancing import EPLB
 from lorashard.vllm_plugin.patches.refusals import enforce
 
 logger = logging.getLogger("vllm.lorashard")
@@ -53,8 +55,12 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
             refuse_displaced()
             log_foreign_patches()
             breaks = contract_breaks(self._adapter_manager, stock, broken_patches())
-            enforce(find_refusals(module_facts(vllm_config, wrappers, breaks)))
-            _warm(attach_loader(self, stock), slot_bytes(self._adapter_manager))
+            eplb_breaks = broken_patches(EPLB)
+            enforce(find_refusals(module_facts(vllm_config, wrappers, breaks, eplb_breaks)))
+            loader = attach_loader(self, stock)
+            if config_facts(vllm_config).eplb and not eplb_breaks:
+                attach_rows(self._adapter_manager, loader)
+            _warm(loader, slot_bytes(self._adapter_manager))
         return wrapped
 
     return create_lora_manager
