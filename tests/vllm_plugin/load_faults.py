@@ -20,6 +20,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,9 @@ from vllm.distributed import parallel_state  # noqa: E402
 from vllm.lora.lora_model import LoRAModel  # noqa: E402
 from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
 
+from lorashard.vllm_plugin.load import filled_region  # noqa: E402
 from lorashard.vllm_plugin.load.bounded_exchange import Meetings  # noqa: E402
+from lorashard.vllm_plugin.load.device_copy import DeviceCopy  # noqa: E402
 from lorashard.vllm_plugin.load.kept_plans import KeptPlans  # noqa: E402
 from lorashard.vllm_plugin.patches import reading_ahead  # noqa: E402
 from lorashard.vllm_plugin.patches.adapter_loading import attached_loader  # noqa: E402
@@ -213,8 +216,9 @@ class Worker:
         to_be_read, was_read = (
             reading_ahead._marked(wanted, f"{mark}{self._num_read}") for mark in marks
         )
-        while not self.engine.add_adapter(to_be_read):
-            time.sleep(0.001)
+        with mock.patch.object(filled_region, "begin_copy", DeviceCopy):  # as on a GPU
+            while not self.engine.add_adapter(to_be_read):
+                time.sleep(0.001)
         with self._following():
             self.engine.add_adapter(was_read)
 

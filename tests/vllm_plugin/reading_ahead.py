@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from lorashard import SplitRequest, split_adapter
 from tests.vllm_plugin import engine_core as ec
@@ -23,6 +24,9 @@ from tests.vllm_plugin.harness_selfcheck import adapter_of
 
 from vllm.v1.engine.async_llm import AsyncLLM  # isort: skip
 
+from lorashard.vllm_plugin.engine.live import moe_wrappers
+from lorashard.vllm_plugin.load import filled_region
+from lorashard.vllm_plugin.load.device_copy import DeviceCopy
 from lorashard.vllm_plugin.patches import reading_ahead
 
 STEPS = 8  # that the engine takes while an adapter is read
@@ -214,6 +218,52 @@ def in_place() -> Any:
     return [unloading.serves(core, seed=1), sorted(seen)]
 
 
+def copied_to_the_device() -> Any:
+    """Read ahead, with a copy as on a GPU: what the layers get, what is kept, and what is served."""
+    core = ec.engine_core()
+    copies: list[DeviceCopy] = []
+    got: list[Any] = []
+
+    def begin_copy(region: Any, device: Any) -> DeviceCopy:
+        copies.append(DeviceCopy(region, device))
+        return copies[-1]
+
+    def noted(module: Any, set_lora: Any) -> Any:
+        def set_and_note(index: int, lora_a: Any, lora_b: Any) -> None:
+            got.extend([*lora_a, *lora_b])
+            set_lora(index, lora_a, lora_b)
+
+        return set_and_note
+
+    for loader in loaders(core):
+        for module in moe_wrappers(loader._manager).values():
+            module.set_lora = noted(module, module.set_lora)
+    with mock.patch.object(filled_region, "begin_copy", begin_copy):
+        Client(core).add(unloading.request(shards_at(patched.folder() / "mine")))
+    kept = [
+        tensor
+        for worker in core.model_executor.workers
+        for weights in worker.manager._adapter_manager._registered_adapters[1].loras.values()
+        if isinstance(weights.lora_a, list)
+        for tensor in [*weights.lora_a, *weights.lora_b]
+    ]
+    memory = [copy.bytes for copy in copies]
+    return [
+        len(copies),
+        bool(got) and all(is_in(tensor, memory) for tensor in got if tensor is not None),
+        bool(kept) and not any(is_in(tensor, memory) for tensor in kept if tensor is not None),
+        [loader.on_device for loader in loaders(core)],
+        unloading.serves(core, seed=0),
+    ]
+
+
+def is_in(tensor: Any, memory: list[Any]) -> bool:
+    """Whether a tensor is a view of one of these."""
+    return tensor.untyped_storage().data_ptr() in [
+        whole.untyped_storage().data_ptr() for whole in memory
+    ]
+
+
 def run_all() -> dict[str, Any]:
     found = {
         "shards": partial(while_it_takes_steps, "shards"),
@@ -224,5 +274,6 @@ def run_all() -> dict[str, Any]:
         "two": two_at_once,
         "already there": what_is_there_already,
         "in place": in_place,
+        "copied": copied_to_the_device,
     }
     return {name: do() for name, do in found.items()}

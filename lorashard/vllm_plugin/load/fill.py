@@ -6,7 +6,7 @@ otherwise through a block of scratch memory. Many threads; each byte is read onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
 from math import prod
 from typing import Any
@@ -23,28 +23,38 @@ Job = ReadJob | CopyJob | RearrangeJob
 
 
 class Filler:
-    """Fills one region. `dtype`: of the device's LoRA buffers, a safetensors name."""
+    """Fills one region. `dtype`: of the device's LoRA buffers, a safetensors name.
+
+    bytes: the region as a torch tensor, uint8.
+    """
 
     def __init__(self, region: Any, sources: RankSources, dtype: str, threads: Executor) -> None:
         import torch
 
         self._memory = memoryview(region)
-        self._bytes = torch.from_numpy(region)
+        self.bytes = torch.from_numpy(region)
         self._sources = sources
         self._dtype = _torch_dtype(dtype)
         self._element_size = ELEMENT_SIZE[dtype]
         self._threads = threads
         self._scratch, self._ordered = ThreadBuffer(), ThreadBuffer()
 
-    def tensor(self, placed: PlacedFactor) -> Any:
-        """The torch tensor [num_slots, rows, cols] of a factor: a view of the region."""
+    def tensor(self, placed: PlacedFactor, copy: Any = None) -> Any:
+        """The torch tensor [num_slots, rows, cols] of a factor: a view of the region, or of a copy."""
         size = prod(placed.shape) * self._element_size
-        view = self._bytes[placed.offset : placed.offset + size]
+        memory = self.bytes if copy is None else copy
+        view = memory[placed.offset : placed.offset + size]
         return view.view(self._dtype).view(placed.shape)
 
-    def run(self, layers: Sequence[LayerPlan], jobs: Sequence[Job]) -> int:
+    def run(
+        self,
+        layers: Sequence[LayerPlan],
+        jobs: Sequence[Job],
+        follow: Callable[[int], None] = lambda _: None,
+    ) -> int:
         """Do all jobs and zero what none of them fills; the number of bytes read.
 
+        follow: called in the jobs' order, with how many of them are done, all that come before as well.
         Raises the first error, once no thread writes to the region any more.
         """
         for layer in layers:
@@ -58,7 +68,7 @@ class Filler:
         try:
             # `extend` keeps what was submitted before an error.
             futures.extend(self._threads.submit(self._do, j, sources[j.ep_rank]) for j in jobs)
-            errors.extend(err for err in (future.exception() for future in futures) if err)
+            errors.extend(_errors_of(futures, follow))
             if errors:
                 raise errors[0]
             return sum(future.result() for future in futures)
@@ -91,7 +101,7 @@ class Filler:
     def _read_verbatim(self, job: ReadJob, source: ByteSource) -> None:
         begin, end = job.region_offset, job.region_offset + job.size_bytes
         source.read_into(self._memory[begin:end], job.offset)
-        _scale(self._bytes[begin:end].view(self._dtype).view(job.shape), job.scaling)
+        _scale(self.bytes[begin:end].view(self._dtype).view(job.shape), job.scaling)
 
     def _read_through_scratch(self, job: ReadJob, source: ByteSource) -> None:
         import torch
@@ -127,6 +137,18 @@ class Filler:
                 cast = torch.frombuffer(ordered, dtype=_torch_dtype(stored)).view(values.shape)
                 part.copy_(cast)
             _scale(part, each.scaling)
+
+
+def _errors_of(
+    futures: Sequence[Future[int]], follow: Callable[[int], None]
+) -> list[BaseException]:
+    errors: list[BaseException] = []
+    for num_done, future in enumerate(futures, 1):
+        if error := future.exception():
+            errors.append(error)
+        elif not errors:
+            follow(num_done)
+    return errors
 
 
 def _torch_dtype(name: str) -> Any:

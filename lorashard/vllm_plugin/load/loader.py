@@ -4,7 +4,7 @@ One `AdapterLoader` per LoRA manager. vLLM's own `_load_adapter` keeps its steps
 checks, name mapping) and calls this for `from_local_checkpoint`, in place of `LoRAModel`; packages
 that have an adapter in memory call it for `from_lora_tensors`. A load opens the adapter, matches it
 with the engine's layers (`outcome`), reads this rank's bytes into a region of pinned host memory
-(`fill`) and wraps them (`lora_model`). A LoRAModel that came about without the loader gets its
+(`filled_region`) and wraps them (`lora_model`). A LoRAModel that came about without the loader gets its
 experts packed here, too.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 
 from lorashard.adapter.options import GateUp, LayoutOptions
 from lorashard.adapter.tensor_file import TensorFile
-from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.shards.directory import claims_to_be_shards
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps, place_layers
@@ -30,12 +29,12 @@ from lorashard.vllm_plugin.load.agreement import Exchange
 from lorashard.vllm_plugin.load.bounded_exchange import Meetings
 from lorashard.vllm_plugin.load.collector import paused_collection
 from lorashard.vllm_plugin.load.contents import AdapterContents
-from lorashard.vllm_plugin.load.fill import Filler
+from lorashard.vllm_plugin.load.device_copy import ExpertsOnDevice
+from lorashard.vllm_plugin.load.filled_region import FilledRegion, fill_region
 from lorashard.vllm_plugin.load.in_memory import config_of, find_raw_experts, narrow_stacks
 from lorashard.vllm_plugin.load.kept_plans import KeptPlans
 from lorashard.vllm_plugin.load.lora_model import (
     make_lora_model,
-    packed_experts,
     safetensors_dtype,
     set_maps,
     tensor_in,
@@ -43,19 +42,8 @@ from lorashard.vllm_plugin.load.lora_model import (
 from lorashard.vllm_plugin.load.outcome import LoadOutcome, explain_load, strict_error
 from lorashard.vllm_plugin.load.plain_source import open_plain_adapter, open_plain_tensors
 from lorashard.vllm_plugin.load.read_ahead import ReadAhead
-from lorashard.vllm_plugin.load.reads import (
-    CopyJob,
-    LayerPlan,
-    PlacedFactor,
-    ReadJob,
-    place_factors,
-    plan_copies,
-    plan_reads,
-)
-from lorashard.vllm_plugin.load.rearrangements import plan_rearrangements
 from lorashard.vllm_plugin.load.regions import RegionPool
 from lorashard.vllm_plugin.load.report import LoadedAdapter, LoadReport
-from lorashard.vllm_plugin.load.rows import find_copies
 from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 from lorashard.vllm_plugin.load.threads import reader_threads
 
@@ -84,16 +72,6 @@ class _Target:
         """This rank's experts of a module of the adapter, each once."""
         name = self.names.moe_module(module, self.layers)
         return tuple(dict.fromkeys(self.layers[name].local_experts)) if name else ()
-
-
-@dataclass(frozen=True, slots=True)
-class _FilledRegion:
-    """What was read of an adapter. layers: in the order of the outcome's."""
-
-    region: Any
-    layers: Sequence[LayerPlan]
-    tensor: Callable[[PlacedFactor], Any]
-    num_bytes: int
 
 
 class AdapterLoader:
@@ -128,6 +106,7 @@ class AdapterLoader:
         self.plans = KeptPlans()
         self.last_report: LoadReport | None = None
         self.ahead: ReadAhead | None = None  # an adapter that is to be added once it was read
+        self.on_device: ExpertsOnDevice | None = None  # of the one that is being added
         self._loading_one = threading.Lock()  # that one, and one that is loaded as it is added
         self.loading: Exchange | None = None  # for the load of the adapter that is being added
         self.meetings: Meetings | None = None  # on adapters that others than vLLM add
@@ -152,11 +131,14 @@ class AdapterLoader:
         expected_lora_modules: Any,
         peft_helper: Any,
         maps: ExpertMaps | None,
+        *,
+        to_device: bool = False,
         **arguments: Any,
     ) -> LoadedAdapter:
         """The same, in any thread. `last_report` stays as it is.
 
-        maps: `self.maps`, at a moment that is the same for all ranks.
+        maps: `self.maps`, at a moment that is the same for all ranks. to_device: have the experts on
+        the device, too, if there is room for them.
         """
         target = self._target(maps, arguments)
         with self._loading_one, paused_collection(), ExitStack() as stack:
@@ -164,7 +146,9 @@ class AdapterLoader:
             adapter = self._open(Path(lora_dir), target, stack)
             if adapter is not None:
                 outcome = self._outcome(adapter, target)
-                return self._load(adapter, outcome, peft_helper, target, arguments, began)
+                return self._load(
+                    adapter, outcome, peft_helper, target, arguments, began, to_device=to_device
+                )
         return LoadedAdapter(
             self._stock.from_local_checkpoint(
                 lora_dir, expected_lora_modules, peft_helper=peft_helper, **arguments
@@ -222,7 +206,7 @@ class AdapterLoader:
             filled = self._fill(contents, outcome)
         for name in raw.names:
             del model.loras[name]
-        model.loras.update(self._packed(outcome, filled))
+        model.loras.update(filled.experts)
 
     def _target(self, maps: ExpertMaps | None, arguments: Mapping[str, Any]) -> _Target:
         names = ModuleNames(self._manager, self._model_names, arguments)
@@ -267,9 +251,11 @@ class AdapterLoader:
         target: _Target,
         arguments: Mapping[str, Any],
         began: float,
+        *,
+        to_device: bool = False,
     ) -> LoadedAdapter:
         contents = adapter.contents
-        filled = self._fill(contents, outcome)
+        filled = self._fill(contents, outcome, to_device=to_device)
         begin, _ = contents.dense_range
         model = make_lora_model(
             self._stock,
@@ -277,7 +263,7 @@ class AdapterLoader:
             peft_helper, arguments, contents.config, target.names,
             int(self._manager.lora_config.max_lora_rank),
         )  # fmt: skip
-        model.loras.update(self._packed(outcome, filled))
+        model.loras.update(filled.experts)
         set_maps(model, target.maps)
         report = LoadReport(
             path=adapter.path,
@@ -294,42 +280,19 @@ class AdapterLoader:
             version=contents.version,
             maps=target.maps,
         )
-        return LoadedAdapter(model, report)
+        return LoadedAdapter(model, report, filled.on_device)
 
-    def _fill(self, contents: AdapterContents, outcome: LoadOutcome) -> _FilledRegion:
-        """Read the dense tensors and this rank's experts into a region."""
-        begin, end = contents.dense_range
-        placed, size = place_factors(
-            [layer.assembly for layer in outcome.layers], ELEMENT_SIZE[self._dtype], end - begin
+    def _fill(
+        self, contents: AdapterContents, outcome: LoadOutcome, *, to_device: bool = False
+    ) -> FilledRegion:
+        return fill_region(
+            contents,
+            outcome,
+            self.regions,
+            self._threads,
+            self._dtype,
+            copy_to=self.device if to_device else None,
         )
-        layers = [
-            LayerPlan(
-                matched.live.name, factors, matched.runs, matched.live.local_experts,
-                matched.contents.scaling,
-            )
-            for matched, factors in zip(outcome.layers, placed)
-        ]  # fmt: skip
-        region = self.regions.take(max(1, size))
-        filler = Filler(region, contents.sources, self._dtype, self._threads)
-        jobs: list[ReadJob | CopyJob] = [
-            *plan_copies(begin, end),
-            *plan_reads(layers, contents.sources.offset_of, self._dtype, contents.rearranged),
-        ]
-        num_bytes = filler.run(layers, jobs)
-        # After the reads, which fill with zeros what a rearrangement may fill in part.
-        num_bytes += filler.run((), list(plan_rearrangements(layers, contents.rearrangements)))
-        for layer in layers:
-            filler.copy_slots(layer, find_copies(layer.experts))
-        return _FilledRegion(region, layers, filler.tensor, num_bytes)
-
-    def _packed(self, outcome: LoadOutcome, filled: _FilledRegion) -> dict[str, Any]:
-        """The experts of each live layer, by its name."""
-        return {
-            layer.name: packed_experts(
-                layer.name, matched.assembly, [filled.tensor(factor) for factor in layer.factors]
-            )
-            for matched, layer in zip(outcome.layers, filled.layers)
-        }
 
     def layout_options(self) -> LayoutOptions:
         """What the live layers say of a plain adapter's layout, as far as they agree."""

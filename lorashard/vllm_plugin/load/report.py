@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
@@ -40,7 +41,12 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """VLLM's LoRAModel. report: None where vLLM's own loader made it."""
+    """VLLM's LoRAModel. report: None where vLLM's own loader made it.
+
+    on_device: what the model has of experts, by layer, in the device's memory; empty if it is not
+    there.
+    """
 
     model: Any
     report: LoadReport | None = None
+    on_device: Mapping[str, Any] = field(default_factory=dict)

@@ -56,6 +56,8 @@ def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             if not adding.settle(err):
                 raise
             added = True
+        finally:
+            adding.leave_device()
         return added
 
     return add_adapter
@@ -119,6 +121,13 @@ class _Adding:
         loader = attached_loader(self.worker_manager)
         assert loader is not None
         loader.loading = None
+
+    def leave_device(self) -> None:
+        """Free the device's memory beside the slots. Never raises."""
+        loader = attached_loader(self.worker_manager)
+        if loader is not None and loader.on_device is not None:
+            loader.on_device.leave()
+            loader.on_device = None
 
     def is_load_due(self) -> bool:
         """Whether the adapter is not there yet, or is to be replaced."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lorashard.vllm_plugin.engine.contracts import contract_breaks
 from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
 from lorashard.vllm_plugin.engine.guards import contract_refusal
 from lorashard.vllm_plugin.load.agreement import Exchange, do_together, tensor_parallel_group
+from lorashard.vllm_plugin.load.device_copy import ExpertsOnDevice
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.load.report import LoadedAdapter, LoadReport
 from lorashard.vllm_plugin.patches.apply import broken_patches, original_of
@@ -144,6 +145,7 @@ def _take_read(worker_manager: Any, request: Any) -> Any | None:
         return None  # experts have moved since, on all ranks: it is read again
     refuse_displaced()  # by a package that came after the start
     loader.last_report = loaded.report
+    loader.on_device = ExpertsOnDevice(loaded.model, loaded.on_device)
     return loaded.model
 
 
@@ -170,9 +172,8 @@ def _read(
     reading: _ReadingStandIn, load_adapter: Callable[..., Any], worker_manager: Any, request: Any
 ) -> LoadedAdapter:
     """VLLM's own `_load_adapter`, in a thread."""
-    return LoadedAdapter(
-        load_adapter(_with_class(worker_manager, reading), request), reading.report
-    )
+    model = load_adapter(_with_class(worker_manager, reading), request)
+    return LoadedAdapter(model, reading.report, reading.on_device)
 
 
 def stock_class(worker_manager: Any) -> Any:
@@ -272,15 +273,16 @@ class _ReadingStandIn:
         self._stock = stock
         self._maps = maps
         self.report: LoadReport | None = None
+        self.on_device: Mapping[str, Any] = {}
 
     def from_local_checkpoint(
         self, lora_dir: str, expected_lora_modules: Any, peft_helper: Any, **kwargs: Any
     ) -> Any:
         """The LoRAModel of an adapter; arguments and result are those of vLLM's method."""
         loaded = self._loader.load(
-            lora_dir, expected_lora_modules, peft_helper, self._maps, **kwargs
+            lora_dir, expected_lora_modules, peft_helper, self._maps, to_device=True, **kwargs
         )
-        self.report = loaded.report
+        self.report, self.on_device = loaded.report, loaded.on_device
         return loaded.model
 
     def __getattr__(self, name: str) -> Any:

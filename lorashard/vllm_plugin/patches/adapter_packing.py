@@ -104,4 +104,8 @@ def _pack_and_add(original: Callable[..., Any], manager: Any, lora: Any) -> Any:
             )
             manager._registered_adapters[lora.id] = lora  # noqa: SLF001 - vLLM gives no other way
             return True
-    return original(manager, lora)
+    added = original(manager, lora)
+    # vLLM pins what it packs, and can do so with host memory only.
+    if loader is not None and loader.on_device is not None:
+        loader.on_device.enter(lora)
+    return added

@@ -53,7 +53,7 @@ def _delays() -> Iterator[float]:
     while total < _LIMIT_S:
         yield delay
         total += delay
-        delay = min(1.5 * delay, _LAST_DELAY_S)
+        delay = min(1.2 * delay, _LAST_DELAY_S)
 
 
 def is_to_be_read(request: Any) -> bool:

@@ -159,6 +159,20 @@ def test_bytes_are_copied_as_they_are(threads: ThreadPoolExecutor) -> None:
     np.testing.assert_array_equal(region, expected)
 
 
+def test_it_says_how_many_jobs_are_done_from_the_first_on(threads: ThreadPoolExecutor) -> None:
+    sources = Sources({REPLICATED: Image({"x": values(40)})})
+    region = np.zeros(80, np.uint8)
+    found: list[tuple[int, bytes]] = []
+
+    def note(num_done: int) -> None:
+        found.append((num_done, region[: 10 * num_done].tobytes()))
+
+    jobs = [CopyJob(REPLICATED, at, at, 10) for at in range(0, 80, 10)]
+    Filler(region, sources, "BF16", threads).run([], jobs, note)
+    image = sources.images[REPLICATED].bytes
+    assert found == [(number, image[: 10 * number]) for number in range(1, 9)]
+
+
 def test_each_source_is_opened_once_and_by_the_thread_that_loads(
     threads: ThreadPoolExecutor,
 ) -> None:

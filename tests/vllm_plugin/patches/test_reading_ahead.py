@@ -65,3 +65,8 @@ def test_what_is_there_is_not_read_again_and_other_engines_are_not_asked(release
 @each_release
 def test_a_version_in_place_of_another_is_read_ahead_too(release: str) -> None:
     assert answers(release)["in place"] in ("not in this release", [RIGHT, BY_THREADS])
+
+
+@each_release
+def test_layers_take_it_from_the_device_and_what_is_kept_is_in_host_memory(release: str) -> None:
+    assert answers(release)["copied"] == [2, True, True, [None, None], RIGHT]
