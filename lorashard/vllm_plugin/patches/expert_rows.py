@@ -28,6 +28,7 @@ from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
 from lorashard.vllm_plugin.engine.live import WRAPPER_3D, moe_wrappers
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.load.lora_model import is_dummy, is_ready, maps_of, set_maps
+from lorashard.vllm_plugin.patches.published_maps import publish_maps
 
 logger = logging.getLogger("vllm.lorashard")
 
@@ -86,6 +87,7 @@ class ExpertRows:
         self._writes = [0] * self.num_slots
         self._written: Any = None  # CUDA event after the last write
         self._transfer: Transfer | None = None
+        self._num_moved = 0  # experts, in the cycle that goes on
 
     def bind(self, names: Sequence[str], maps: ExpertMaps) -> None:
         """EPLB has taken the layers on, in this order."""
@@ -122,6 +124,8 @@ class ExpertRows:
         transfer, self._transfer = self._transfer, None
         maps = self._maps()
         for layer, slots in layers.items():
+            before = maps.layers[self.names[layer]]
+            self._num_moved += sum(old != new for old, new in zip(before, slots, strict=True))
             maps = maps.with_layer(self.names[layer], slots)
         self.loader.maps = maps
         carried = transfer.slots if transfer is not None else {}
@@ -131,6 +135,16 @@ class ExpertRows:
                 if number is not None and carried.get(slot) != self._writes[slot]:
                     self._write_again(names, slot, number)
             self._note_written()
+
+    def end_of_cycle(self) -> None:
+        """All layers have arrived: say where the experts are."""
+        moved, self._num_moved = self._num_moved, 0
+        used = sum(number is not None for number in self._manager.lora_index_to_id)
+        publish_maps(
+            self.loader,
+            f"{moved} slots of {len(self.names)} layers hold other experts now, "
+            f"and so does the LoRA of {used} adapters",
+        )
 
     def activated(self, number: int) -> None:
         """An adapter was written into its slot. The caller holds the lock."""

@@ -19,13 +19,16 @@ logger = logging.getLogger("vllm.lorashard")
 _NAME = "expert-map.json"
 
 
-def publish_maps(loader: AdapterLoader) -> None:
-    """Write the maps of now, and log where. Never raises: a rearrangement is over by then."""
+def publish_maps(loader: AdapterLoader, what: str) -> None:
+    """Write the maps of now, and log where. Never raises: a rearrangement is over by then.
+
+    what: has happened, as a sentence without full stop.
+    """
     if loader.ep_rank != 0 or loader.maps is None:
         return
     directory = settings.expert_map_directory()
     if directory is None:
-        logger.info("lorashard: experts were rearranged, with the LoRA of those that moved")
+        logger.info("lorashard: %s", what)
         return
     path = Path(directory) / _NAME
     try:
@@ -37,7 +40,7 @@ def publish_maps(loader: AdapterLoader) -> None:
         logger.warning("lorashard: cannot write where the experts are: %s", err)
         return
     logger.info(
-        "lorashard: experts were rearranged, with the LoRA of those that moved; the map for "
-        "`lorashard split --expert-map` is %s",
+        "lorashard: %s; the map for `lorashard split --expert-map` is %s",
+        what,
         path,
     )

@@ -18,7 +18,6 @@ from lorashard.vllm_plugin.patches.expert_rows import (
     row_tag,
     rows_among,
 )
-from lorashard.vllm_plugin.patches.published_maps import publish_maps
 
 EPLB = "--enable-eplb"  # the option that these patches are for
 
@@ -127,7 +126,7 @@ def wrap_commit_maps(original: Callable[..., Any]) -> Callable[..., Any]:
         rows = rows_among(model_state.model.expert_weights[0])
         if rows is not None:
             rows.arrived(dict(enumerate(new_physical_to_logical_map.tolist())))
-            publish_maps(rows.loader)
+            rows.end_of_cycle()
         return done
 
     return _commit_eplb_maps
@@ -144,7 +143,7 @@ def wrap_commit_maps_for_layer(original: Callable[..., Any]) -> Callable[..., An
         if rows is not None:
             rows.arrived({layer: new_physical_to_logical_map.tolist()})
             if layer == len(rows.names) - 1:
-                publish_maps(rows.loader)
+                rows.end_of_cycle()
         return done
 
     return _commit_eplb_maps_for_layer
