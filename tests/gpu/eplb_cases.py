@@ -15,7 +15,7 @@ CHECKS = (
     Check("e1", "shards"),
     Check("e2", PLAIN),
     Check("fused0", "shards"),
-    Check("half", "shards"),
+    Check("rs", "shards"),
 )
 STOCK_CHECKS = tuple(Check(name, PLAIN) for name in ("e0", "e1", "e2"))
 MAX_LORAS, MAX_CPU_LORAS = 2, 3

@@ -220,9 +220,7 @@ class _QuantMethod(FusedMoEMethodBase):
         raise NotImplementedError
 
 
-def _place_experts(
-    holder: Any, moe_config: Any, strategy: Strategy, num_redundant: int
-) -> None:
+def _place_experts(holder: Any, moe_config: Any, strategy: Strategy, num_redundant: int) -> None:
     """Sets `local_num_experts` and `_expert_map`, as the layer's __init__ does."""
     if hasattr(type(holder), "update_expert_map_info"):
         holder.expert_map_manager = _expert_map_manager(moe_config, strategy, num_redundant)

@@ -12,7 +12,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -103,7 +102,12 @@ class Worker:
             window_size=2, step_interval=INTERVAL, policy="default", log_balancedness_interval=1,
             migration_batching_enabled=False,
         )  # fmt: skip
-        parallel = {"enable_eplb": True, "eplb_config": eplb, "enable_elastic_ep": False, "num_ubatches": 0}
+        parallel = {
+            "enable_eplb": True,
+            "eplb_config": eplb,
+            "enable_elastic_ep": False,
+            "num_ubatches": 0,
+        }
         self.engine = harness.make_engine(
             **SIZES, wrapper=wrapper, ep_size=ep_size, ep_rank=ep_rank, module_names=modules(),
             max_loras=max_loras, max_cpu_loras=max_cpu_loras, parallel=parallel,
@@ -137,7 +141,7 @@ class Worker:
         self.gate.set()
         begin = self.rows.begin_transfer
         self.rows.begin_transfer = lambda group: (self.gate.wait(), begin(group))[1]
-        self._versions: dict[int, int] = {}
+        self.num_loads = 0
 
     def use_thread(self) -> None:
         """From now on experts are moved in vLLM's thread."""
@@ -154,7 +158,9 @@ class Worker:
         ]
         for name, sign in (("w13_weight", 1.0), ("w2_weight", -1.0)):
             values = torch.tensor([[sign * _base(layer_number, e)] * NUM_BASE for e in experts])
-            parameter = torch.nn.Parameter(values.view(self.num_local, NUM_BASE, 1), requires_grad=False)
+            parameter = torch.nn.Parameter(
+                values.view(self.num_local, NUM_BASE, 1), requires_grad=False
+            )
             setattr(base_layer.routed_experts, name, parameter)
         object.__setattr__(base_layer, "router", SimpleNamespace(eplb_state=None))
 
@@ -177,7 +183,9 @@ class Worker:
         if self.ep_rank == 0:
             for number, built in self.adapters.items():
                 built.write(self.path(number, "plain"))
-                split_adapter(self.path(number, "plain"), self.path(number, "shards"), SplitRequest(2))
+                split_adapter(
+                    self.path(number, "plain"), self.path(number, "shards"), SplitRequest(2)
+                )
         dist.barrier()
 
     def request(self, number: int) -> Any:
@@ -186,12 +194,16 @@ class Worker:
         return harness.request(self.engine, self.path(number, form), f"a{number}", number)
 
     def load(self, number: int) -> None:
-        """As vLLM adds an adapter."""
-        self.engine.add_adapter(self.request(number))
+        """As vLLM adds an adapter: in a step, which is in inference mode, or between two."""
+        self.num_loads += 1
+        with torch.inference_mode(self.num_loads % 2 == 0):
+            self.engine.add_adapter(self.request(number))
 
     def ask(self, number: int) -> Any:
         """Begin to read an adapter, that `add_read` adds."""
-        request = reading_ahead._marked(self.request(number), f"{reading_ahead._TO_BE_READ}{number}")
+        request = reading_ahead._marked(
+            self.request(number), f"{reading_ahead._TO_BE_READ}{number}"
+        )
         while not self.engine.add_adapter(request):
             time.sleep(0.001)
         return reading_ahead._marked(self.request(number), f"{reading_ahead._WAS_READ}{number}")

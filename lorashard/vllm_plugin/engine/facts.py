@@ -12,7 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lorashard.vllm_plugin.engine.guards import ELASTIC_EPLB, NIXL_EPLB, OLD_EPLB, EngineFacts
+from lorashard.vllm_plugin.engine.guards import (
+    ELASTIC_EPLB,
+    NIXL_EPLB,
+    OLD_EPLB,
+    EngineFacts,
+    unknown_eplb,
+)
 
 _RUNNER = "model_executor/layers/fused_moe/runner/moe_runner.py"
 
@@ -73,13 +79,12 @@ def module_facts(
     sentence for each patch that EPLB needs and that is not in place.
     """
     facts = config_facts(vllm_config)
-    differs = f"This vLLM differs from what lorashard relies on: {'; '.join(eplb_breaks)}."
     experts = [e for e in map(_experts_object, wrappers.values()) if e is not None]
     # Mostly one class for all layers; its source is read once.
     classes = dict.fromkeys(map(type, experts))
     return dataclasses.replace(
         facts,
-        eplb_obstacle=facts.eplb_obstacle or (differs if eplb_breaks else None),
+        eplb_obstacle=facts.eplb_obstacle or (unknown_eplb(eplb_breaks) if eplb_breaks else None),
         num_experts=None if wrappers else 0,  # vLLM cannot count the experts of every model
         contract_breaks=tuple(contract_breaks),
         experts_class=type(experts[-1]).__name__ if experts else None,

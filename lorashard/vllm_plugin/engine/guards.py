@@ -95,9 +95,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         variable="LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE",
         applies=lambda facts: facts.eplb and facts.eplb_obstacle is not None,
-        reason="LoRA with --enable-eplb: a rebalance would move the experts' weights but not their "
-        "LoRA, so adapters would be silently wrong from then on. {facts.eplb_obstacle}",
-        way_out="Or start without --enable-eplb.",
+        reason="LoRA with --enable-eplb: adapters are silently wrong from the first rebalance on, "
+        "unless their rows move with the experts. {facts.eplb_obstacle}",
+        way_out="Start without --enable-eplb.",
     ),
     Rule(
         variable="LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL",
@@ -133,16 +133,19 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
-# Why EPLB is refused all the same, and what to do.
-ELASTIC_EPLB = (
-    "Elastic scaling (--enable-elastic-ep) changes the number of ranks, and lorashard's buffers "
-    "and loads are made for one. Start without it."
-)
+# Why the rows of LoRA do not move with the experts, or may not.
+ELASTIC_EPLB = "With elastic scaling (--enable-elastic-ep) they do not: ranks come and go."
 NIXL_EPLB = (
-    "With the communicator nixl, nobody has seen what a rebalance does to LoRA. Start with "
-    "--eplb-config.communicator torch_gloo."
+    "Through the communicator nixl that was never measured; through torch_gloo it was "
+    "(--eplb-config.communicator torch_gloo)."
 )
-OLD_EPLB = "In this vLLM, LoRA cannot travel with the experts. Use vLLM 0.24.0 or later."
+OLD_EPLB = "That takes vLLM 0.24.0 or later."
+
+
+def unknown_eplb(breaks: Sequence[str]) -> str:
+    """The same of a vLLM that nobody has looked at. breaks: sentences without full stop."""
+    return f"This vLLM differs from what that relies on: {'; '.join(breaks)}."
+
 
 # Every variable that overrides a refusal.
 VARIABLES = tuple(rule.variable for rule in RULES)

@@ -130,7 +130,7 @@ class ExpertRows:
         self.loader.maps = maps
         carried = transfer.slots if transfer is not None else {}
         names = tuple(self.names[layer] for layer in layers)
-        with self.lock:
+        with self.lock, _any_tensors():
             for slot, number in enumerate(self._manager.lora_index_to_id):
                 if number is not None and carried.get(slot) != self._writes[slot]:
                     self._write_again(names, slot, number)
@@ -153,7 +153,8 @@ class ExpertRows:
         if not self.names and not is_dummy(model):
             raise RuntimeError("EPLB has not taken on the MoE layers that have LoRA")
         self._writes[slot] += 1
-        self._move(model, self.names, slot)
+        with _any_tensors():
+            self._move(model, self.names, slot)
         self._note_written()
 
     def note_packed(self, model: Any) -> None:
@@ -284,6 +285,15 @@ def _stacks_of(wrapper: Any, weights: Any) -> Iterator[tuple[Any, Any]]:
         is_3d = type(wrapper).__name__ == WRAPPER_3D
         stacks = (w13[0], w2[0]) if is_3d else (w13[0], w2[0], w13[-1])
         yield from zip(tensors, stacks, strict=True)
+
+
+def _any_tensors() -> Any:
+    """A mode in which tensors may be written whichever mode they were made in: vLLM adds adapters in
+    steps, which are in inference mode, and between them.
+    """
+    import torch
+
+    return torch.inference_mode()
 
 
 def _all_gather(numbers: Sequence[int], group: Any) -> list[list[int]]:
