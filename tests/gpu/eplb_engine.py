@@ -24,11 +24,12 @@ from tests.gpu.engine import (
     prompt_log_probs,
     run_checks,
 )
-from tests.gpu.eplb_cases import CASES, EplbCase
+from tests.gpu.eplb_cases import CASES, STEP_INTERVAL, EplbCase
 
 # Where experts are changes in which order their outputs are summed, and so the base model's answer to
 # two tokens; with an adapter's deltas it changes by far more.
 LEAK_ROOM = 0.1
+NEVER = 10**6  # steps
 
 
 class Engine:
@@ -91,6 +92,10 @@ class Engine:
         )
         self._maps = maps
 
+    def hold_experts(self, interval: int) -> None:
+        """A rearrangement after as many steps, from now on."""
+        self._llm.collective_rpc("hold_experts", args=(interval,))
+
     def use_random_maps(self) -> None:
         """From the next rearrangement on."""
         self._llm.collective_rpc("use_random_maps", args=(11,))
@@ -117,14 +122,18 @@ def _main() -> None:
     started = time.perf_counter()
     engine = Engine(args.work, chosen)
     report({"started": round(time.perf_counter() - started, 1)})
-    last = (chosen.rounds - 1) * len(chosen.checks)
+    engine.hold_experts(NEVER)
+    # At which check of all rounds.
+    changes = {
+        len(chosen.checks): lambda: engine.hold_experts(STEP_INTERVAL),
+        (chosen.rounds - 1) * len(chosen.checks): engine.use_random_maps,
+    }
     asked = 0
 
     def ask(check: Check | None, number: int, prompts: Tensor) -> Tensor:
         nonlocal asked
         if check is not None and len(prompts) > 1:
-            if asked == last:
-                engine.use_random_maps()
+            changes.get(asked, lambda: None)()
             asked += 1
         return engine.ask(check, number, prompts)
 

@@ -50,6 +50,12 @@ class Rebalancing:
         """From the next rearrangement on."""
         self._state().policy = RandomMaps(seed)
 
+    def hold_experts(self, interval: int) -> None:
+        """From now on a rearrangement after as many steps; one that is on its way still arrives."""
+        state = self._state()
+        state.expert_rearrangement_step_interval = interval
+        state.expert_rearrangement_step = 0
+
     def expert_maps(self) -> list[Any]:
         """The logical expert in each physical one's place, by layer."""
         (state,) = self._state().model_states.values()

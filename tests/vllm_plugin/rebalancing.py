@@ -8,6 +8,8 @@ group coordinators, around real groups; and the base weights, a few numbers for 
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import threading
 import time
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, Phase, given, settings, strategies
 
 from lorashard import SplitRequest, split_adapter
 from lorashard.vllm_plugin import register
@@ -28,6 +31,7 @@ register()
 
 from vllm.distributed import parallel_state  # noqa: E402
 from vllm.distributed.eplb import async_worker, eplb_state  # noqa: E402
+from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
 from vllm.model_executor.models.interfaces import MixtureOfExperts  # noqa: E402
 
 from lorashard.vllm_plugin.patches import reading_ahead  # noqa: E402
@@ -36,7 +40,7 @@ from tests.vllm_plugin import harness  # noqa: E402
 from tests.vllm_plugin.harness_selfcheck import SIZES, adapter_of, modules  # noqa: E402
 from tests.vllm_plugin.loading import expected_of  # noqa: E402
 
-LAYOUTS = ("L1", "L2", "L1", "L6", "L2", "L1")  # of the adapters 1, 2, ...
+LAYOUTS = ("L1", "L2", "L1", "L6", "L4-down", "L8", "L1")  # of the adapters 1, 2, ...
 NUM_BASE = 3  # numbers of an expert's base weight
 INTERVAL = 3  # steps from one rearrangement to the next
 
@@ -208,6 +212,39 @@ class Worker:
             time.sleep(0.001)
         return reading_ahead._marked(self.request(number), f"{reading_ahead._WAS_READ}{number}")
 
+    def load_tensors(self, number: int) -> None:
+        """As verl and AReaL add one: of tensors in memory, with all experts."""
+        built = self.adapters[number]
+        if built.spec.layout != "L1":  # what the config of others says does not come along
+            return self.load(number)
+        self.unload(number)
+        model = self.engine._lora_model_cls.from_lora_tensors(
+            number, dict(built.tensors), PEFTHelper.from_dict(built.config), device="cpu",
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        while len(self.manager) >= self.manager.capacity:  # as LRUCacheWorkerLoRAManager does
+            self.manager.remove_oldest_adapter()
+        self.manager._add_adapter(model)
+        self.manager.activate_adapter(number)
+        return None
+
+    def evict(self, number: int) -> None:
+        """Out of its slot, and still in host memory."""
+        self.manager.deactivate_adapter(number)
+
+    def begin_cycle(self) -> None:
+        """The next step rearranges, or begins to."""
+        self.state.expert_rearrangement_step = INTERVAL - 1
+        self.step()
+
+    def commit(self) -> None:
+        """A step in which a layer arrives, if one is on its way."""
+        if self.model_state.rebalanced:
+            self.wait_for_transfer()
+        dist.barrier()
+        self.state.expert_rearrangement_step = 0
+        self.step()
+
     def unload(self, number: int) -> None:
         """As vLLM removes one."""
         self.engine.remove_adapter(number)
@@ -225,10 +262,7 @@ class Worker:
     def finish_cycle(self) -> None:
         """Until nothing is on its way on any rank."""
         while self.model_state.rebalanced:
-            self.wait_for_transfer()
-            dist.barrier()
-            self.step()
-            self.state.expert_rearrangement_step = 0
+            self.commit()
 
     def wrong(self) -> list[str]:
         """Where a slot of an active adapter, or a base weight, is not what vLLM's maps say."""
@@ -263,8 +297,6 @@ def _replace_cuda() -> None:
     torch.Event = torch.cuda.Event = _Event
     torch.cuda.stream = _NoDevice
     torch.cuda.Stream = _Stream
-    for module in list(vars(eplb_state).values()), list(vars(async_worker).values()):
-        del module
     from vllm.distributed.eplb import eplb_communicator, rebalance_execute
 
     for module in (async_worker, eplb_communicator, rebalance_execute):
@@ -294,19 +326,20 @@ def random_runs(worker: Worker, *, in_thread: bool, num_steps: int, seed: int) -
     numbers = random.Random(seed)
     delays = _skewed(worker, seed)
     reading: list[Any] = []
+    kinds: dict[str, Callable[[int], object]] = {
+        "load": worker.load,
+        "tensors": worker.load_tensors,
+        "evict": worker.evict,
+        "unload": worker.unload,
+        "read": lambda number: reading or reading.append(worker.ask(number)),
+        "add": lambda _: reading and worker.engine.add_adapter(reading.pop()),
+    }
     for step in range(num_steps):
         for _ in range(numbers.choice((0, 1, 1, 2))):
             number = numbers.choice(tuple(worker.adapters))
-            what = numbers.choice(("load", "load", "load", "unload", "read", "add"))
+            what = numbers.choice(("load", "load", *kinds))
             time.sleep(next(delays))
-            if what == "load":
-                worker.load(number)
-            elif what == "unload":
-                worker.unload(number)
-            elif what == "read" and not reading:
-                reading.append(worker.ask(number))
-            elif what == "add" and reading:
-                worker.engine.add_adapter(reading.pop())
+            kinds[what](number)
             wrong += [f"step {step} after {what} {number}: {line}" for line in worker.wrong()[:2]]
         if in_thread and numbers.random() < 0.5:
             worker.wait_for_transfer()
@@ -351,19 +384,17 @@ def _one_point(
     worker.load(other)
     if is_cached:  # in host memory, but not in a slot
         worker.load(number)
-        worker.manager.deactivate_adapter(number)
+        worker.evict(number)
     dist.barrier()
-    worker.state.expert_rearrangement_step = INTERVAL - 1
-    worker.step()  # the cycle begins
-    for _ in range(layer):
+    if layer == 0:
+        worker.gate.clear()
+    worker.begin_cycle()
+    for before in range(layer):
         worker.wait_for_transfer()
         dist.barrier()
-        if _ == layer - 1:
+        if before == layer - 1:
             worker.gate.clear()
-        worker.state.expert_rearrangement_step = 0
-        worker.step()
-    if not layer:
-        pass
+        worker.commit()
     found = worker.wrong()
     if leaves_first:
         worker.gate.set()
@@ -375,8 +406,7 @@ def _one_point(
     dist.barrier()
     worker.load(5)  # arrived, but not committed
     found += worker.wrong()
-    worker.state.expert_rearrangement_step = 0
-    worker.step()
+    worker.commit()
     found += worker.wrong()
     worker.load(number)
     worker.finish_cycle()
@@ -426,6 +456,128 @@ def points(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     return every_point(worker)
 
 
+def shared_factors(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
+    """--enable-moe-shared-loras: factors that all experts share stay where they are."""
+    try:
+        worker = _started(ep_rank, ep_size, folder, num_redundant=4, shared_loras=True)
+    except ValueError:
+        return []  # a release without it
+    worker.use_thread()
+    return random_runs(worker, in_thread=True, num_steps=40, seed=4)
+
+
+def sequences(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
+    """Hypothesis makes up what happens in which order, the same on all ranks; both ways in turn."""
+    wrong: list[str] = []
+    worker = _started(ep_rank, ep_size, folder, num_redundant=4)
+    _tries(worker, wrong)
+    worker = Worker(ep_rank, ep_size, folder, num_redundant=4)
+    worker.use_thread()
+    _tries(worker, wrong)
+    return wrong
+
+
+def _tries(worker: Worker, wrong: list[str]) -> None:
+    numbers = strategies.sampled_from(tuple(worker.adapters))
+    happenings = strategies.one_of(
+        strategies.tuples(strategies.sampled_from((worker.begin_cycle, worker.commit))),
+        strategies.tuples(
+            strategies.sampled_from(
+                (worker.load, worker.load_tensors, worker.unload, worker.evict, worker.load)
+            ),
+            numbers,
+        ),
+    )
+
+    # Without a failure, and without what differs between processes, all ranks try the same.
+    @settings(
+        max_examples=40, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(strategies.lists(happenings, min_size=1, max_size=12))
+    def try_one(happened: list[Any]) -> None:
+        done = []
+        for what, *arguments in happened:
+            if wrong:
+                return
+            what(*arguments)
+            done.append(f"{what.__name__}({', '.join(map(str, arguments))})")
+            wrong.extend(f"after {done}: {line}" for line in worker.wrong()[:2])
+
+    try_one()
+    worker.finish_cycle()
+    wrong.extend(worker.wrong())
+
+
+def traffic(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
+    """Slots without an adapter do not travel, and without a rearrangement nothing happens."""
+    worker = _started(ep_rank, ep_size, folder, num_redundant=0)
+    sent: list[int] = []
+    communicator = worker.model_state.communicator
+    add_send = communicator.add_send
+
+    def counted(tensors: list[torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        sent.append(len(tensors))
+        add_send(tensors, *args, **kwargs)
+
+    communicator.add_send = counted
+    wrong: list[str] = []
+    for num_adapters in range(3):
+        if num_adapters:
+            worker.load(num_adapters)
+        sent.clear()
+        worker.begin_cycle()
+        # Two base weights; w13 has two A and two B, w2 one of each.
+        if not sent or set(sent) != {2 + 6 * num_adapters}:
+            wrong.append(f"{num_adapters} adapters: {sorted(set(sent))} tensors for an expert")
+        calls: list[str] = []
+        for name in ("begin_transfer", "arrived", "activated", "_move"):
+            setattr(worker.rows, name, partial(calls.append, name))
+        worker.state.expert_rearrangement_step = 0
+        worker.step()
+        for name in ("begin_transfer", "arrived", "activated", "_move"):
+            delattr(worker.rows, name)
+        wrong += [f"{name} was called in a step without a rearrangement" for name in calls]
+    return wrong + worker.wrong()
+
+
+def profile(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
+    """The rearrangement of a start, which only reserves memory."""
+    worker = _started(ep_rank, ep_size, folder, num_redundant=4)
+    worker.load(1)
+    before = worker.model_state.physical_to_logical_map.tolist()
+    worker.state.step(is_dummy=True, is_profile=True)
+    changed = worker.model_state.physical_to_logical_map.tolist() != before
+    return (["the maps have changed"] if changed else []) + worker.wrong()
+
+
+def published_maps(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
+    """What the engine writes is a map for `split`, and what it makes is this rank's own file."""
+    os.environ["LORASHARD_EXPERT_MAPS"] = str(folder / "maps")
+    worker = _started(ep_rank, ep_size, folder, num_redundant=4)
+    worker.begin_cycle()
+    dist.barrier()
+    document = json.loads((folder / "maps/expert-map.json").read_text())
+    if ep_rank == 0:
+        for number in (1, 5):  # one trains a part of the model
+            request = SplitRequest(ep_size, expert_map=folder / "maps/expert-map.json")
+            split_adapter(worker.path(number, "plain"), folder / f"own{number}", request)
+    dist.barrier()
+    for number in (1, 5):
+        worker.engine.add_adapter(
+            harness.request(worker.engine, folder / f"own{number}", f"own{number}", number)
+        )
+    del os.environ["LORASHARD_EXPERT_MAPS"]
+    held = worker.rows.loader.maps.ranks_of(modules()[1], ep_size)
+    written = document["layers"][modules()[1]]
+    same = [list(dict.fromkeys(experts)) for experts in held] == written
+    return ([] if same else ["the map is not the engine's"]) + worker.wrong()
+
+
 CHECKS: dict[str, Callable[..., list[str]]] = {
-    check.__name__: check for check in (sync, sync_without_redundant, thread, points)
-}
+    check.__name__: check
+    for check in (
+        sync, sync_without_redundant, thread, points, shared_factors, sequences, traffic, profile,
+        published_maps,
+    )
+}  # fmt: skip
