@@ -31,6 +31,7 @@ def test_nothing_is_on_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not settings.is_set(variable)
     assert not settings.verifies_fully()
     assert settings.warm_buffers() == 3
+    assert settings.expert_map_directory() is None
     assert 1 <= settings.reader_threads() <= 8
 
 

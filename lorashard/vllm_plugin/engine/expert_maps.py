@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from lorashard.shards.placement import Ranks
+from lorashard.shards.placement import OF_ENGINE, Ranks
 from lorashard.vllm_plugin.engine.live import LiveExperts
 
 Slots = tuple[int, ...]  # the logical expert of each physical one
@@ -32,10 +32,6 @@ class ExpertMaps:
         layers = dict(self.layers) | {name: tuple(slots)}
         return ExpertMaps(MappingProxyType(layers), self.number + 1)
 
-    def differing(self, other: ExpertMaps) -> tuple[str, ...]:
-        """The layers whose maps are not the same."""
-        return tuple(name for name, slots in self.layers.items() if other.layers[name] != slots)
-
     def ranks_of(self, name: str, ep_size: int) -> Ranks:
         """The experts of each rank in one layer, in slot order."""
         slots = self.layers[name]
@@ -51,6 +47,8 @@ def place_layers(
         return layers
     return {
         name: replace(live, local_experts=maps.ranks_of(name, live.ep_size)[live.ep_rank])
+        if name in maps.layers
+        else live  # not one that EPLB moves
         for name, live in layers.items()
     }
 
@@ -58,12 +56,27 @@ def place_layers(
 def expert_map_document(maps: ExpertMaps, ep_size: int) -> dict[str, object]:
     """The maps as `lorashard split --expert-map` takes them, as JSON.
 
-    A rank's file has each of its experts once, also where several of its slots hold it.
+    A rank's file has each of its experts once, also where several of its slots hold it. Layers go by
+    their number, since an adapter may call their modules otherwise.
     """
+    numbers = {name: _layer_number(name) for name in maps.layers}
+    are_clear = None not in numbers.values() and len(set(numbers.values())) == len(numbers)
     layers = {
-        name: [list(dict.fromkeys(experts)) for experts in maps.ranks_of(name, ep_size)]
+        numbers[name] if are_clear else name: [
+            list(dict.fromkeys(experts)) for experts in maps.ranks_of(name, ep_size)
+        ]
         for name in maps.layers
     }
-    first = next(iter(layers.values()))
-    num_experts = 1 + max(max(slots) for slots in maps.layers.values())
-    return {"num_experts": num_experts, "ep_size": ep_size, "ranks": first, "layers": layers}
+    return {
+        OF_ENGINE: True,
+        "num_experts": 1 + max(max(slots) for slots in maps.layers.values()),
+        "ep_size": ep_size,
+        "ranks": next(iter(layers.values())),
+        "layers": {key: {"ranks": ranks} for key, ranks in layers.items()},
+    }
+
+
+def _layer_number(name: str) -> str | None:
+    """The only number in a module's name."""
+    numbers = [part for part in name.split(".") if part.isdecimal()]
+    return numbers[0] if len(numbers) == 1 else None
