@@ -18,6 +18,9 @@ from lorashard.vllm_options import Strategy
 # What vLLM places by rule, or a list of its own for each rank.
 PlacementKind = Literal[Strategy, "explicit"]
 Ranks = tuple[tuple[int, ...], ...]
+OF_ENGINE = (
+    "of_engine"  # key of a map that names all the model's layers, those of the adapter or not
+)
 MAX_EP_SIZE = 65_536  # more than any cluster; a mistyped number must not fill the memory
 
 
@@ -75,7 +78,7 @@ def explicit_placement(spec: object, num_experts: int, ep_size: int) -> Placemen
     Accepted: a list with, per rank, the global ids in local-slot order; the same with vLLM's
     expert_map style (per rank [E] entries, -1 = elsewhere); an object that says which with the
     key "ranks" or "expert_map", and optionally "layers" {module name or layer number: the same}
-    for the layers that differ.
+    for the layers that differ. A map from a running engine has the key "of_engine".
     Raises PlacementError if an expert is missing, repeated on one rank or out of range.
     """
     _check_counts(num_experts, ep_size)
@@ -83,7 +86,8 @@ def explicit_placement(spec: object, num_experts: int, ep_size: int) -> Placemen
     default: Ranks | None = None
     if isinstance(spec, dict):
         unknown = sorted(
-            set(spec) - {"ranks", "expert_map", "layers", "strategy", "ep_size", "num_experts"}
+            set(spec)
+            - {"ranks", "expert_map", "layers", "strategy", "ep_size", "num_experts", OF_ENGINE}
         )
         if unknown:
             raise PlacementError(f"expert map: unknown key {unknown[0]!r}.", hint=_FORMS)
@@ -118,7 +122,9 @@ def place_experts(
         raise PlacementError(f"Placement strategy {strategy!r} is not known.")
     if expert_map is not None:
         placement = explicit_placement(expert_map, num_experts, ep_size)
-        return bind_layers(placement, [module.name for module in layout.modules])
+        of_engine = isinstance(expert_map, dict) and bool(expert_map.get(OF_ENGINE))
+        names = [module.name for module in layout.modules]
+        return bind_layers(placement, names, has_others=of_engine)
     if strategy == "round_robin":
         return round_robin_placement(num_experts, ep_size)
     return linear_placement(num_experts, ep_size)
@@ -144,15 +150,18 @@ def strategy_in_vllm(strategy: Strategy, facts: ModelFacts | None) -> tuple[Stra
     )
 
 
-def bind_layers(placement: Placement, modules: Sequence[str]) -> Placement:
+def bind_layers(
+    placement: Placement, modules: Sequence[str], *, has_others: bool = False
+) -> Placement:
     """Replace layer numbers among the keys of `layers` by the names of their modules.
 
+    has_others: the map is of a model, which has layers that the adapter does not train.
     Raises PlacementError for a key that is neither a module of the adapter nor a layer number.
     """
     bound: dict[str, Ranks] = {}
     for key, ranks in placement.layers.items():
         named = [m for m in modules if m == key or (key.isdecimal() and key in m.split("."))]
-        if not named:
+        if not named and not has_others:
             raise PlacementError(
                 f"expert map: layer {key!r} is not in the adapter.",
                 hint=f"Its expert modules are named like {modules[0]!r}.",

@@ -5,6 +5,7 @@ LORASHARD_STRICT=1          a shard directory for another placement is an error,
 LORASHARD_VERIFY=full       every byte loaded is checked against its recorded digest
 LORASHARD_WARM_BUFFERS=N    host buffers prepared at start (3; 0 = none)
 LORASHARD_THREADS=N         threads that read one adapter (16, or each worker's processors if less)
+LORASHARD_EXPERT_MAPS=DIR   with --enable-eplb: where each rearrangement leaves its expert map
 LORASHARD_RISK_...=1        serve despite a refusal, see engine/guards.py
 """
 
@@ -17,7 +18,8 @@ STRICT = "LORASHARD_STRICT"
 VERIFY = "LORASHARD_VERIFY"
 WARM_BUFFERS = "LORASHARD_WARM_BUFFERS"
 THREADS = "LORASHARD_THREADS"
-VARIABLES = (DISABLE, STRICT, VERIFY, WARM_BUFFERS, THREADS)
+EXPERT_MAPS = "LORASHARD_EXPERT_MAPS"
+VARIABLES = (DISABLE, STRICT, VERIFY, WARM_BUFFERS, THREADS, EXPERT_MAPS)
 
 _OFF = ("", "0", "false", "off", "no")
 
@@ -48,6 +50,11 @@ def reader_threads(num_workers: int = 1) -> int:
     """
     num_processors = len(os.sched_getaffinity(0)) // max(1, num_workers)
     return _count(THREADS, min(16, max(1, num_processors)), least=1)
+
+
+def expert_map_directory() -> str | None:
+    """Where the maps of an engine whose experts move are written; None = nowhere."""
+    return os.environ.get(EXPERT_MAPS, "").strip() or None
 
 
 def _count(variable: str, default: int, *, least: int) -> int:

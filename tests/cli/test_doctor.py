@@ -33,7 +33,7 @@ from tests.tiny import (
 from tests.vllm_release import require_release
 
 EP = "--enable-expert-parallel"
-EPLB_RISK = "LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE"
+DP_RISK = "LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL"
 ENTRY_POINT = "[vllm.general_plugins]\nlorashard = lorashard.vllm_plugin:register\n"
 
 
@@ -119,20 +119,29 @@ def test_plain_output_names_versions_flags_and_adapter(shards: Path, python_path
         assert shown in done.stdout
 
 
-def test_eplb_is_refused_with_its_way_out_and_variable() -> None:
-    found = examine("-tp", 4, EP, "--enable-eplb")
+DATA_PARALLEL = (EP, "--data-parallel-size", 2)
+
+
+def test_a_refusal_has_its_way_out_and_variable() -> None:
+    found = examine(*DATA_PARALLEL)
     (refusal,) = found["refusals"]
-    assert refusal["variable"] == EPLB_RISK
-    assert refusal["way_out"] == "Start without --enable-eplb."
+    assert refusal["variable"] == DP_RISK
+    assert refusal["way_out"].startswith("Use tensor parallelism alone")
     (text,) = problems(found, "flags")
-    assert f"{EPLB_RISK}=1" in text
+    assert f"{DP_RISK}=1" in text
 
 
 def test_a_refusal_that_is_overridden_is_no_problem() -> None:
-    found = examine("-tp", 4, EP, "--enable-eplb", **{EPLB_RISK: "1"})
+    found = examine(*DATA_PARALLEL, **{DP_RISK: "1"})
     assert [refusal["overridden"] for refusal in found["refusals"]] == [True]
     assert problems(found, "flags") == []
-    assert any(EPLB_RISK in note for note in found["notes"])
+    assert any(DP_RISK in note for note in found["notes"])
+
+
+def test_eplb_is_a_note_on_its_communicator() -> None:
+    found = examine("-tp", 4, EP, "--enable-eplb")
+    assert (found["refusals"], problems(found, "flags")) == ([], [])
+    assert ["torch_gloo" in note for note in found["notes"]] == [True]
 
 
 def test_data_parallel_is_refused_with_expert_parallel_only() -> None:
@@ -343,7 +352,8 @@ def test_a_vllm_that_cannot_be_imported_is_reported_and_keeps_stdout_clean(
     assert (found["installation"]["vllm"], found["vllm_known"]) == ("0.99.0", False)
     assert "lorashard is not tested with vLLM 0.99.0, only with 0.16.0 to 0.33.0." in found["notes"]
     assert all("cannot be imported: ModuleNotFoundError" in p for p in problems(found, "patches"))
-    assert len(problems(found, "patches")) == len([p for p in PATCHES if p.until is None])
+    lasting = [p for p in PATCHES if p.until is None and not p.only_for]
+    assert len(problems(found, "patches")) == len(lasting)
 
 
 def test_a_vllm_older_than_the_first_known_is_a_problem(tmp_path: Path) -> None:

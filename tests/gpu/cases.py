@@ -72,6 +72,8 @@ def _checks(form: str, *adapters: str, optional: bool = False) -> tuple[Check, .
 
 _E = ("e0", "e1", "e2")
 _BOTH = (*_checks("plain", *_E), *_checks("shards", *_E))
+# More of it: eplb_cases.py.
+_EPLB = {"window_size": 8, "step_interval": 4, "communicator": "torch_gloo"}
 _ROUND_ROBIN = {"expert_placement_strategy": "round_robin"}
 _ONE_EXPERT = {"worker_extension_cls": "tests.gpu.one_expert.OneExpert"}
 _OTHER_EP_SIZE = Check("e1", "shards-ep4", log=r"lorashard: .*shards-ep4: split for 4 ranks")
@@ -105,8 +107,8 @@ CASES: tuple[Case, ...] = (
         "glm16",
         _checks("plain", *_E),
         warmup_tokens=32,
-        refused="LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE",
-        engine={"enable_eplb": True, "eplb_config": {"window_size": 8, "step_interval": 4}},
+        since="0.24.0",
+        engine={"enable_eplb": True, "eplb_config": _EPLB},
     ),
     Case(
         "glm16",

@@ -1,6 +1,6 @@
 """The model and the adapters of `load_time`: GLM-4.5-Air's shapes, 8 MoE layers, r = 32.
 
-    python -m tests.gpu.load_adapters WORK [--scale 0.1]
+    python -m tests.gpu.load_adapters WORK [--scale 0.1] [--form per_expert]
 
 Values come from the GPU where there is one; 4 GB on disk.
 """
@@ -99,13 +99,14 @@ def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.load_adapters")
     parser.add_argument("work", type=Path)
     parser.add_argument("--scale", type=float, default=1.0, help="part of the experts")
+    parser.add_argument("--form", choices=FORMATS, help="only this one")
     args = parser.parse_args()
     num_experts = int(NUM_EXPERTS * args.scale)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.work.mkdir(parents=True, exist_ok=True)
     write_model_config(args.work, num_experts)
     experts = ["gate_proj", "up_proj", "down_proj"]
-    for form in FORMATS:
+    for form in [args.form] if args.form else FORMATS:
         changes = {"target_modules": [*ATTENTION, *(experts if form == "per_expert" else [])]}
         if form == "fused":
             changes["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -58,6 +58,12 @@ def split_all(
     return len(jobs)
 
 
+def split_each(directory: Path, wanted: Iterable[tuple[str, str]]) -> None:
+    """The same for some pairs (adapter, form) of one model."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda pair: _split(directory, *pair, verify=False), sorted(wanted)))
+
+
 if __name__ == "__main__":
     from tests.gpu.models import MODELS
 

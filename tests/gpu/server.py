@@ -12,7 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +139,16 @@ class Server:
         return self._process
 
 
-def serve_command(model: Path, shards: Callable[[str], Path]) -> list[str]:
+def serve_command(
+    model: Path, shards: Callable[[str], Path], adapters: Mapping[str, str] = ADAPTERS
+) -> list[str]:
     """The command of the README, with what makes a small model start fast."""
     return [
         *("-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("-tp", "2", "--enable-expert-parallel", "--enable-lora", "--fully-sharded-loras"),
         *("--max-lora-rank", "32", "--max-loras", "4", "--max-cpu-loras", "4"),
         "--lora-modules",
-        *(f"{name}={shards(adapter)}" for name, adapter in ADAPTERS.items()),
+        *(f"{name}={shards(adapter)}" for name, adapter in adapters.items()),
         *SMALL,
     ]
 

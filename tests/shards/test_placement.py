@@ -243,6 +243,13 @@ def test_a_layer_that_the_adapter_lacks_is_refused(key: str):
         bind_layers(layered(**{key: [[2], [0, 1]]}), MODULES)
 
 
+def test_a_map_of_a_whole_model_may_have_layers_that_the_adapter_lacks():
+    placement = bind_layers(
+        layered(**{"1": [[2], [0, 1]], "9": [[0], [1, 2]]}), MODULES, has_others=True
+    )
+    assert placement.layers == {MODULES[0]: ((2,), (0, 1))}
+
+
 def test_a_layer_placed_twice_is_refused():
     twice = layered(**{"1": [[2], [0, 1]], MODULES[0]: [[1], [0, 2]]})
     with pytest.raises(PlacementError, match="listed twice, differently"):

@@ -98,6 +98,7 @@ def make_engine(
     target_modules: list[str] | None = None,
     parallel: Mapping[str, Any] | None = None,
     own_kernel: bool = True,
+    num_redundant: int = 0,
 ) -> LRUCacheWorkerLoRAManager:
     """A worker's LoRA manager whose `create_lora_manager` has run, on ep rank `ep_rank`.
 
@@ -108,7 +109,8 @@ def make_engine(
     1 it is tensor parallelism alone: of the experts, too, and ep_rank is the rank in it. parallel:
     fields of vllm_config.parallel_config to add or change (data_parallel_size, enable_eplb).
     own_kernel: the quant method has its own kernel, as FP8's; False: LoRA has to make one of what
-    the quant method selects, as for unquantized experts up to 0.19.
+    the quant method selects, as for unquantized experts up to 0.19. num_redundant: of EPLB's redundant
+    experts, beside the model's num_experts.
     Raises ValueError where the release has no such LoRA option, or no such quant methods.
     """
     flags = {
@@ -147,7 +149,7 @@ def make_engine(
             "data_parallel_rank": 0,
             "all2all_backend": "allgather_reducescatter",
             "expert_placement_strategy": strategy,
-            "eplb_config": SimpleNamespace(num_redundant_experts=0),
+            "eplb_config": SimpleNamespace(num_redundant_experts=num_redundant),
         }
         | dict(parallel or {})
     )
@@ -179,6 +181,7 @@ def make_engine(
         strategy=strategy,
         tp_size=attention_tp_size if ep_size == 1 else 1,
         tp_rank=tp_rank if ep_size == 1 else 0,
+        num_redundant=num_redundant,
     )
     with set_current_vllm_config(vllm_config):
         model = _model(architecture, wrapper, gated, num_experts, hf_config, mapper)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -587,7 +588,8 @@ def engine_refusals() -> dict[str, tuple[str, str]]:
         os.environ.pop(variable, None)
         found[name] = (outcomes[0], outcomes[1])
 
-    start("eplb", parallel={"enable_eplb": True})
+    eplb = SimpleNamespace(num_redundant_experts=0, communicator="nixl")
+    start("eplb", parallel={"enable_eplb": True, "eplb_config": eplb})
     start("data parallel", parallel={"data_parallel_size": 2})
     experts = harness.TritonExperts
     if hasattr(experts, "supports_lora"):

@@ -67,6 +67,12 @@ class MoEShape:
     strategy: Strategy
     tp_size: int = 1  # with expert parallelism always 1: it takes the tensor-parallel ranks
     tp_rank: int = 0
+    num_redundant: int = 0  # of EPLB's redundant experts, beside num_experts
+
+    @property
+    def num_physical(self) -> int:
+        """With the redundant ones."""
+        return self.num_experts + self.num_redundant
 
 
 def moe_stand_in(name: str, shape: MoEShape, parallel_config: Any, own_kernel: bool) -> nn.Module:
@@ -84,7 +90,7 @@ def moe_stand_in(name: str, shape: MoEShape, parallel_config: Any, own_kernel: b
         runner = SimpleNamespace(_replace_quant_method=lambda method: None)
         layer.runner = runner
         layer._init_runner = lambda: runner  # 0.17 to 0.19 make a new one for each quant method
-    _place_experts(holder, moe_config, shape.strategy)
+    _place_experts(holder, moe_config, shape.strategy, shape.num_redundant)
     holder.w13_weight = nn.Parameter(torch.empty(0), requires_grad=False)
     holder.w2_weight = nn.Parameter(torch.empty(0), requires_grad=False)
     for key, value in {
@@ -93,7 +99,7 @@ def moe_stand_in(name: str, shape: MoEShape, parallel_config: Any, own_kernel: b
         "moe_parallel_config": moe_config.moe_parallel_config,
         "quant_method": _QuantMethod(moe_config, own_kernel),
         "top_k": moe_config.experts_per_token,
-        "global_num_experts": shape.num_experts,
+        "global_num_experts": shape.num_physical,
         "logical_num_experts": shape.num_experts,
         "hidden_size": shape.hidden_size,
         "intermediate_size_per_partition": moe_config.intermediate_size_per_partition,
@@ -152,9 +158,9 @@ def _moe_config(shape: MoEShape, parallel_config: Any) -> Any:
             "enable_eplb": parallel_config.enable_eplb,
         },
     )
-    even, remainder = divmod(shape.num_experts, shape.ep_size)
+    even, remainder = divmod(shape.num_physical, shape.ep_size)
     values = {
-        "num_experts": shape.num_experts,
+        "num_experts": shape.num_physical,
         "experts_per_token": min(2, shape.num_experts),
         "hidden_dim": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
@@ -214,10 +220,10 @@ class _QuantMethod(FusedMoEMethodBase):
         raise NotImplementedError
 
 
-def _place_experts(holder: Any, moe_config: Any, strategy: Strategy) -> None:
+def _place_experts(holder: Any, moe_config: Any, strategy: Strategy, num_redundant: int) -> None:
     """Sets `local_num_experts` and `_expert_map`, as the layer's __init__ does."""
     if hasattr(type(holder), "update_expert_map_info"):
-        holder.expert_map_manager = _expert_map_manager(moe_config, strategy)
+        holder.expert_map_manager = _expert_map_manager(moe_config, strategy, num_redundant)
         holder.update_expert_map_info()
     else:  # up to 0.21
         parallel = moe_config.moe_parallel_config
@@ -229,14 +235,14 @@ def _place_experts(holder: Any, moe_config: Any, strategy: Strategy) -> None:
     assert holder.local_num_experts == moe_config.num_local_experts
 
 
-def _expert_map_manager(moe_config: Any, strategy: Strategy) -> Any:
+def _expert_map_manager(moe_config: Any, strategy: Strategy, num_redundant: int) -> Any:
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 
     return ExpertMapManager(
         max_num_batched_tokens=64,
         top_k=moe_config.experts_per_token,
         global_num_experts=moe_config.num_experts,
-        num_redundant_experts=0,
+        num_redundant_experts=num_redundant,
         # vLLM keeps round_robin only for models with expert groups, and falls back to linear.
         num_expert_group=2 if strategy == "round_robin" else None,
         moe_parallel_config=moe_config.moe_parallel_config,

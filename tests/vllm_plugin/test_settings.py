@@ -33,6 +33,7 @@ def test_nothing_is_on_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.warm_buffers() == 3
     assert 1 <= settings.reader_threads() <= 16
     assert settings.reader_threads(1000) == 1  # workers on this host
+    assert settings.expert_map_directory() is None
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,19 @@ from lorashard.vllm_plugin.doctor.notes import (
     unknown_until_loaded,
 )
 from lorashard.vllm_plugin.doctor.problems import Problem, flag_problems, installation_problems
-from lorashard.vllm_plugin.doctor.releases import KNOWN_RELEASES, is_known, release_number
-from lorashard.vllm_plugin.engine.guards import EngineFacts, find_refusals
+from lorashard.vllm_plugin.doctor.releases import (
+    FIRST_WITH_EPLB,
+    KNOWN_RELEASES,
+    Release,
+    is_known,
+    release_number,
+)
+from lorashard.vllm_plugin.engine.guards import (
+    OLD_EPLB,
+    EngineFacts,
+    find_refusals,
+    unknown_eplb,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,7 @@ def diagnose(
             expert_parallel=expert_parallel,
             data_parallel_size=flags.data_parallel_size,
             eplb=flags.enable_eplb,
+            eplb_obstacle=_eplb_obstacle(release, patches),
             num_experts=model.num_experts if model else None,
         )
     )
@@ -121,3 +133,11 @@ def diagnose(
         problems=problems,
         notes=notes,
     )
+
+
+def _eplb_obstacle(release: Release | None, patches: Sequence[PatchState]) -> str | None:
+    """Why LoRA could not follow experts that EPLB moves; None if it can, as far as is known."""
+    if release is not None and release < FIRST_WITH_EPLB:
+        return OLD_EPLB
+    missing = [f"{p.target}: {p.reason}" for p in patches if p.state == "unsupported"]
+    return unknown_eplb(missing) if missing else None

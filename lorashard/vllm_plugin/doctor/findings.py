@@ -37,7 +37,10 @@ class Installation:
 
 @dataclass(frozen=True, slots=True)
 class PatchState:
-    """A patch and what became of it: applied, not needed, broken or not checked."""
+    """A patch and what became of it: applied, not needed, unsupported, broken or not checked.
+
+    unsupported: the option of vLLM that it is for is refused.
+    """
 
     target: str
     state: str

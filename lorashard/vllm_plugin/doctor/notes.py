@@ -27,6 +27,11 @@ def flag_notes(flags: EngineFlags, overridden: Sequence[Refusal]) -> Iterator[st
         yield f"{refusal.variable} is set, so vLLM starts anyway: {refusal.reason}"
     if flags.enable_expert_parallel and flags.ep_size == 1:
         yield "--enable-expert-parallel does nothing on one rank; -tp N sets how many there are."
+    if flags.enable_eplb and flags.ep_size > 1:
+        yield (
+            "--enable-eplb: vLLM prefers the communicator nixl where it is installed, and that one is "
+            "refused with LoRA. --eplb-config.communicator torch_gloo avoids it."
+        )
     if flags.fully_sharded_loras and flags.ep_size > 1:
         yield "--fully-sharded-loras: the LoRA of dense layers is sharded, that of experts is not."
 

@@ -9,6 +9,7 @@ Release = tuple[int, int, int]
 # Inclusive.
 FIRST_KNOWN: Release = (0, 16, 0)
 LAST_KNOWN: Release = (0, 33, 0)
+FIRST_WITH_EPLB: Release = (0, 24, 0)  # in which LoRA follows experts that EPLB moves
 KNOWN_RELEASES = (".".join(map(str, FIRST_KNOWN)), ".".join(map(str, LAST_KNOWN)))
 KNOWN_RANGE = " to ".join(KNOWN_RELEASES)
 

@@ -19,7 +19,7 @@ from lorashard.version import __version__
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.doctor.findings import Installation, PatchState
 from lorashard.vllm_plugin.engine import guards
-from lorashard.vllm_plugin.patches.apply import apply_when_imported, outcomes
+from lorashard.vllm_plugin.patches.apply import UNSUPPORTED, apply_when_imported, outcomes
 from lorashard.vllm_plugin.patches.foreign import find_foreign_patches
 from lorashard.vllm_plugin.patches.table import PATCHES
 
@@ -110,6 +110,8 @@ def _patch_states(
             state, reason = "not checked", not_checked
         elif outcome is None and patch.until is not None and not _exists(patch.module):
             state, reason = "not needed", "this release has no such module"
+        elif outcome is None and patch.only_for:
+            state, reason = UNSUPPORTED, failure or f"{patch.module} was imported before the plugin"
         elif outcome is None:
             state, reason = "broken", failure or f"{patch.module} was imported before the plugin"
         else:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from lorashard.vllm_plugin.engine.guards import EngineFacts
+from lorashard.vllm_plugin.engine.guards import (
+    ELASTIC_EPLB,
+    NIXL_EPLB,
+    OLD_EPLB,
+    EngineFacts,
+    unknown_eplb,
+)
+
+_RUNNER = "model_executor/layers/fused_moe/runner/moe_runner.py"
 
 
 def config_facts(vllm_config: Any) -> EngineFacts:
@@ -23,8 +34,32 @@ def config_facts(vllm_config: Any) -> EngineFacts:
         expert_parallel=bool(parallel.enable_expert_parallel) and ranks > 1,
         data_parallel_size=int(getattr(parallel, "data_parallel_size", 1)),
         eplb=bool(getattr(parallel, "enable_eplb", False)),
+        eplb_obstacle=_eplb_obstacle(parallel),
         num_experts=int(count()) if count is not None else None,
     )
+
+
+def _eplb_obstacle(parallel: Any) -> str | None:
+    """Why LoRA could not follow its experts in this configuration; None if it can."""
+    if getattr(parallel, "enable_elastic_ep", False):
+        return ELASTIC_EPLB
+    if not _moves_what_layers_say():
+        return OLD_EPLB
+    eplb = getattr(parallel, "eplb_config", None)
+    return NIXL_EPLB if getattr(eplb, "communicator", None) == "nixl" else None
+
+
+@cache
+def _moves_what_layers_say() -> bool:
+    """Whether EPLB asks the class that LoRA wraps for what it moves: since 0.24.
+
+    By its source, since to import it takes the API server a second.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return True  # nothing is known of it
+    runner = Path(spec.origin).parent / _RUNNER
+    return runner.is_file() and "def get_expert_weights(" in runner.read_text()
 
 
 def has_lora_and_ep(vllm_config: Any) -> bool:
@@ -33,17 +68,23 @@ def has_lora_and_ep(vllm_config: Any) -> bool:
 
 
 def module_facts(
-    vllm_config: Any, wrappers: Mapping[str, Any], contract_breaks: Sequence[str]
+    vllm_config: Any,
+    wrappers: Mapping[str, Any],
+    contract_breaks: Sequence[str],
+    eplb_breaks: Sequence[str] = (),
 ) -> EngineFacts:
     """The same, and what the loaded model's MoE layers add.
 
-    wrappers: the MoE LoRA wrappers by name. contract_breaks: from `contracts.py`.
+    wrappers: the MoE LoRA wrappers by name. contract_breaks: from `contracts.py`. eplb_breaks: a
+    sentence for each patch that EPLB needs and that is not in place.
     """
+    facts = config_facts(vllm_config)
     experts = [e for e in map(_experts_object, wrappers.values()) if e is not None]
     # Mostly one class for all layers; its source is read once.
     classes = dict.fromkeys(map(type, experts))
     return dataclasses.replace(
-        config_facts(vllm_config),
+        facts,
+        eplb_obstacle=facts.eplb_obstacle or (unknown_eplb(eplb_breaks) if eplb_breaks else None),
         num_experts=None if wrappers else 0,  # vLLM cannot count the experts of every model
         contract_breaks=tuple(contract_breaks),
         experts_class=type(experts[-1]).__name__ if experts else None,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 class EngineFacts:
     """What decides whether LoRA on experts is right in this engine. None = not known yet.
 
+    eplb_obstacle: why the LoRA of experts cannot follow when EPLB moves them; None if it can.
     experts_class: the class that computes the experts. reads_lora: whether its code looks at the
     LoRA context. leaves_rows: it sums rows of remote experts that nothing has written.
     rearranged_for: the kernel whose weight layout the experts have, where LoRA computes them with
@@ -24,6 +25,7 @@ class EngineFacts:
     expert_parallel: bool
     data_parallel_size: int = 1
     eplb: bool = False
+    eplb_obstacle: str | None = None
     num_experts: int | None = None
     experts_class: str | None = None
     reads_lora: bool = True
@@ -92,9 +94,9 @@ _DISPLACED = Rule(
 RULES: tuple[Rule, ...] = (
     Rule(
         variable="LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE",
-        applies=lambda facts: facts.eplb,
-        reason="LoRA with --enable-eplb: a rebalance moves the experts' weights but not their LoRA, "
-        "so adapters are silently wrong from then on.",
+        applies=lambda facts: facts.eplb and facts.eplb_obstacle is not None,
+        reason="LoRA with --enable-eplb: adapters are silently wrong from the first rebalance on, "
+        "unless their rows move with the experts. {facts.eplb_obstacle}",
         way_out="Start without --enable-eplb.",
     ),
     Rule(
@@ -130,6 +132,20 @@ RULES: tuple[Rule, ...] = (
         way_out="Use vLLM 0.25.1 or later.",
     ),
 )
+
+# Why the rows of LoRA do not move with the experts, or may not.
+ELASTIC_EPLB = "With elastic scaling (--enable-elastic-ep) they do not: ranks come and go."
+NIXL_EPLB = (
+    "Through the communicator nixl that was never measured; through torch_gloo it was "
+    "(--eplb-config.communicator torch_gloo)."
+)
+OLD_EPLB = "That takes vLLM 0.24.0 or later."
+
+
+def unknown_eplb(breaks: Sequence[str]) -> str:
+    """The same of a vLLM that nobody has looked at. breaks: sentences without full stop."""
+    return f"This vLLM differs from what that relies on: {'; '.join(breaks)}."
+
 
 # Every variable that overrides a refusal.
 VARIABLES = tuple(rule.variable for rule in RULES)

@@ -25,7 +25,8 @@ class LiveExperts:
     """One MoE layer of the running engine, as its LoRA wrapper sees it.
 
     name: the module's name in vLLM's model. wrapper: "2d" for FusedMoEWithLoRA, "3d" for
-    FusedMoE3DWithLoRA. local_experts: global ids in slot order, from the layer's own `_expert_map`.
+    FusedMoE3DWithLoRA. local_experts: global ids in slot order, from the layer's own `_expert_map`;
+    with redundant experts (EPLB) a rank may have one twice.
     buffer_intermediate: I of the device buffers, which some backends pad.
     interleaved: gate and up rows alternate in the 3-D class (gpt-oss).
     shared_outer: the engine keeps one gate/up A and one down B for all experts
@@ -60,7 +61,6 @@ def live_experts(name: str, wrapper: Any, *, interleaved: bool) -> LiveExperts:
     """Facts about one MoE layer. Raises PlacementError if they contradict each other."""
     config = wrapper.base_layer.moe_config
     parallel = config.moe_parallel_config
-    num_experts = int(config.num_experts)
     is_3d = type(wrapper).__name__ == WRAPPER_3D
     lora_b = wrapper.w13_lora_b_stacked[0]
     local = local_experts(wrapper, name)
@@ -77,7 +77,7 @@ def live_experts(name: str, wrapper: Any, *, interleaved: bool) -> LiveExperts:
     return LiveExperts(
         name=name,
         wrapper="3d" if is_3d else "2d",
-        num_experts=num_experts,
+        num_experts=num_logical_experts(config),
         ep_rank=int(parallel.ep_rank) if parallel.use_ep else 0,
         ep_size=int(parallel.ep_size) if parallel.use_ep else 1,
         local_experts=local,
@@ -91,8 +91,18 @@ def live_experts(name: str, wrapper: Any, *, interleaved: bool) -> LiveExperts:
     )
 
 
+def num_logical_experts(moe_config: Any) -> int:
+    """The model's experts: with EPLB, `num_experts` counts its redundant ones too."""
+    if not getattr(moe_config.moe_parallel_config, "enable_eplb", False):
+        return int(moe_config.num_experts)
+    return int(getattr(moe_config, "num_logical_experts", moe_config.num_experts))
+
+
 def local_experts(wrapper: Any, name: str) -> tuple[int, ...]:
     """Global expert ids in slot order; all of them without expert parallelism.
+
+    Under EPLB they are those of the start: redundant experts are the first ones again
+    (0.33.0 eplb_state.py:301).
 
     The map is an attribute of the layer up to 0.23, and of its `routed_experts` since 0.24. The
     public `expert_map` is something else on ROCm (0.33.0 routed_experts.py:257). Raises
@@ -111,7 +121,8 @@ def local_experts(wrapper: Any, name: str) -> tuple[int, ...]:
     slots = sorted((slot, expert) for expert, slot in enumerate(rows) if slot >= 0)
     if [slot for slot, _ in slots] != list(range(len(slots))):
         raise PlacementError(f"{name}: the local slots of its expert map are not 0, 1, 2, ...")
-    return tuple(expert for _, expert in slots)
+    num_logical = num_logical_experts(config)
+    return tuple(expert % num_logical for _, expert in slots)
 
 
 def interleaves(manager: Any) -> bool:

@@ -78,6 +78,14 @@ class Filler:
             # the region: without the cycle the region is free again as soon as the error is gone.
             del futures, errors
 
+    def copy_slots(self, layer: LayerPlan, copies: Sequence[tuple[int, int]]) -> None:
+        """Fill slots from others of the layer: pairs (slot, the one that has the same expert)."""
+        for placed in layer.factors if copies else ():
+            if placed.factor.num_slots == len(layer.experts):
+                tensor = self.tensor(placed)
+                for slot, first in copies:
+                    tensor[slot].copy_(tensor[first])
+
     def _do(self, job: Job, source: ByteSource) -> int:
         if isinstance(job, CopyJob):
             source.read_into(self._memory[job.target : job.target + job.size], job.begin)

@@ -28,6 +28,7 @@ from lorashard.vllm_plugin.load.reads import (
 )
 from lorashard.vllm_plugin.load.rearrangements import plan_rearrangements
 from lorashard.vllm_plugin.load.regions import RegionPool
+from lorashard.vllm_plugin.load.rows import find_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +82,18 @@ def fill_region(
         if copy is not None:
             stack.callback(copy.wait)
 
+        copies = [(layer, find_copies(layer.experts)) for layer in layers]
+        is_complete_once_read = not (contents.rearrangements or any(c for _, c in copies))
+
         def follow(num_done: int) -> None:
-            if copy is not None and not contents.rearrangements:
+            if copy is not None and is_complete_once_read:
                 copy.copy_up_to(complete_up_to.get(num_done, 0))
 
         num_bytes = filler.run(layers, jobs, follow)
         # After the reads, which fill with zeros what a rearrangement may fill in part.
         num_bytes += filler.run((), list(plan_rearrangements(layers, contents.rearrangements)))
+        for layer, of_layer in copies:
+            filler.copy_slots(layer, of_layer)
         if copy is not None:
             copy.copy_up_to(size)
 

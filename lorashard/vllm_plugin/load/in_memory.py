@@ -72,7 +72,7 @@ def narrow_stacks(model: Any, layers: Mapping[str, LiveExperts]) -> None:
 
 def _narrowed(tensor: Any, live: LiveExperts) -> Any:
     if tensor is None or tensor.shape[0] != live.num_experts:
-        return tensor
+        return tensor  # this rank's already, or one for all
     return tensor[list(live.local_experts)]
 
 

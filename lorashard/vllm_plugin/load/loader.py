@@ -22,7 +22,8 @@ from lorashard.adapter.options import GateUp, LayoutOptions
 from lorashard.adapter.tensor_file import TensorFile
 from lorashard.shards.directory import claims_to_be_shards
 from lorashard.vllm_plugin import settings
-from lorashard.vllm_plugin.engine.live import interleaves, live_experts, moe_wrappers
+from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps, place_layers
+from lorashard.vllm_plugin.engine.live import LiveExperts, interleaves, live_experts, moe_wrappers
 from lorashard.vllm_plugin.engine.names import ModuleNames, read_model_names
 from lorashard.vllm_plugin.load.agreement import Exchange
 from lorashard.vllm_plugin.load.bounded_exchange import Meetings
@@ -36,10 +37,10 @@ from lorashard.vllm_plugin.load.kept_plans import KeptPlans
 from lorashard.vllm_plugin.load.lora_model import (
     make_lora_model,
     safetensors_dtype,
+    set_maps,
     tensor_in,
 )
 from lorashard.vllm_plugin.load.outcome import LoadOutcome, explain_load, strict_error
-from lorashard.vllm_plugin.load.plain_plan import LocalExperts
 from lorashard.vllm_plugin.load.plain_source import open_plain_adapter, open_plain_tensors
 from lorashard.vllm_plugin.load.read_ahead import ReadAhead
 from lorashard.vllm_plugin.load.regions import RegionPool
@@ -57,10 +58,28 @@ class _OpenedAdapter:
     contents: AdapterContents
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What an adapter is loaded into.
+
+    names: of its modules, and the model's. layers: as `AdapterLoader.experts`, placed by the maps.
+    """
+
+    names: ModuleNames
+    layers: Mapping[str, LiveExperts]
+    maps: ExpertMaps | None
+
+    def local_experts(self, module: str) -> tuple[int, ...]:
+        """This rank's experts of a module of the adapter, each once."""
+        name = self.names.moe_module(module, self.layers)
+        return tuple(dict.fromkeys(self.layers[name].local_experts)) if name else ()
+
+
 class AdapterLoader:
     """Loads adapters for one LoRA manager, into regions of host memory that it keeps.
 
-    experts: the engine's MoE layers on this rank, by name, in the order of the model.
+    experts: the engine's MoE layers on this rank, by name, in the order of the model, as they were
+    at the start. maps: where their experts are now; None if they never move.
     plans: of the plain adapters loaded last. last_report: of the last load; None where vLLM's own
     loader did it, or it failed. most_adapters: that there are at a time.
     """
@@ -74,6 +93,7 @@ class AdapterLoader:
             name: live_experts(name, wrapper, interleaved=interleaved)
             for name, wrapper in moe_wrappers(manager).items()
         }
+        self.maps: ExpertMaps | None = None
         self.ep_size = max((live.ep_size for live in self.experts.values()), default=1)
         self.ep_rank = max((live.ep_rank for live in self.experts.values()), default=0)
         self._dtype = safetensors_dtype(manager.lora_config.lora_dtype)
@@ -102,7 +122,7 @@ class AdapterLoader:
         Raises ValueError for an adapter that cannot be served, as vLLM does.
         """
         self.last_report = None
-        loaded = self.load(lora_dir, expected_lora_modules, peft_helper, **arguments)
+        loaded = self.load(lora_dir, expected_lora_modules, peft_helper, self.maps, **arguments)
         self.last_report = loaded.report
         return loaded.model
 
@@ -111,22 +131,24 @@ class AdapterLoader:
         lora_dir: str,
         expected_lora_modules: Any,
         peft_helper: Any,
+        maps: ExpertMaps | None,
         *,
         to_device: bool = False,
         **arguments: Any,
     ) -> LoadedAdapter:
         """The same, in any thread. `last_report` stays as it is.
 
-        to_device: have the experts on the device, too, if there is room for them.
+        maps: `self.maps`, at a moment that is the same for all ranks. to_device: have the experts on
+        the device, too, if there is room for them.
         """
-        names = ModuleNames(self._manager, self._model_names, arguments)
+        target = self._target(maps, arguments)
         with self._loading_one, paused_collection(), ExitStack() as stack:
             began = time.perf_counter()
-            adapter = self._open(Path(lora_dir), names, stack)
+            adapter = self._open(Path(lora_dir), target, stack)
             if adapter is not None:
-                outcome = self._outcome(adapter, names)
+                outcome = self._outcome(adapter, target)
                 return self._load(
-                    adapter, outcome, peft_helper, names, arguments, began, to_device=to_device
+                    adapter, outcome, peft_helper, target, arguments, began, to_device=to_device
                 )
         return LoadedAdapter(
             self._stock.from_local_checkpoint(
@@ -150,17 +172,17 @@ class AdapterLoader:
         """
         self.last_report = None
         arguments |= {"lora_model_id": lora_model_id, "device": device, "dtype": dtype}
-        names = ModuleNames(self._manager, self._model_names, arguments)
+        target = self._target(self.maps, arguments)
         with self._loading_one, paused_collection():
             began = time.perf_counter()
             contents = None
             if self.ep_size > 1:
                 file = TensorFile(f"the tensors of adapter {lora_model_id}", tensors)
-                contents = self._open_tensors(file, config_of(peft_helper), names)
+                contents = self._open_tensors(file, config_of(peft_helper), target)
             if contents is not None:
                 adapter = _OpenedAdapter(file.name, "tensors", contents)
-                outcome = self._outcome(adapter, names)
-                loaded = self._load(adapter, outcome, peft_helper, names, arguments, began)
+                outcome = self._outcome(adapter, target)
+                loaded = self._load(adapter, outcome, peft_helper, target, arguments, began)
                 self.last_report = loaded.report
                 return loaded.model
         return self._stock.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **arguments)
@@ -171,54 +193,53 @@ class AdapterLoader:
         One that the loader has made stays as it is. Raises LorashardError for experts that cannot
         be served.
         """
-        names = ModuleNames(self._manager, self._model_names, {})
-        narrow_stacks(model, self.experts)
+        target = self._target(self.maps, {})
+        narrow_stacks(model, target.layers)
         raw = find_raw_experts(model)
         if raw is None:
             return
         with self._loading_one, paused_collection():
             file = TensorFile(f"adapter {model.id}", raw.tensors)
-            contents = self._open_tensors(file, raw.config, names)
+            contents = self._open_tensors(file, raw.config, target)
             if contents is None:
                 return
-            outcome = explain_load(contents, self.experts, names, None)
+            outcome = explain_load(contents, target.layers, target.names, None)
             filled = self._fill(contents, outcome)
         for name in raw.names:
             del model.loras[name]
         model.loras.update(filled.experts)
 
-    def _open(self, path: Path, names: ModuleNames, stack: ExitStack) -> _OpenedAdapter | None:
+    def _target(self, maps: ExpertMaps | None, arguments: Mapping[str, Any]) -> _Target:
+        names = ModuleNames(self._manager, self._model_names, arguments)
+        return _Target(names, place_layers(self.experts, maps), maps)
+
+    def _open(self, path: Path, target: _Target, stack: ExitStack) -> _OpenedAdapter | None:
         """The adapter; None for one that vLLM's own loader gets right."""
         if claims_to_be_shards(path):
             return _OpenedAdapter(str(path), "shards", open_shard_directory(path, stack))
         if self.ep_size == 1:
             return None
         contents = open_plain_adapter(
-            path, self.layout_options(), self._local_experts(names), stack, self.plans
+            path, self.layout_options(), target.local_experts, stack, self.plans
         )
         return None if contents is None else _OpenedAdapter(str(path), "plain adapter", contents)
 
     def _open_tensors(
-        self, file: TensorFile, config: bytes, names: ModuleNames
+        self, file: TensorFile, config: bytes, target: _Target
     ) -> AdapterContents | None:
         # vLLM takes the columns of a fused lora_B in PEFT's order (0.33.0 lora/model_manager.py:1004).
         options = replace(self.layout_options(), lora_b_layout="rank_major")
-        return open_plain_tensors(file, config, options, self._local_experts(names), self.plans)
+        return open_plain_tensors(file, config, options, target.local_experts, self.plans)
 
-    def _local_experts(self, names: ModuleNames) -> LocalExperts:
-        def local_experts(module: str) -> tuple[int, ...]:
-            name = names.moe_module(module, self.experts)
-            return self.experts[name].local_experts if name else ()
-
-        return local_experts
-
-    def _outcome(self, adapter: _OpenedAdapter, names: ModuleNames) -> LoadOutcome:
+    def _outcome(self, adapter: _OpenedAdapter, target: _Target) -> LoadOutcome:
         """What to load from where. Raises LorashardError for what the engine does not take."""
         contents = adapter.contents
+        # Where experts move, no directory fits for long, so there is nothing to advise.
+        is_placed = adapter.kind == "shards" and target.maps is None
         outcome = explain_load(
-            contents, self.experts, names, adapter.path if adapter.kind == "shards" else None
+            contents, target.layers, target.names, adapter.path if is_placed else None
         )
-        names.check_dense(contents.dense)
+        target.names.check_dense(contents.dense)
         if outcome.advice and settings.is_set(settings.STRICT):
             raise strict_error(adapter.path, outcome.advice)
         return outcome
@@ -228,7 +249,7 @@ class AdapterLoader:
         adapter: _OpenedAdapter,
         outcome: LoadOutcome,
         peft_helper: Any,
-        names: ModuleNames,
+        target: _Target,
         arguments: Mapping[str, Any],
         began: float,
         *,
@@ -240,12 +261,13 @@ class AdapterLoader:
         model = make_lora_model(
             self._stock,
             {entry.name: tensor_in(filled.region, entry, begin) for entry in contents.dense},
-            peft_helper, arguments, contents.config, names,
+            peft_helper, arguments, contents.config, target.names,
             int(self._manager.lora_config.max_lora_rank),
         )  # fmt: skip
         for weights in model.loras.values():
             weights.optimize()  # which vLLM does while the engine waits
         model.loras.update(filled.experts)
+        set_maps(model, target.maps)
         report = LoadReport(
             path=adapter.path,
             kind=adapter.kind,
@@ -257,8 +279,9 @@ class AdapterLoader:
             ep_rank=self.ep_rank,
             ep_size=self.ep_size,
             advice=outcome.advice if outcome.gives_advice else None,
-            num_left_to_mtp=sum(map(names.is_left_to_mtp, contents.lora_names)),
+            num_left_to_mtp=sum(map(target.names.is_left_to_mtp, contents.lora_names)),
             version=contents.version,
+            maps=target.maps,
         )
         return LoadedAdapter(model, report, filled.on_device)
 

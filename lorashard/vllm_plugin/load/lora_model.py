@@ -16,11 +16,13 @@ from lorashard.dtypes import FROM_TORCH, TORCH_DTYPES
 from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
 from lorashard.vllm_options import smallest_max_lora_rank
+from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
 from lorashard.vllm_plugin.engine.names import ModuleNames
 from lorashard.vllm_plugin.load.assembly import Assembly
 
 _MARK = "_lorashard_ready"  # an attribute of weights that vLLM may have as they are
 _DUMMY = "dummy"
+_MAPS = "_lorashard_maps"  # an attribute of vLLM's LoRAModel
 # The arguments of `from_local_checkpoint` that `from_lora_tensors` has too. The others say how to
 # read and slice files (tensorizer_config_dict, moe_ep_spec), which has been done by then.
 _SHARED_ARGUMENTS = (
@@ -103,6 +105,17 @@ def is_ready(weights: Any) -> bool:
 def is_dummy(model: Any) -> bool:
     """Whether a LoRAModel is the warm-up's, or a clone of that."""
     return any(getattr(weights, _MARK, None) == _DUMMY for weights in model.loras.values())
+
+
+def set_maps(model: Any, maps: ExpertMaps | None) -> None:
+    """Note where the experts were as a LoRAModel was packed. maps: None if they never move."""
+    setattr(model, _MAPS, maps)
+
+
+def maps_of(model: Any) -> ExpertMaps | None:
+    """What was noted; None where nothing was."""
+    maps: ExpertMaps | None = getattr(model, _MAPS, None)
+    return maps
 
 
 def tensor_in(region: Any, entry: TensorEntry, begin: int) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
@@ -13,7 +15,8 @@ class LoadReport:
 
     path: the directory, or what to call tensors. kind: "shards", "plain adapter" or "tensors".
     num_left_to_mtp: modules of a block for multi-token prediction, which vLLM serves without LoRA.
-    version: of what was read, to be compared between ranks.
+    version: of what was read, to be compared between ranks. maps: where the experts were as it was
+    loaded; None if they never move.
     """
 
     path: str
@@ -28,6 +31,12 @@ class LoadReport:
     advice: str | None
     num_left_to_mtp: int = 0
     version: str = ""
+    maps: ExpertMaps | None = None
+
+    @property
+    def compared(self) -> str:
+        """What must be the same on all ranks; "" where nothing has to be."""
+        return self.version if self.maps is None else f"{self.version}, maps {self.maps.number}"
 
 
 @dataclass(frozen=True, slots=True)

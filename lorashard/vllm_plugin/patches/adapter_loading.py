@@ -19,6 +19,7 @@ from typing import Any
 from lorashard.errors import LorashardError
 from lorashard.shards.directory import claims_to_be_shards
 from lorashard.vllm_plugin.engine.contracts import contract_breaks
+from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
 from lorashard.vllm_plugin.engine.guards import contract_refusal
 from lorashard.vllm_plugin.load.agreement import Exchange, do_together, tensor_parallel_group
 from lorashard.vllm_plugin.load.device_copy import ExpertsOnDevice
@@ -103,7 +104,7 @@ def _version(worker_manager: Any) -> str:
     """The version of what the loader read last; empty if vLLM itself loaded the adapter."""
     loader = attached_loader(worker_manager)
     report = loader.last_report if loader is not None else None
-    return "" if report is None else report.version
+    return "" if report is None else report.compared
 
 
 def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, request: Any) -> Any:
@@ -140,6 +141,8 @@ def _take_read(worker_manager: Any, request: Any) -> Any | None:
     loaded = None if loader is None else take_read(loader, request)
     if loader is None or loaded is None:
         return None
+    if loaded.report is not None and loaded.report.maps != loader.maps:
+        return None  # experts have moved since, on all ranks: it is read again
     refuse_displaced()  # by a package that came after the start
     loader.last_report = loaded.report
     loader.on_device = ExpertsOnDevice(loaded.model, loaded.on_device)
@@ -155,7 +158,9 @@ def read_before_adding(worker_manager: Any, request: Any) -> bool:
     load_adapter = original_of(type(worker_manager)._load_adapter)  # noqa: SLF001
     if loader is None or loader.ep_size == 1 or load_adapter is None:
         return True
-    read = partial(_read, loader, load_adapter, worker_manager, request)
+    # The maps of now: all ranks come here between the same two steps.
+    reading = _ReadingStandIn(loader, stock_class(worker_manager), loader.maps)
+    read = partial(_read, reading, load_adapter, worker_manager, request)
     try:
         return read_ahead(loader, request, read)
     except Exception as err:  # noqa: BLE001 - no memory for a thread, for example
@@ -164,10 +169,9 @@ def read_before_adding(worker_manager: Any, request: Any) -> bool:
 
 
 def _read(
-    loader: AdapterLoader, load_adapter: Callable[..., Any], worker_manager: Any, request: Any
+    reading: _ReadingStandIn, load_adapter: Callable[..., Any], worker_manager: Any, request: Any
 ) -> LoadedAdapter:
     """VLLM's own `_load_adapter`, in a thread."""
-    reading = _ReadingStandIn(loader, stock_class(worker_manager))
     model = load_adapter(_with_class(worker_manager, reading), request)
     return LoadedAdapter(model, reading.report, reading.on_device)
 
@@ -264,15 +268,20 @@ class LoraModelStandIn:
 class _ReadingStandIn:
     """The same for an adapter that is read in a thread."""
 
-    def __init__(self, loader: AdapterLoader, stock: Any) -> None:
+    def __init__(self, loader: AdapterLoader, stock: Any, maps: ExpertMaps | None) -> None:
         self._loader = loader
         self._stock = stock
+        self._maps = maps
         self.report: LoadReport | None = None
         self.on_device: Mapping[str, Any] = {}
 
-    def from_local_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+    def from_local_checkpoint(
+        self, lora_dir: str, expected_lora_modules: Any, peft_helper: Any, **kwargs: Any
+    ) -> Any:
         """The LoRAModel of an adapter; arguments and result are those of vLLM's method."""
-        loaded = self._loader.load(*args, to_device=True, **kwargs)
+        loaded = self._loader.load(
+            lora_dir, expected_lora_modules, peft_helper, self._maps, to_device=True, **kwargs
+        )
         self.report, self.on_device = loaded.report, loaded.on_device
         return loaded.model
 

@@ -29,6 +29,7 @@ from lorashard.vllm_plugin.load.agreement import (
 from lorashard.vllm_plugin.load.bounded_exchange import Meetings
 from lorashard.vllm_plugin.load.lora_model import is_dummy
 from lorashard.vllm_plugin.patches.adapter_loading import agreeing_group, attached_loader
+from lorashard.vllm_plugin.patches.expert_rows import attached_rows
 from lorashard.vllm_plugin.patches.explanations import for_a_server
 from lorashard.vllm_plugin.patches.foreign import refuse_displaced
 
@@ -90,6 +91,9 @@ def _pack_and_add(original: Callable[..., Any], manager: Any, lora: Any) -> Any:
             loader.pack_experts(lora)
         except LorashardError as err:
             raise ValueError(f"LoRA adapter {lora.id}: {for_a_server(err)}") from err
+        rows = attached_rows(manager)
+        if rows is not None:
+            rows.note_packed(lora)
         if not lora.loras:
             # Tensors of this rank's experts alone, and none of them is trained. vLLM's packing wants
             # at least one module; without any, activating the adapter clears its slot.

@@ -13,13 +13,14 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 logger = logging.getLogger("vllm.lorashard")
 
 _MARK = "_lorashard_original"
+UNSUPPORTED = "unsupported"
 
 # original -> replacement. The replacement gets the original's arguments.
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -33,7 +34,8 @@ class Patch:
     parameters: the leading parameter names that the replacement relies on. why, how: sentences that
     `lorashard doctor` shows. upstream: the code, issue or pull request in question. since, until:
     releases, inclusive; until None = still needed. needed: given the owner, False if this release
-    does not need the patch.
+    does not need the patch. only_for: the one option of vLLM that needs it, which is refused where
+    the patch cannot be applied; "" where nothing works without.
     """
 
     module: str
@@ -47,6 +49,7 @@ class Patch:
     until: str | None
     wrap: Wrap
     needed: Callable[[Any], bool] = lambda _: True
+    only_for: str = ""
 
     @property
     def target(self) -> str:
@@ -62,7 +65,10 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The state of a patch: applied, not needed, or broken (with the reason)."""
+    """The state of a patch: applied, not needed, unsupported or broken (with the reason).
+
+    unsupported: it cannot be applied, and the option that it is for is refused.
+    """
 
     patch: Patch
     state: str
@@ -74,13 +80,20 @@ replacements: dict[str, Callable[..., Any]] = {}  # by the target of their patch
 _registered: dict[str, Patch] = {}
 
 
-def broken_patches() -> tuple[str, ...]:
-    """A sentence for each patch that is missing from a module that is imported."""
-    broken = [outcome for outcome in outcomes.values() if outcome.state == "broken"]
+def broken_patches(option: str = "") -> tuple[str, ...]:
+    """A sentence for each patch that is missing from a module that is imported.
+
+    option: only those that this option of vLLM needs; "" for those that nothing works without.
+    """
+    broken = [
+        outcome
+        for outcome in outcomes.values()
+        if outcome.state in ("broken", UNSUPPORTED) and outcome.patch.only_for == option
+    ]
     missed = [
         target
         for target, patch in _registered.items()
-        if target not in outcomes and _is_imported(patch.module)
+        if target not in outcomes and patch.only_for == option and _is_imported(patch.module)
     ]
     return (
         *(f"{outcome.patch.target}: {outcome.reason}" for outcome in broken),
@@ -95,6 +108,8 @@ def apply_patch(patch: Patch) -> Outcome:
     if hasattr(function_of(method), _MARK):
         return outcomes.setdefault(patch.target, Outcome(patch, "applied"))
     outcome = _applied(patch, owner, method)
+    if outcome.state == "broken" and patch.only_for:
+        outcome = replace(outcome, state=UNSUPPORTED)
     outcomes[patch.target] = outcome
     if outcome.state == "broken":
         logger.error(

@@ -13,13 +13,15 @@ from typing import Any
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.engine.contracts import contract_breaks
 from lorashard.vllm_plugin.engine.facts import config_facts, module_facts
-from lorashard.vllm_plugin.engine.guards import find_refusals
+from lorashard.vllm_plugin.engine.guards import NIXL_EPLB, find_refusals
 from lorashard.vllm_plugin.engine.live import moe_wrappers, slot_bytes
 from lorashard.vllm_plugin.load.host_memory import affordable_buffers
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.patches.adapter_loading import attach_loader, stock_class
 from lorashard.vllm_plugin.patches.apply import broken_patches
+from lorashard.vllm_plugin.patches.expert_rows import attach_rows
 from lorashard.vllm_plugin.patches.foreign import log_foreign_patches, refuse_displaced
+from lorashard.vllm_plugin.patches.rebalancing import EPLB
 from lorashard.vllm_plugin.patches.refusals import enforce
 
 logger = logging.getLogger("vllm.lorashard")
@@ -53,8 +55,12 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
             refuse_displaced()
             log_foreign_patches()
             breaks = contract_breaks(self._adapter_manager, stock, broken_patches())
-            enforce(find_refusals(module_facts(vllm_config, wrappers, breaks)))
-            _warm(attach_loader(self, stock), slot_bytes(self._adapter_manager))
+            facts = module_facts(vllm_config, wrappers, breaks, broken_patches(EPLB))
+            enforce(find_refusals(facts))
+            loader = attach_loader(self, stock)
+            if facts.eplb and facts.eplb_obstacle in (None, NIXL_EPLB):
+                attach_rows(self._adapter_manager, loader)
+            _warm(loader, slot_bytes(self._adapter_manager))
         return wrapped
 
     return create_lora_manager

@@ -13,6 +13,7 @@ from lorashard.vllm_plugin.patches import (
     peft_patterns,
     punica,
     reading_ahead,
+    rebalancing,
     unloading,
     warm_up,
 )
@@ -27,6 +28,7 @@ _PUNICA = "vllm.lora.punica_wrapper.punica_gpu"
 _MOE = "vllm.model_executor.layers.fused_moe"
 _ENGINE = "vllm.v1.engine.core"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
+_EPLB = "vllm.distributed.eplb"
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
@@ -288,6 +290,52 @@ PATCHES: tuple[Patch, ...] = (
         for module, since, until in (
             (f"{_MOE}.lora_experts_mixin", "0.20.0", "0.21.0"),
             (f"{_MOE}.experts.lora_experts_mixin", "0.22.0", "0.23.0"),
+        )
+    ),
+    *(
+        Patch(
+            module=module,
+            owner=owner,
+            method=method,
+            parameters=(*(("self",) if owner else ()), *parameters),
+            why="A rebalance moves the experts' weights but not their LoRA.",
+            how=how,
+            upstream=f"{_SOURCE}/{module.removeprefix('vllm.').replace('.', '/')}.py#L{line}",
+            since="0.24.0",
+            until=None,
+            wrap=wrap,
+            only_for=rebalancing.EPLB,
+        )
+        for module, owner, method, parameters, line, how, wrap in (
+            (f"{_MOE}.runner.moe_runner", "MoERunner", "get_expert_weights", (), 1013,
+             "The rows of the LoRA slots are among the weights that EPLB moves.",
+             rebalancing.wrap_get_expert_weights),
+            (f"{_EPLB}.eplb_state", "EplbState", "add_model", ("model", "model_config"), 362,
+             "Notes which layer has which number in EPLB, and where its experts are.",
+             rebalancing.wrap_add_model),
+            (f"{_EPLB}.eplb_state", "", "rearrange_expert_weights_inplace",
+             ("old_global_expert_indices", "new_global_expert_indices", "expert_weights",
+              "expert_buffer", "ep_group", "communicator", "is_profile"), 935,
+             "LoRA slots that no adapter uses do not travel.", rebalancing.wrap_rearrange),
+            (f"{_EPLB}.async_worker", "", "transfer_layer",
+             ("old_layer_indices", "new_layer_indices", "expert_weights", "expert_weights_buffer",
+              "ep_group", "communicator", "is_profile"), 143,
+             "LoRA slots that no adapter uses, or that ranks are writing, do not travel.",
+             rebalancing.wrap_transfer_layer),
+            (f"{_EPLB}.eplb_state", "", "move_from_buffer",
+             ("expert_weights", "expert_weights_buffers", "transfer_metadata"), 1432,
+             "Only what has travelled is taken from the buffers.",
+             rebalancing.wrap_move_from_buffer),
+            (f"{_EPLB}.eplb_state", "", "_commit_eplb_maps",
+             ("model_state", "new_physical_to_logical_map"), 1388,
+             "Adapters are loaded for the new places from then on.", rebalancing.wrap_commit_maps),
+            (f"{_EPLB}.eplb_state", "", "_commit_eplb_maps_for_layer",
+             ("model_state", "new_physical_to_logical_map", "layer"), 1352,
+             "The same for a layer, and slots that were written meanwhile are written again.",
+             rebalancing.wrap_commit_maps_for_layer),
+            ("vllm.lora.model_manager", "LoRAModelManager", "activate_adapter", ("lora_id",), 355,
+             "Rows of an adapter that was loaded before a rebalance go to where the experts are now.",
+             rebalancing.wrap_activate_adapter),
         )
     ),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from lorashard import SplitRequest, split_adapter
 from lorashard.adapter.options import LayoutOptions
 from lorashard.vllm_plugin.doctor.adapter_survey import survey_adapter
 from lorashard.vllm_plugin.doctor.diagnosis import Report, diagnose
-from lorashard.vllm_plugin.doctor.findings import Installation, SurveyedAdapter
+from lorashard.vllm_plugin.doctor.findings import Installation, PatchState, SurveyedAdapter
 from lorashard.vllm_plugin.doctor.flags import EngineFlags
 from tests.tiny import save_adapter
 
@@ -44,18 +44,30 @@ def test_a_sound_engine_is_ok() -> None:
 
 
 def test_a_refused_engine_is_not_ok_and_says_so_once() -> None:
-    refused = report(replace(EP, enable_eplb=True))
+    refused = report(replace(EP, enable_eplb=True), vllm="0.23.0")
     assert not refused.ok
     assert [(r.variable, r.overridden) for r in refused.refusals] == [(EPLB_RISK, False)]
     assert [problem.about for problem in refused.problems] == ["flags"]
-    assert refused.notes == ()
+    assert ["nixl" in note for note in refused.notes] == [True]
 
 
 def test_an_overridden_refusal_is_a_note_and_no_problem() -> None:
-    allowed = report(replace(EP, enable_eplb=True), switched_on=(EPLB_RISK,))
+    allowed = report(replace(EP, enable_eplb=True), vllm="0.23.0", switched_on=(EPLB_RISK,))
     assert allowed.ok
     assert [(r.variable, r.overridden) for r in allowed.refusals] == [(EPLB_RISK, True)]
-    assert [EPLB_RISK in note for note in allowed.notes] == [True]
+    assert [EPLB_RISK in note for note in allowed.notes] == [True, False]
+
+
+def test_eplb_is_refused_where_its_patches_cannot_be_applied() -> None:
+    missing = PatchState(
+        "vllm.x.y", "unsupported", "there is no function y", "", "", "", "0.24.0", None
+    )
+    flags = replace(EP, enable_eplb=True)
+    assert diagnose(HERE, [], flags, None, None).ok
+    (refused,) = diagnose(HERE, [missing], flags, None, None).refusals
+    assert refused.variable == EPLB_RISK
+    assert "vllm.x.y: there is no function y." in refused.reason
+    assert diagnose(HERE, [missing], EP, None, None).ok
 
 
 def test_an_adapters_outcome_and_summary_are_in_the_report(shards: SurveyedAdapter) -> None:
@@ -74,7 +86,7 @@ def test_strict_is_read_from_the_installation(shards: SurveyedAdapter) -> None:
 
 
 def test_problems_are_in_the_order_of_installation_flags_adapter(shards: SurveyedAdapter) -> None:
-    flags = replace(EP, enable_eplb=True, max_lora_rank=1)
+    flags = replace(EP, data_parallel_size=2, max_lora_rank=1)
     found = report(flags, shards, vllm=None, entry_point=False)
     assert [problem.about for problem in found.problems] == ["vllm", "plugin", "flags", "adapter"]
     assert found.vllm_known is None

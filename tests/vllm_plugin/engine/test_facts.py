@@ -5,13 +5,19 @@ Real classes of several releases: test_loading_conformance.py.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lorashard.vllm_plugin.engine.facts import config_facts, module_facts, reads_lora_context
-from lorashard.vllm_plugin.engine.guards import EngineFacts
+from lorashard.vllm_plugin.engine.facts import (
+    _moves_what_layers_say,
+    config_facts,
+    module_facts,
+    reads_lora_context,
+)
+from lorashard.vllm_plugin.engine.guards import ELASTIC_EPLB, NIXL_EPLB, OLD_EPLB, EngineFacts
 
 
 def config(count: Any = None, **parallel: Any) -> Any:
@@ -84,6 +90,45 @@ def test_a_configuration_gives_its_sizes_and_the_experts_that_vllm_counts() -> N
     facts = config_facts(config(128, data_parallel_size=4, enable_eplb=True))
     assert facts == EngineFacts(True, data_parallel_size=4, eplb=True, num_experts=128)
     assert config_facts(config()).num_experts is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "obstacle"),
+    [
+        ({}, None),
+        ({"eplb_config": SimpleNamespace(communicator="torch_gloo")}, None),
+        ({"eplb_config": SimpleNamespace(communicator="nixl")}, NIXL_EPLB),
+        ({"enable_elastic_ep": True}, ELASTIC_EPLB),
+    ],
+)
+def test_why_lora_could_not_follow_its_experts_is_seen_in_the_configuration(
+    changes: dict[str, Any], obstacle: str | None
+) -> None:
+    assert config_facts(config(enable_eplb=True, **changes)).eplb_obstacle == obstacle
+
+
+@pytest.mark.parametrize(
+    ("source", "obstacle"),
+    [("", OLD_EPLB), ("class MoERunner:\n    def get_expert_weights(self):\n", None)],
+)
+def test_a_vllm_whose_layers_do_not_say_what_eplb_moves_is_too_old(
+    source: str, obstacle: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = tmp_path / "vllm/model_executor/layers/fused_moe/runner/moe_runner.py"
+    runner.parent.mkdir(parents=True)
+    (tmp_path / "vllm/__init__.py").touch()
+    runner.write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    _moves_what_layers_say.cache_clear()
+    try:
+        assert config_facts(config(enable_eplb=True)).eplb_obstacle == obstacle
+    finally:
+        _moves_what_layers_say.cache_clear()
+
+
+def test_a_patch_that_is_missing_is_an_obstacle_for_eplb() -> None:
+    facts = module_facts(config(128, enable_eplb=True), {}, [], ["f: there is no f"])
+    assert "f: there is no f." in str(facts.eplb_obstacle)
 
 
 def test_a_model_without_moe_layers_has_no_experts_whatever_vllm_counts() -> None:

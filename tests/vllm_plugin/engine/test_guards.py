@@ -11,6 +11,7 @@ import pytest
 
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.engine.guards import (
+    NIXL_EPLB,
     RULES,
     VARIABLES,
     EngineFacts,
@@ -28,7 +29,10 @@ GOOD = EngineFacts(
 )
 # What is changed in a good engine -> the refusal that it is for, and what its text must name.
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE": ({"eplb": True}, "--enable-eplb"),
+    "LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE": (
+        {"eplb": True, "eplb_obstacle": "Ranks come and go."},
+        "Ranks come and go.",
+    ),
     "LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL": (
         {"data_parallel_size": 4},
         "--data-parallel-size 4",
@@ -66,12 +70,14 @@ def test_a_good_engine_is_not_refused() -> None:
 
 
 def test_what_is_not_known_yet_refuses_nothing() -> None:
-    known_early = EngineFacts(expert_parallel=True, data_parallel_size=1, eplb=False)
+    known_early = EngineFacts(expert_parallel=True, data_parallel_size=1, eplb=True)
     assert find_refusals(known_early) == ()
 
 
 def test_what_the_configuration_alone_says_is_refused_before_a_model_is_loaded() -> None:
-    known_early = EngineFacts(expert_parallel=True, data_parallel_size=2, eplb=True)
+    known_early = EngineFacts(
+        expert_parallel=True, data_parallel_size=2, eplb=True, eplb_obstacle=NIXL_EPLB
+    )
     assert len(find_refusals(known_early)) == 2
 
 

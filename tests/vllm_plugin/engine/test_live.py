@@ -90,6 +90,21 @@ def test_shared_experts_that_are_fused_in_behind_the_routed_ones_are_no_experts_
     assert live_experts(NAME, wrapper, interleaved=False).local_experts == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("expert_map", "experts"),
+    [([0, 1, 2, -1, -1, -1], (0, 1, 2)), ([-1] * 3 + [0, 1, 2], (3, 0, 1))],
+)
+def test_eplb_s_redundant_experts_are_the_first_ones_again(
+    expert_map: list[int], experts: tuple[int, ...]
+) -> None:
+    parallel = SimpleNamespace(use_ep=True, ep_rank=1, ep_size=2, enable_eplb=True)
+    wrapper = moe(
+        expert_map=expert_map, num_experts=6, num_logical_experts=4, moe_parallel_config=parallel
+    )
+    found = live_experts(NAME, wrapper, interleaved=False)
+    assert (found.local_experts, found.num_experts) == (experts, 4)
+
+
 def test_without_expert_parallelism_every_expert_is_local() -> None:
     assert local_experts(moe(expert_map=None, ep_size=1), NAME) == (0, 1, 2, 3)
 

@@ -230,3 +230,18 @@ def test_a_region_is_free_once_the_error_of_its_load_is_handled(
         assert is_held() is None
     finally:
         gc.enable()
+
+
+def test_slots_that_have_another_s_expert_are_copied_in_factors_of_all_slots_alone(
+    threads: ThreadPoolExecutor,
+) -> None:
+    data, shared = values(2, 2, 3), values(1, 2, 3, first=40)
+    factors = (whole(stack_of("x", data), 3), whole(stack_of("y", shared, shared=True), 1))
+    (placed,), size = place_factors([Assembly(factors, (), (), 0)], 2, 0)
+    plan = LayerPlan("layer", placed, (Run(0, 0, 0, 2),), (7, 4, 7), {"down_proj": 1.0})
+    sources = Sources({0: Image({"x": data}), REPLICATED: Image({"y": shared})})
+    filler = Filler(np.zeros(size, np.uint8), sources, "BF16", threads)
+    filler.run([plan], list(plan_reads([plan], sources.offset_of, "BF16")))
+    filler.copy_slots(plan, ((2, 0),))
+    assert torch.equal(filler.tensor(placed[0]), data[[0, 1, 0]])
+    assert torch.equal(filler.tensor(placed[1]), shared)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lorashard.errors import PlacementError
 from lorashard.shards.placement import linear_placement, round_robin_placement
-from lorashard.vllm_plugin.load.rows import Run, find_runs
+from lorashard.vllm_plugin.load.rows import Run, find_copies, find_runs
 from tests.strategies import rank_lists
 
 Ranks = list[list[int]]
@@ -82,3 +82,19 @@ def test_a_rank_without_experts_reads_nothing() -> None:
 def test_an_expert_that_stands_nowhere_is_refused() -> None:
     with pytest.raises(PlacementError, match="holds expert 3"):
         find_runs([[0, 1], [2]], [2, 3], 1)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=12))
+def test_an_expert_in_several_slots_is_read_once_and_copied_to_the_others(local: list[int]) -> None:
+    ranks = [[5, 3, 1], [0, 2, 4]]
+    slots: list[int | None] = [None] * len(local)
+    for run in find_runs(ranks, local, None):
+        for n in range(run.count):
+            assert slots[run.dst_slot + n] is None
+            slots[run.dst_slot + n] = ranks[run.ep_rank][run.src_slot + n]
+    assert [e for e in slots if e is not None] == list(dict.fromkeys(local))
+    for slot, first in find_copies(local):
+        assert slots[slot] is None
+        slots[slot] = slots[first]
+    assert slots == local

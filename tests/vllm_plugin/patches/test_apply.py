@@ -167,6 +167,13 @@ def test_a_patch_whose_need_cannot_be_seen_is_broken(module: Any) -> None:
     assert (outcome.state, outcome.reason) == ("broken", "its source cannot be read: no source")
 
 
+def test_what_one_option_needs_is_missed_by_that_option_alone(module: Any) -> None:
+    outcome = apply_patch(patch(method="missing", only_for="--some-option"))
+    assert outcome.state == "unsupported"
+    assert broken_patches() == ()
+    assert broken_patches("--some-option") == (f"{outcome.patch.target}: {outcome.reason}",)
+
+
 @pytest.mark.parametrize("missing", [{"owner": "Gone"}, {"method": "gone"}], ids=str)
 def test_what_was_repaired_until_some_release_may_be_gone(
     module: Any, missing: dict[str, str]
@@ -349,6 +356,9 @@ VLLM = {
             def _add_adapter(self, lora):
                 return None
 
+            def activate_adapter(self, lora_id):
+                return True
+
             def create_dummy_lora(self, lora_id, rank, embedding_modules=None):
                 return None
     """,
@@ -360,6 +370,44 @@ VLLM = {
         class FusedMoE3DWithLoRA(FusedMoEWithLoRA):
             def create_lora_weights(self, max_loras, lora_config, model_config=None):
                 return None
+    """,
+    "vllm/distributed/__init__.py": "", "vllm/distributed/eplb/__init__.py": "",
+    "vllm/distributed/eplb/eplb_state.py": """
+        def rearrange_expert_weights_inplace(
+            old_global_expert_indices, new_global_expert_indices, expert_weights, expert_buffer,
+            ep_group, communicator, is_profile=False, rank_mapping=None,
+        ):
+            return None
+
+        def move_from_buffer(
+            expert_weights, expert_weights_buffers, transfer_metadata, new_indices, ep_rank
+        ):
+            return None
+
+        def _commit_eplb_maps(model_state, new_physical_to_logical_map):
+            return None
+
+        def _commit_eplb_maps_for_layer(model_state, new_physical_to_logical_map, layer):
+            return None
+
+        class EplbState:
+            def add_model(self, model, model_config):
+                return None
+    """,
+    "vllm/distributed/eplb/async_worker.py": """
+        def transfer_layer(
+            old_layer_indices, new_layer_indices, expert_weights, expert_weights_buffer, ep_group,
+            communicator, is_profile=False, stream=None, rank_mapping=None, layer_idx=0,
+        ):
+            return None
+    """,
+    "vllm/model_executor/__init__.py": "", "vllm/model_executor/layers/__init__.py": "",
+    "vllm/model_executor/layers/fused_moe/__init__.py": "",
+    "vllm/model_executor/layers/fused_moe/runner/__init__.py": "",
+    "vllm/model_executor/layers/fused_moe/runner/moe_runner.py": """
+        class MoERunner:
+            def get_expert_weights(self):
+                return []
     """,
     "vllm/entrypoints/__init__.py": "", "vllm/entrypoints/openai/__init__.py": "",
     "vllm/entrypoints/openai/models/__init__.py": "",
@@ -408,6 +456,8 @@ MODULES = (
     "vllm.entrypoints.openai.models.serving", "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.core.sched.scheduler", "vllm.v1.core.kv_cache_utils",
+    "vllm.distributed.eplb.eplb_state", "vllm.distributed.eplb.async_worker",
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner",
 )
 
 def state():

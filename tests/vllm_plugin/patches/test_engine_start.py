@@ -19,11 +19,12 @@ EPLB = "LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE"
 every_release = pytest.mark.parametrize("release", PLUGIN_RELEASES)
 
 
-def config(*, lora: bool = True, ep: bool = True, eplb: bool = False) -> Any:
-    """A VllmConfig as far as the checks look at it."""
+def config(*, lora: bool = True, ep: bool = True, eplb: str = "") -> Any:
+    """A VllmConfig as far as the checks look at it. eplb: EPLB's communicator, if it is on."""
     parallel = SimpleNamespace(
-        enable_expert_parallel=ep, tensor_parallel_size=2, data_parallel_size=1, enable_eplb=eplb
-    )
+        enable_expert_parallel=ep, tensor_parallel_size=2, data_parallel_size=1,
+        enable_eplb=bool(eplb), eplb_config=SimpleNamespace(communicator=eplb),
+    )  # fmt: skip
     model = SimpleNamespace(get_num_experts=lambda: 8)
     return SimpleNamespace(
         lora_config=object() if lora else None, parallel_config=parallel, model_config=model
@@ -36,14 +37,20 @@ def created(made: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "made", [config(), config(lora=False, eplb=True), config(ep=False, eplb=True)]
+    "made",
+    [
+        config(),
+        config(eplb="torch_gloo"),
+        config(lora=False, eplb="nixl"),
+        config(ep=False, eplb="nixl"),
+    ],
 )
 def test_a_configuration_that_is_right_or_has_no_lora_on_split_experts_passes(made: Any) -> None:
     assert created(made) is made
 
 
 def test_a_configuration_that_is_wrong_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = config(eplb=True)
+    made = config(eplb="nixl")
     with pytest.raises(ValueError, match=EPLB):
         created(made)
     monkeypatch.setenv(EPLB, "1")
@@ -55,7 +62,7 @@ def test_what_the_configuration_shows_is_refused_before_vllm_makes_its_manager()
         raise AssertionError("vLLM's own method was called")
 
     with pytest.raises(ValueError, match=EPLB):
-        wrap_create_lora_manager(original)(object(), object(), config(eplb=True))
+        wrap_create_lora_manager(original)(object(), object(), config(eplb="nixl"))
 
 
 @every_release

@@ -61,7 +61,7 @@ def test_every_replacement_is_in_the_table() -> None:
 
     names = (
         "activations", "adapter_adding", "adapter_loading", "adapter_packing", "engine_start",
-        "expert_parallel", "fully_sharded", "peft_patterns", "punica", "reading_ahead", "unloading", "warm_up",
+        "expert_parallel", "fully_sharded", "peft_patterns", "punica", "reading_ahead", "rebalancing", "unloading", "warm_up",
     )  # fmt: skip
     written: set[Any] = set()
     for name in names:

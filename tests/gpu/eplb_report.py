@@ -1,0 +1,97 @@
+"""The part of docs/gpu.md about experts that move: results of `tests.gpu.eplb` and `eplb_cost`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tests.gpu.eplb_cases import CASES
+
+Result = Mapping[str, Any]
+
+EPLB = """
+Two {gpu} in one host. Every engine rearranges its experts all the time: after 4 steps, or as soon as EPLB's thread is done, by vLLM's own
+policy and in the last round by maps at random, so that nearly every expert moves. In between, five adapters take turns in 2 slots and 3
+places in host memory: they are loaded, evicted, and loaded again, plain and as shards, one tensor per expert, fused, and of half of the
+experts, while other requests decode with other adapters. Each answer is judged as above, or by the same adapter's in the same engine
+before any expert has moved (within 0.012, for the one whose noise is at the limit). "Steps" counts decode steps and checks, "moved" how
+many slots were found to hold another expert than at the look before.
+"""
+COST = """
+A rearrangement by `EplbState.rearrange`, GLM-4.5-Air's shapes with 8 MoE layers in bf16, 128 experts on two ranks, r = 32, maps at random;
+medians. "Bytes" is what travels, beside vLLM without LoRA.
+"""
+
+
+def eplb_part(documents: Iterable[Mapping[str, Any]]) -> str:
+    """All of it; empty without results."""
+    found = [
+        (str(document["release"]), document["eplb"]) for document in documents if "eplb" in document
+    ]
+    if not found:
+        return ""
+    gpus = sorted({str(of_run.get("gpu", "GPUs")) for _, of_run in found})
+    parts = [EPLB.format(gpu=", ".join(gpus)).strip(), _answers(found), _servers(found)]
+    if cost := _costs(found):
+        parts += [COST.strip(), cost]
+    return "\n\n".join(filter(None, parts))
+
+
+def _answers(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    rows = [
+        "| release | engine | | right | error (base) | before experts moved | steps | moved |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    order = {case.name: number for number, case in enumerate(CASES)}
+    for release, of_run in found:
+        who = "without lorashard" if of_run["stock"] else "with lorashard"
+        engines = [case for case in of_run["cases"] if case["case"] in order]
+        for engine in sorted(engines, key=lambda case: order[case["case"]]):
+            rows.append(f"| {release} | {engine['flags']} | {who} | {_cells(engine)} |")
+    return "\n".join(rows)
+
+
+def _cells(engine: Result) -> str:
+    judged = [line for line in engine["results"] if "adapter" in line]
+    moved = [line for line in judged if line["round"] > 0]
+    right = [line for line in moved if line["right"] or line.get("as_at_rest")]
+    base = next((f"{x['error']:.3f}" for x in engine["results"] if x.get("base")), "–")
+    last = next((line for line in engine["results"] if "finished" in line), {})
+    at_rest = _span([line for line in judged if line["round"] == 0])
+    counts = f"{last.get('steps', '–')} | {last.get('moved', '–')}"
+    return f"{len(right)} of {len(moved)} | {_span(moved)} ({base}) | {at_rest} | {counts}"
+
+
+def _span(lines: Sequence[Result]) -> str:
+    errors = [line["error"] for line in lines if "error" in line]
+    return f"{min(errors):.3f} to {max(errors):.3f}" if errors else "no answer"
+
+
+def _servers(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    lines = []
+    for release, of_run in found:
+        for server in (case for case in of_run["cases"] if case["case"] == "eplb_server"):
+            checks = server.get("checks", [])
+            right = sum(bool(check["right"]) for check in checks)
+            low, high = server.get("errors", (0.0, 0.0))
+            lines.append(
+                f"`vllm serve` {release}, FP8, async, 4 redundant experts, requests for the base model "
+                f"and three adapters all the time: {right} of {len(checks)} checks are right, errors "
+                f"{low:.3f} to {high:.3f}, {server.get('rearrangements', 0)} rearrangements, in which "
+                "an adapter is loaded and unloaded at run time in each of four rounds."
+            )
+    return "\n\n".join(lines)
+
+
+def _costs(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    rows = ["| release | communicator | adapters | s | time | bytes |", "|---|---|---|---|---|---|"]
+    for release, of_run in found:
+        for communicator, engines in of_run.get("cost", {}).items():
+            summary = engines.get("summary", {}) if isinstance(engines, dict) else {}
+            for count, figures in summary.items():
+                if isinstance(figures, dict):
+                    rows.append(
+                        f"| {release} | {communicator} | {count.split()[0]} | {figures['s']:.3f} | "
+                        f"{figures['ratio']:.2f}× | {figures['bytes_ratio']:.2f}× |"
+                    )
+    return "\n".join(rows) if len(rows) > 2 else ""

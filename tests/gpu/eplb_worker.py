@@ -1,0 +1,93 @@
+"""A vLLM worker extension: other maps for EPLB, what it has done, and how long it takes.
+
+Called by `LLM.collective_rpc`, on all ranks at once.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+
+
+class RandomMaps:
+    """A policy of EPLB: nearly every expert moves. The same maps on all ranks, call by call."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def rebalance_experts(
+        self,
+        weight: torch.Tensor,
+        num_replicas: int,
+        num_groups: int,
+        num_nodes: int,
+        num_ranks: int,
+        old_global_expert_indices: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Each expert at least once."""
+        num_layers, num_experts = weight.shape
+        rows = []
+        for _ in range(num_layers):
+            experts = list(range(num_experts))
+            experts += self._random.choices(experts, k=num_replicas - num_experts)
+            self._random.shuffle(experts)
+            rows.append(experts)
+        return torch.tensor(rows)
+
+
+class Rebalancing:
+    """Methods of the worker."""
+
+    model_runner: Any
+
+    def _state(self) -> Any:
+        return self.model_runner.eplb_state
+
+    def use_random_maps(self, seed: int) -> None:
+        """From the next rearrangement on."""
+        self._state().policy = RandomMaps(seed)
+
+    def hold_experts(self, interval: int) -> None:
+        """From now on a rearrangement after as many steps; one that is on its way still arrives."""
+        state = self._state()
+        state.expert_rearrangement_step_interval = interval
+        state.expert_rearrangement_step = 0
+
+    def expert_maps(self) -> list[Any]:
+        """The logical expert in each physical one's place, by layer."""
+        (state,) = self._state().model_states.values()
+        return state.physical_to_logical_map.tolist()  # type: ignore[no-any-return]
+
+    def bytes_a_slot(self) -> list[int]:
+        """Of one place of an expert, in all layers: base weights, and one LoRA slot.
+
+        Without the plugin the LoRA is not among what EPLB moves, and 0.
+        """
+        (state,) = self._state().model_states.values()
+        base = lora = 0
+        num_loras = max(1, int(self.model_runner.vllm_config.lora_config.max_loras))
+        for layer in state.model.expert_weights:
+            for tensor in layer:
+                size = tensor[0].numel() * tensor.element_size()
+                if hasattr(tensor, "_lorashard_rows"):
+                    lora += size
+                else:
+                    base += size
+        return [base, lora // num_loras]
+
+    def rearrange(self, seed: int, repeats: int) -> list[float]:
+        """Seconds of each synchronous rearrangement, maps at random."""
+        state = self._state()
+        state.policy = RandomMaps(seed)
+        seconds = []
+        for _ in range(repeats):
+            torch.distributed.barrier()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            state.rearrange()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return seconds
