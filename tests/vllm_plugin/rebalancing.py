@@ -541,6 +541,36 @@ def traffic(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     return wrong + worker.wrong()
 
 
+def after_a_failure(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
+    """An adapter that one rank cannot activate leaves ranks that differ in what they wrote, for once."""
+    worker = _started(ep_rank, ep_size, folder, num_redundant=4)
+    worker.load(1)
+    activate = worker.manager.activate_adapter
+
+    def fail(number: int) -> None:
+        raise RuntimeError(f"no room for adapter {number}")
+
+    if ep_rank == 0:
+        worker.manager.activate_adapter = fail
+    wrong = []
+    try:
+        worker.load(2)
+        wrong.append("adapter 2 was added")
+    except (RuntimeError, ValueError):
+        worker.manager.activate_adapter = activate
+    worker.load(3)
+    travelled = []
+    begin = worker.rows.begin_transfer
+    worker.rows.begin_transfer = lambda group: travelled.append(begin(group)) or travelled[-1]
+    for _ in range(2):
+        worker.begin_cycle()
+        wrong += worker.wrong()
+    slots = {harness.slot_of(worker.engine, number) for number in (1, 3)}
+    if travelled[-1] != slots or travelled[0] == slots:
+        wrong.append(f"slots {slots} are used, {travelled} have travelled")
+    return wrong
+
+
 def profile(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     """The rearrangement of a start, which only reserves memory."""
     worker = _started(ep_rank, ep_size, folder, num_redundant=4)
@@ -577,7 +607,8 @@ def published_maps(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
 CHECKS: dict[str, Callable[..., list[str]]] = {
     check.__name__: check
     for check in (
-        sync, sync_without_redundant, thread, points, shared_factors, sequences, traffic, profile,
+        sync, sync_without_redundant, thread, points, shared_factors, sequences, traffic, after_a_failure,
+        profile,
         published_maps,
     )
 }  # fmt: skip

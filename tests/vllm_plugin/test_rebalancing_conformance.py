@@ -21,6 +21,7 @@ WITH_EPLB = tuple(r for r in PLUGIN_RELEASES if (release_number(r) or (0,)) >= F
 RELEASES = WITH_EPLB if "LORASHARD_RELEASES" in os.environ else WITH_EPLB[:1]
 ON_TWO_RANKS = (
     "sync", "sync_without_redundant", "thread", "points", "shared_factors", "sequences", "traffic",
+    "after_a_failure",
     "profile", "published_maps",
 )  # fmt: skip
 ON_FOUR_RANKS = ("sync", "thread", "sequences")

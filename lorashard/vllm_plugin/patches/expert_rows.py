@@ -4,9 +4,10 @@ vLLM's EPLB moves, layer by layer, one row of each tensor that an MoE layer call
 For each LoRA slot the stacks of a layer are such tensors too, [E_local, ...], and `rebalancing` has
 vLLM move those of the slots in use. What remains is done here:
 
-- A slot that is written while a layer is on its way has other rows than those that arrive. So each
-  write of a slot has a number. The ranks compare the numbers before a layer leaves, and where they
-  differ, or have changed when it arrives, the slot is written again from host memory.
+- A slot that is written while a layer is on its way has other rows than those that arrive. So the
+  writes of each slot are counted, from one arrival to the next. The ranks compare the counts before a
+  layer leaves, and where they differ, or have changed when it arrives, the slot is written again from
+  host memory.
 - An adapter in host memory is packed for the experts of its load. Where these have moved since, its
   rows are moved on the GPU after they were written, by vLLM's own function, and copied back.
 
@@ -32,12 +33,9 @@ from lorashard.vllm_plugin.patches.published_maps import publish_maps
 
 logger = logging.getLogger("vllm.lorashard")
 
-_ROWS = (
-    "_lorashard_rows"  # an attribute of vLLM's MoERunner, its LoRAModelManager, and of row tensors
-)
-_LIMIT = timedelta(
-    seconds=60
-)  # for which a rank waits for the others where all should come at once
+# An attribute of vLLM's MoERunner, its LoRAModelManager, and of row tensors.
+_ROWS = "_lorashard_rows"
+_LIMIT = timedelta(minutes=5)  # for which a rank waits for the others, where all come at once
 _UNUSED = -1
 
 
@@ -69,7 +67,7 @@ class LayerRows:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Layers on their way. slots: what travels, and the number of its last write on all ranks."""
+    """Layers on their way. slots: what travels, and how often it was written before, on all ranks."""
 
     slots: Mapping[int, int]
 
@@ -134,6 +132,9 @@ class ExpertRows:
             for slot, number in enumerate(self._manager.lora_index_to_id):
                 if number is not None and carried.get(slot) != self._writes[slot]:
                     self._write_again(names, slot, number)
+            # All ranks are here, and no layer is on its way. A load that failed on one of them may
+            # have left them with different counts.
+            self._writes = [0] * self.num_slots
             self._note_written()
 
     def end_of_cycle(self) -> None:
@@ -153,6 +154,8 @@ class ExpertRows:
         if not self.names and not is_dummy(model):
             raise RuntimeError("EPLB has not taken on the MoE layers that have LoRA")
         self._writes[slot] += 1
+        if self.loader.on_device is not None:
+            self.loader.on_device.leave()  # what is moved has to be moved in host memory
         with _any_tensors():
             self._move(model, self.names, slot)
         self._note_written()
