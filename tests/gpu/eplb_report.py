@@ -57,7 +57,8 @@ def _cells(engine: Result) -> str:
     right = [line for line in moved if line["right"] or line.get("as_at_rest")]
     base = next((f"{x['error']:.3f}" for x in engine["results"] if x.get("base")), "–")
     last = next((line for line in engine["results"] if "finished" in line), {})
-    at_rest = _span([line for line in judged if line["round"] == 0])
+    before = [line for line in judged if line["round"] == 0]
+    at_rest = _span(before) if before else "–"
     counts = f"{last.get('steps', '–')} | {last.get('moved', '–')}"
     return f"{len(right)} of {len(moved)} | {_span(moved)} ({base}) | {at_rest} | {counts}"
 

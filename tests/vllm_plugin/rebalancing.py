@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ from vllm.distributed.eplb import async_worker, eplb_state  # noqa: E402
 from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
 from vllm.model_executor.models.interfaces import MixtureOfExperts  # noqa: E402
 
+from lorashard.vllm_plugin.load import filled_region  # noqa: E402
+from lorashard.vllm_plugin.load.device_copy import DeviceCopy  # noqa: E402
 from lorashard.vllm_plugin.patches import reading_ahead  # noqa: E402
 from lorashard.vllm_plugin.patches.expert_rows import attached_rows  # noqa: E402
 from tests.vllm_plugin import harness  # noqa: E402
@@ -208,8 +211,9 @@ class Worker:
         request = reading_ahead._marked(
             self.request(number), f"{reading_ahead._TO_BE_READ}{number}"
         )
-        while not self.engine.add_adapter(request):
-            time.sleep(0.001)
+        with mock.patch.object(filled_region, "begin_copy", DeviceCopy):  # as on a GPU
+            while not self.engine.add_adapter(request):
+                time.sleep(0.001)
         return reading_ahead._marked(self.request(number), f"{reading_ahead._WAS_READ}{number}")
 
     def load_tensors(self, number: int) -> None:
@@ -541,6 +545,18 @@ def traffic(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     return wrong + worker.wrong()
 
 
+def read_ahead(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
+    """Experts move after an adapter was read and copied to the device, and before it is added."""
+    worker = _started(ep_rank, ep_size, folder, num_redundant=4)
+    was_read = worker.ask(1)
+    worker.begin_cycle()
+    worker.engine.add_adapter(was_read)
+    wrong = worker.wrong()
+    worker.evict(1)
+    worker.manager.activate_adapter(1)  # from host memory
+    return wrong + worker.wrong()
+
+
 def after_a_failure(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     """An adapter that one rank cannot activate leaves ranks that differ in what they wrote, for once."""
     worker = _started(ep_rank, ep_size, folder, num_redundant=4)
@@ -607,8 +623,8 @@ def published_maps(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
 CHECKS: dict[str, Callable[..., list[str]]] = {
     check.__name__: check
     for check in (
-        sync, sync_without_redundant, thread, points, shared_factors, sequences, traffic, after_a_failure,
-        profile,
+        sync, sync_without_redundant, thread, points, read_ahead, shared_factors, sequences, traffic,
+        after_a_failure, profile,
         published_maps,
     )
 }  # fmt: skip

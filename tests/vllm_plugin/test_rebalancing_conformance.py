@@ -20,9 +20,8 @@ from tests.vllm_release import PLUGIN_RELEASES, record, run_in_release
 WITH_EPLB = tuple(r for r in PLUGIN_RELEASES if (release_number(r) or (0,)) >= FIRST_WITH_EPLB)
 RELEASES = WITH_EPLB if "LORASHARD_RELEASES" in os.environ else WITH_EPLB[:1]
 ON_TWO_RANKS = (
-    "sync", "sync_without_redundant", "thread", "points", "shared_factors", "sequences", "traffic",
-    "after_a_failure",
-    "profile", "published_maps",
+    "sync", "sync_without_redundant", "thread", "points", "read_ahead", "shared_factors", "sequences",
+    "traffic", "after_a_failure", "profile", "published_maps",
 )  # fmt: skip
 ON_FOUR_RANKS = ("sync", "thread", "sequences")
 

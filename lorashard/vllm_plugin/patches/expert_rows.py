@@ -154,8 +154,6 @@ class ExpertRows:
         if not self.names and not is_dummy(model):
             raise RuntimeError("EPLB has not taken on the MoE layers that have LoRA")
         self._writes[slot] += 1
-        if self.loader.on_device is not None:
-            self.loader.on_device.leave()  # what is moved has to be moved in host memory
         with _any_tensors():
             self._move(model, self.names, slot)
         self._note_written()
