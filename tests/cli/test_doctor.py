@@ -482,7 +482,7 @@ def test_a_right_verdict_says_what_happens_to_the_adapter(shards: Path, python_p
 
 def test_a_refused_verdict_comes_with_its_problem(python_path: str) -> None:
     path = f"{python_path}{os.pathsep}{require_release('0.33.0')}"
-    done = run_cli("doctor", "--", *SERVE, "-tp", 2, EP, "--enable-eplb", PYTHONPATH=path)
+    done = run_cli("doctor", "--", *SERVE, "-tp", 2, EP, "-dp", 2, PYTHONPATH=path)
     assert done.returncode == 5
     assert done.stdout.startswith(
         "refused: this engine or this adapter would be refused (1 problem)\nproblem: LoRA with "

@@ -245,7 +245,7 @@ def test_a_manifest_that_lies_is_refused_by_every_reader(tmp_path: Path, lie: st
     with pytest.raises(ManifestError):
         merge_shards(shards, tmp_path / "merged")
     with pytest.raises(ManifestError):
-        inspect(str(shards))
+        inspect([str(shards)])
     assert sorted(os.listdir(tmp_path)) == ["adapter", "out"]
 
 
