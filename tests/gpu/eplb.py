@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from tests.gpu.cases import PLAIN
 from tests.gpu.engine import MIN_CORRELATION
 from tests.gpu.eplb_cases import CASES, CHECKS, MODEL, STOCK_CASES, EplbCase
 from tests.gpu.eplb_engine import LEAK_ROOM
+from tests.gpu.eplb_server import SHARDS
 from tests.gpu.models import build_all
 from tests.gpu.prepare import split_each
 from tests.gpu.processes import child_environment, run
@@ -151,7 +153,8 @@ def main() -> int:
     work = args.work.absolute()
     logs = work / "logs" / f"{release}-eplb{'-stock' if args.stock else ''}"
     build_all(work / "models", [MODEL])
-    split_each(work / "models" / MODEL, {(c.adapter, c.form) for c in CHECKS if c.form != "plain"})
+    in_checks = {(check.adapter, check.form) for check in CHECKS if check.form != PLAIN}
+    split_each(work / "models" / MODEL, in_checks | {(name, "shards") for name in SHARDS})
     cases = [
         case
         for case in (STOCK_CASES if args.stock else CASES)

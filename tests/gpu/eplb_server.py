@@ -17,6 +17,8 @@ from tests.gpu.server import Server, serve_command
 
 NUM_ROUNDS = 4
 SERVED = {"a": "e0", "b": "e1", "c": "fused0"}
+LATE = "e2"  # loaded and unloaded at run time
+SHARDS = (*SERVED.values(), LATE)  # adapters that must be there as shards
 EPLB = {
     "window_size": WINDOW_SIZE,
     "step_interval": STEP_INTERVAL,
@@ -72,12 +74,12 @@ def _session(server: Server, expected: Expected, directory: Path) -> list[dict[s
             for served, adapter in SERVED.items():
                 answers(served, adapter, f"round {number}")
             late = f"late{number}"
-            path = str(directory / ("e2" if number % 2 else "e2.shards"))
+            path = str(directory / (LATE if number % 2 else f"{LATE}.shards"))
             status, text = server.post(
                 "/v1/load_lora_adapter", {"lora_name": late, "lora_path": path}
             )
             lines.append({"check": f"load {late}", "right": status == 200, "body": text[:200]})
-            answers(late, "e2", f"round {number}")
+            answers(late, LATE, f"round {number}")
             status, _ = server.post("/v1/unload_lora_adapter", {"lora_name": late})
             lines.append({"check": f"unload {late}", "right": status == 200})
     finally:
