@@ -54,10 +54,17 @@ def number(release: str) -> tuple[int, ...]:
 
 
 def test_a_patch_is_applied_in_the_releases_that_its_record_names(release: str) -> None:
+    # Before its first release, the option that a patch is for is refused, so it may be there and idle.
+    idle = {p.target for p in PATCHES if p.only_for and number(release) < number(p.since)}
     expected = {
         patch.target: number(patch.since) <= number(release) <= number(patch.until or release)
         for patch in PATCHES
+        if patch.target not in idle
     }
-    states = findings(release)["patch_states"]
+    states = {
+        target: state
+        for target, state in findings(release)["patch_states"].items()
+        if target not in idle
+    }
     assert {target: state == "applied" for target, state in states.items()} == expected
     assert set(states.values()) <= {"applied", "not needed", "no such module"}
