@@ -9,14 +9,13 @@ engine, in which nothing of LoRA travels as long as no adapter is used.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, LORA_RANK, adapter_directory
-from tests.gpu.processes import child_environment, end_children, run
+from tests.gpu.processes import child_environment, exit_after, run
 
 NUM_LORAS, REPEATS = 4, 5
 ENGINE_LIMIT_S = 120.0
@@ -119,17 +118,12 @@ def _main() -> None:
     args = parser.parse_args()
     if args.engine:
         communicator, _, lora = args.engine.partition(":")
-        status = 1
-        try:
+
+        def measured() -> None:
             found = measure(args.work / "load", communicator, lora=bool(lora))
             args.out.write_text(json.dumps(found))
-            status = 0
-        except BaseException:  # noqa: BLE001 - the log shows it; the children must go in any case
-            import traceback
 
-            traceback.print_exc()
-        end_children()
-        os._exit(status)
+        exit_after(measured)
     logs = args.out.parent
     document: dict[str, Any] = {"as_expected": False}
     log = logs / "eplb-load_adapters.log"

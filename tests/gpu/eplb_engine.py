@@ -7,7 +7,6 @@ Writes one JSON object per line to FILE.
 
 import argparse
 import json
-import os
 import random
 import time
 from pathlib import Path
@@ -142,15 +141,6 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    from tests.gpu.processes import end_children
+    from tests.gpu.processes import exit_after
 
-    try:
-        _main()
-        status = 0
-    except BaseException:  # noqa: BLE001 - the log shows it; the children must go in any case
-        import traceback
-
-        traceback.print_exc()
-        status = 1
-    end_children()
-    os._exit(status)
+    exit_after(_main)

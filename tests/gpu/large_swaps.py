@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, FORMATS, LORA_RANK, adapter_directory
 from tests.gpu.prepare import lorashard
-from tests.gpu.processes import ROOT, child_environment, end_children, run
+from tests.gpu.processes import ROOT, child_environment, exit_after, run
 
 KEEP = 2  # versions that are loaded at a time
 ENGINE_LIMIT_S = 300.0
@@ -146,17 +146,12 @@ def _main() -> None:
             args.out.write_text(json.dumps(document))
             print(kind, {k: v for k, v in document[kind].items() if k != "rows"}, flush=True)
         return
-    status = 1
-    try:
+
+    def swapped() -> None:
         rows = swap(work, args.steps, args.tp, stock=args.engine == "stock")
         args.out.write_text(json.dumps(rows))
-        status = 0
-    except BaseException:  # noqa: BLE001 - the log shows it; the children must go in any case
-        import traceback
 
-        traceback.print_exc()
-    end_children()
-    os._exit(status)
+    exit_after(swapped)
 
 
 if __name__ == "__main__":

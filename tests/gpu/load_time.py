@@ -9,7 +9,6 @@ adapters, the plugin the shard directories of the same adapters, and then the pl
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, FORMATS, LORA_RANK, adapter_directory
 from tests.gpu.prepare import lorashard
-from tests.gpu.processes import child_environment, end_children, run
+from tests.gpu.processes import child_environment, exit_after, run
 
 NUM_LOADS, NUM_SWAPS, NUM_PROMPTS = 5, 10, 64
 ENGINE_LIMIT_S = 240.0
@@ -221,17 +220,12 @@ def _main() -> None:
     if not args.engine:
         _orchestrate(args)
         return
-    status = 1
-    try:
+
+    def measured() -> None:
         results = measure(Engine(args.work, plugin=args.engine == "plugin"))
         args.out.write_text(json.dumps(results, indent=1))
-        status = 0
-    except BaseException:  # noqa: BLE001 - the log shows it; the children must go in any case
-        import traceback
 
-        traceback.print_exc()
-    end_children()
-    os._exit(status)
+    exit_after(measured)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,7 +80,22 @@ def run(command: Sequence[str], log: Path, environment: Mapping[str, str], timeo
     return "" if status == 0 else f"exit status {status}"
 
 
-def end_children() -> None:
+def exit_after(program: Callable[[], object]) -> NoReturn:
+    """Run what starts an engine in this process, and exit: with 1 if it fails, as the log then shows.
+
+    The engine's workers end with it in any case.
+    """
+    status = 1
+    try:
+        program()
+        status = 0
+    except BaseException:  # noqa: BLE001 - see above
+        traceback.print_exc()
+    _end_children()
+    os._exit(status)
+
+
+def _end_children() -> None:
     """End all descendants of this process: vLLM's workers can outlive it."""
     import psutil
 

@@ -7,7 +7,6 @@ Writes one JSON object per line to FILE: `{"base": ...}` first, then one for eac
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from tests.gpu.engine import (
     prompt_log_probs,
 )
 from tests.gpu.loras import LORA_RANK, VERSIONS
-from tests.gpu.processes import end_children
+from tests.gpu.processes import exit_after
 from tests.gpu.reference import VOCABULARY
 from tests.gpu.verl_files import worker_extension_module
 from tests.gpu.verl_trainer import Sending, Trainers
@@ -205,13 +204,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        _main()
-        status = 0
-    except BaseException:  # noqa: BLE001 - the log shows it; the children must go in any case
-        import traceback
-
-        traceback.print_exc()
-        status = 1
-    end_children()
-    os._exit(status)
+    exit_after(_main)
