@@ -30,11 +30,12 @@ def config_facts(vllm_config: Any) -> EngineFacts:
     count = getattr(model, "get_num_experts", None)
     sizes = ("tensor_parallel_size", "prefill_context_parallel_size", "data_parallel_size")
     ranks = math.prod(int(getattr(parallel, name, 1)) for name in sizes)
+    eplb = bool(getattr(parallel, "enable_eplb", False))
     return EngineFacts(
         expert_parallel=bool(parallel.enable_expert_parallel) and ranks > 1,
         data_parallel_size=int(getattr(parallel, "data_parallel_size", 1)),
-        eplb=bool(getattr(parallel, "enable_eplb", False)),
-        eplb_obstacle=_eplb_obstacle(parallel),
+        eplb=eplb,
+        eplb_obstacle=_eplb_obstacle(parallel) if eplb else None,
         num_experts=int(count()) if count is not None else None,
     )
 
