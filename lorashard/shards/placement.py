@@ -18,9 +18,8 @@ from lorashard.vllm_options import Strategy
 # What vLLM places by rule, or a list of its own for each rank.
 PlacementKind = Literal[Strategy, "explicit"]
 Ranks = tuple[tuple[int, ...], ...]
-OF_ENGINE = (
-    "of_engine"  # key of a map that names all the model's layers, those of the adapter or not
-)
+# Key of a map that names all the model's layers, those of the adapter or not.
+OF_ENGINE = "of_engine"
 MAX_EP_SIZE = 65_536  # more than any cluster; a mistyped number must not fill the memory
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lorashard.vllm_plugin.engine.guards import contract_refusal
 from lorashard.vllm_plugin.load.agreement import Exchange, do_together, tensor_parallel_group
 from lorashard.vllm_plugin.load.device_copy import ExpertsOnDevice
 from lorashard.vllm_plugin.load.loader import AdapterLoader
-from lorashard.vllm_plugin.load.report import LoadedAdapter, LoadReport
+from lorashard.vllm_plugin.load.report import LoadedAdapter
 from lorashard.vllm_plugin.patches.apply import broken_patches, original_of
 from lorashard.vllm_plugin.patches.explanations import explain_refusal, for_a_server, text_of
 from lorashard.vllm_plugin.patches.foreign import refuse_displaced
@@ -173,7 +174,7 @@ def _read(
 ) -> LoadedAdapter:
     """VLLM's own `_load_adapter`, in a thread."""
     model = load_adapter(_with_class(worker_manager, reading), request)
-    return LoadedAdapter(model, reading.report, reading.on_device)
+    return LoadedAdapter(model) if reading.loaded is None else replace(reading.loaded, model=model)
 
 
 def stock_class(worker_manager: Any) -> Any:
@@ -272,18 +273,16 @@ class _ReadingStandIn:
         self._loader = loader
         self._stock = stock
         self._maps = maps
-        self.report: LoadReport | None = None
-        self.on_device: Mapping[str, Any] = {}
+        self.loaded: LoadedAdapter | None = None
 
     def from_local_checkpoint(
         self, lora_dir: str, expected_lora_modules: Any, peft_helper: Any, **kwargs: Any
     ) -> Any:
         """The LoRAModel of an adapter; arguments and result are those of vLLM's method."""
-        loaded = self._loader.load(
+        self.loaded = self._loader.load(
             lora_dir, expected_lora_modules, peft_helper, self._maps, to_device=True, **kwargs
         )
-        self.report, self.on_device = loaded.report, loaded.on_device
-        return loaded.model
+        return self.loaded.model
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stock, name)
