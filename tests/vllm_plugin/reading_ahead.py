@@ -252,7 +252,7 @@ def copied_to_the_device() -> Any:
         len(copies),
         bool(got) and all(is_in(tensor, memory) for tensor in got if tensor is not None),
         bool(kept) and not any(is_in(tensor, memory) for tensor in kept if tensor is not None),
-        [loader.on_device for loader in loaders(core)],
+        [loader.prepared for loader in loaders(core)],
         unloading.serves(core, seed=0),
     ]
 

@@ -30,13 +30,14 @@ class Outcome:
 
     failure: "" if all is well. version: of what it has loaded; "" where there is none, or it does
     not matter. held: the numbers of the adapters that it has now. is_adding: it has changed what
-    it has.
+    it has. slot: the one that the adapter is in already; -1 if it is in none.
     """
 
     failure: str = ""
     version: str = ""
     held: tuple[int, ...] = ()
     is_adding: bool = False
+    slot: int = -1
 
     def encode(self) -> bytes:
         """As the other ranks get it."""
@@ -45,8 +46,8 @@ class Outcome:
     @staticmethod
     def decode(received: bytes) -> Outcome:
         """What a rank has said. Spaces may stand behind it."""
-        failure, version, held, is_adding = json.loads(received)
-        return Outcome(failure, version, tuple(held), is_adding)
+        failure, version, held, is_adding, slot = json.loads(received)
+        return Outcome(failure, version, tuple(held), is_adding, slot)
 
 
 class Exchange:
@@ -93,16 +94,22 @@ class _Alone:
         """There is nobody to wait for."""
 
 
-def do_together(do: Callable[[], T], exchange: Exchange, version: Callable[[], str] = str) -> T:
+def do_together(
+    do: Callable[[], T],
+    exchange: Exchange,
+    version: Callable[[], str] = str,
+    slot: Callable[[], int] = lambda: -1,
+) -> T:
     """The result of `do` if it succeeds on every rank of the exchange; otherwise raise on each.
 
-    version: called after `do`, the version of what this rank has loaded.
+    version: called after `do`, the version of what this rank has loaded. slot: the same for
+    `Outcome.slot`.
     Raises the error of this rank's own `do`, or ValueError with the message of another's, or if
     the ranks have loaded different versions.
     """
     try:
         result = do()
-        exchange.say(Outcome(version=version()))
+        exchange.say(Outcome(version=version(), slot=slot()))
     except Exception as err:
         exchange.say(Outcome(describe(err)))
         exchange.hear()

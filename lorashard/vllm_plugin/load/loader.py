@@ -29,7 +29,6 @@ from lorashard.vllm_plugin.load.agreement import Exchange
 from lorashard.vllm_plugin.load.bounded_exchange import Meetings
 from lorashard.vllm_plugin.load.collector import paused_collection
 from lorashard.vllm_plugin.load.contents import AdapterContents
-from lorashard.vllm_plugin.load.device_copy import ExpertsOnDevice
 from lorashard.vllm_plugin.load.filled_region import FilledRegion, fill_region
 from lorashard.vllm_plugin.load.host_memory import local_workers
 from lorashard.vllm_plugin.load.in_memory import config_of, find_raw_experts, narrow_stacks
@@ -42,10 +41,12 @@ from lorashard.vllm_plugin.load.lora_model import (
 )
 from lorashard.vllm_plugin.load.outcome import LoadOutcome, explain_load, strict_error
 from lorashard.vllm_plugin.load.plain_source import open_plain_adapter, open_plain_tensors
+from lorashard.vllm_plugin.load.prepared import PreparedAdapter
 from lorashard.vllm_plugin.load.read_ahead import ReadAhead
 from lorashard.vllm_plugin.load.regions import RegionPool
 from lorashard.vllm_plugin.load.report import LoadedAdapter, LoadReport
 from lorashard.vllm_plugin.load.shard_source import open_shard_directory
+from lorashard.vllm_plugin.load.slot_ahead import SlotAhead
 from lorashard.vllm_plugin.load.threads import reader_threads
 
 
@@ -107,11 +108,21 @@ class AdapterLoader:
         self.plans = KeptPlans()
         self.last_report: LoadReport | None = None
         self.ahead: ReadAhead | None = None  # an adapter that is to be added once it was read
-        self.on_device: ExpertsOnDevice | None = None  # of the one that is being added
+        self.slot_ahead: SlotAhead | None = None  # that this one is written into
+        self._slot_stream: Any = None
+        self.prepared: PreparedAdapter | None = None  # the one that is being added
         self._loading_one = threading.Lock()  # that one, and one that is loaded as it is added
         self.loading: Exchange | None = None  # for the load of the adapter that is being added
         self.meetings: Meetings | None = None  # on adapters that others than vLLM add
         self._model_names = read_model_names(manager)
+
+    def slot_stream(self) -> Any | None:
+        """The CUDA stream on which slots are written ahead; None on the CPU."""
+        import torch
+
+        if self._slot_stream is None and self.device.type == "cuda":
+            self._slot_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return self._slot_stream
 
     def from_local_checkpoint(
         self, lora_dir: str, expected_lora_modules: Any, peft_helper: Any, **arguments: Any

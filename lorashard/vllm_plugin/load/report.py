@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
+from lorashard.vllm_plugin.load.slot_ahead import SlotAhead
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,11 @@ class LoadedAdapter:
     """VLLM's LoRAModel. report: None where vLLM's own loader made it.
 
     on_device: what the model has of experts, by layer, in the device's memory; empty if it is not
-    there.
+    there. is_packed: vLLM has packed the model. slot: that it is in already.
     """
 
     model: Any
     report: LoadReport | None = None
     on_device: Mapping[str, Any] = field(default_factory=dict)
+    is_packed: bool = False
+    slot: SlotAhead | None = None

@@ -125,9 +125,9 @@ class _Adding:
     def leave_device(self) -> None:
         """Free the device's memory beside the slots. Never raises."""
         loader = attached_loader(self.worker_manager)
-        if loader is not None and loader.on_device is not None:
-            loader.on_device.leave()
-            loader.on_device = None
+        if loader is not None and loader.prepared is not None:
+            loader.prepared.on_device.leave()
+            loader.prepared = loader.slot_ahead = None
 
     def is_load_due(self) -> bool:
         """Whether the adapter is not there yet, or is to be replaced."""

@@ -23,9 +23,11 @@ from lorashard.vllm_plugin.engine.contracts import contract_breaks
 from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
 from lorashard.vllm_plugin.engine.guards import contract_refusal
 from lorashard.vllm_plugin.load.agreement import Exchange, do_together, tensor_parallel_group
-from lorashard.vllm_plugin.load.device_copy import ExpertsOnDevice
 from lorashard.vllm_plugin.load.loader import AdapterLoader
+from lorashard.vllm_plugin.load.prepared import NO_SLOT, PreparedAdapter
 from lorashard.vllm_plugin.load.report import LoadedAdapter
+from lorashard.vllm_plugin.load.slot_ahead import SlotAhead
+from lorashard.vllm_plugin.patches.adding_ahead import free_slot, prepare
 from lorashard.vllm_plugin.patches.apply import broken_patches, original_of
 from lorashard.vllm_plugin.patches.explanations import explain_refusal, for_a_server, text_of
 from lorashard.vllm_plugin.patches.foreign import refuse_displaced
@@ -83,11 +85,14 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
+        exchange = exchange_of(self)
         model = do_together(
             partial(_load_with_stand_in, original, self, lora_request),
-            exchange_of(self),
+            exchange,
             partial(_version, self),
+            partial(_slot, self),
         )
+        _agree_on_slot(self, exchange)
         _note_load(self, lora_request.lora_name, lora_request.lora_int_id)
         return model
 
@@ -106,6 +111,21 @@ def _version(worker_manager: Any) -> str:
     loader = attached_loader(worker_manager)
     report = loader.last_report if loader is not None else None
     return "" if report is None else report.compared
+
+
+def _slot(worker_manager: Any) -> int:
+    """The slot that the adapter which is being added is in already."""
+    loader = attached_loader(worker_manager)
+    return NO_SLOT if loader is None or loader.prepared is None else loader.prepared.slot
+
+
+def _agree_on_slot(worker_manager: Any, exchange: Exchange) -> None:
+    """After the ranks have said what they loaded: all of them use the slot, or none does."""
+    loader = attached_loader(worker_manager)
+    if loader is None or loader.prepared is None:
+        return
+    if len({outcome.slot for outcome in exchange.hear()}) > 1:
+        loader.prepared.leave_slot()
 
 
 def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, request: Any) -> Any:
@@ -146,7 +166,7 @@ def _take_read(worker_manager: Any, request: Any) -> Any | None:
         return None  # experts have moved since, on all ranks: it is read again
     refuse_displaced()  # by a package that came after the start
     loader.last_report = loaded.report
-    loader.on_device = ExpertsOnDevice(loaded.model, loaded.on_device)
+    loader.prepared = PreparedAdapter(loaded)
     return loaded.model
 
 
@@ -163,18 +183,25 @@ def read_before_adding(worker_manager: Any, request: Any) -> bool:
     reading = _ReadingStandIn(loader, stock_class(worker_manager), loader.maps)
     read = partial(_read, reading, load_adapter, worker_manager, request)
     try:
-        return read_ahead(loader, request, read)
+        return read_ahead(loader, request, read, free_slot(worker_manager._adapter_manager))  # noqa: SLF001
     except Exception as err:  # noqa: BLE001 - no memory for a thread, for example
         logger.warning("lorashard: an adapter is read as it is added, not before (%r)", err)
         return True
 
 
 def _read(
-    reading: _ReadingStandIn, load_adapter: Callable[..., Any], worker_manager: Any, request: Any
+    reading: _ReadingStandIn,
+    load_adapter: Callable[..., Any],
+    worker_manager: Any,
+    request: Any,
+    slot: SlotAhead | None,
 ) -> LoadedAdapter:
-    """VLLM's own `_load_adapter`, in a thread."""
+    """VLLM's own `_load_adapter`, in a thread, and what comes after it as far as it can be done there."""
     model = load_adapter(_with_class(worker_manager, reading), request)
-    return LoadedAdapter(model) if reading.loaded is None else replace(reading.loaded, model=model)
+    if reading.loaded is None:
+        return LoadedAdapter(model)
+    loaded = replace(reading.loaded, model=model)
+    return prepare(loaded, worker_manager._adapter_manager, reading.loader, slot)  # noqa: SLF001
 
 
 def stock_class(worker_manager: Any) -> Any:
@@ -270,7 +297,7 @@ class _ReadingStandIn:
     """The same for an adapter that is read in a thread."""
 
     def __init__(self, loader: AdapterLoader, stock: Any, maps: ExpertMaps | None) -> None:
-        self._loader = loader
+        self.loader = loader
         self._stock = stock
         self._maps = maps
         self.loaded: LoadedAdapter | None = None
@@ -279,7 +306,7 @@ class _ReadingStandIn:
         self, lora_dir: str, expected_lora_modules: Any, peft_helper: Any, **kwargs: Any
     ) -> Any:
         """The LoRAModel of an adapter; arguments and result are those of vLLM's method."""
-        self.loaded = self._loader.load(
+        self.loaded = self.loader.load(
             lora_dir, expected_lora_modules, peft_helper, self._maps, to_device=True, **kwargs
         )
         return self.loaded.model

@@ -85,6 +85,11 @@ def _settle(error: Exception, exchange: Exchange, manager: Any, lora: Any) -> bo
 
 def _pack_and_add(original: Callable[..., Any], manager: Any, lora: Any) -> Any:
     loader = attached_loader(manager)
+    prepared = None if loader is None else loader.prepared
+    if prepared is not None and prepared.is_packed(lora):
+        manager._registered_adapters[lora.id] = lora  # noqa: SLF001 - vLLM gives no other way
+        prepared.on_device.enter(lora)
+        return None
     if loader is not None and loader.ep_size > 1:
         refuse_displaced()  # by a package that came after the start
         try:
@@ -106,6 +111,6 @@ def _pack_and_add(original: Callable[..., Any], manager: Any, lora: Any) -> Any:
             return True
     added = original(manager, lora)
     # vLLM pins what it packs, and can do so with host memory only.
-    if loader is not None and loader.on_device is not None:
-        loader.on_device.enter(lora)
+    if prepared is not None:
+        prepared.on_device.enter(lora)
     return added

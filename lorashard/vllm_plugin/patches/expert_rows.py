@@ -121,6 +121,8 @@ class ExpertRows:
         """Layers have their new maps, and what has travelled is in place. By EPLB's number of a layer."""
         transfer, self._transfer = self._transfer, None
         maps = self._maps()
+        if self.loader.slot_ahead is not None:  # its slot may have travelled for the one before
+            self.loader.slot_ahead.withdraw()
         for layer, slots in layers.items():
             before = maps.layers[self.names[layer]]
             self._num_moved += sum(old != new for old, new in zip(before, slots, strict=True))

@@ -12,12 +12,14 @@ import asyncio
 import copy
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any
 
 from lorashard.vllm_plugin.engine.facts import has_lora_and_ep
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.load.read_ahead import ReadAhead
 from lorashard.vllm_plugin.load.report import LoadedAdapter
+from lorashard.vllm_plugin.load.slot_ahead import SlotAhead
 
 # Before the number of the request, in place of a base model's name, which no worker looks at.
 _TO_BE_READ, _WAS_READ = "lorashard: to be read: ", "lorashard: was read: "
@@ -61,10 +63,16 @@ def is_to_be_read(request: Any) -> bool:
     return str(getattr(request, "base_model_name", None)).startswith(_TO_BE_READ)
 
 
-def read_ahead(loader: AdapterLoader, request: Any, read: Callable[[], LoadedAdapter]) -> bool:
+def read_ahead(
+    loader: AdapterLoader,
+    request: Any,
+    read: Callable[[SlotAhead | None], LoadedAdapter],
+    slot: SlotAhead | None,
+) -> bool:
     """In a worker: begin to read, or look how it goes. Whether there is nothing to wait for.
 
     One adapter is read at a time, so that no more memory is needed than for a load as it is added.
+    slot: a free one, into which `read` may write the adapter.
     """
     number = _number(request, _TO_BE_READ)
     assert number is not None
@@ -72,7 +80,8 @@ def read_ahead(loader: AdapterLoader, request: Any, read: Callable[[], LoadedAda
     if ahead is not None and (ahead.number == number or not ahead.is_over):
         return ahead.is_over or ahead.number != number
     loader.ahead = None  # nobody has come for that one: its memory is free first
-    loader.ahead = ReadAhead(number, read, loader.device)
+    loader.slot_ahead = slot
+    loader.ahead = ReadAhead(number, partial(read, slot), loader.device)
     return False
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
 from lorashard.vllm_plugin.patches.expert_rows import (
-    attached_rows,
     layer_rows,
     row_tag,
     rows_among,
@@ -147,22 +146,6 @@ def wrap_commit_maps_for_layer(original: Callable[..., Any]) -> Callable[..., An
         return done
 
     return _commit_eplb_maps_for_layer
-
-
-def wrap_activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """LoRAModelManager.activate_adapter: what is written goes to where the experts are now."""
-
-    def activate_adapter(self: Any, lora_id: int) -> Any:
-        rows = attached_rows(self)
-        if rows is None:
-            return original(self, lora_id)
-        with rows.lock:
-            is_new = original(self, lora_id)
-            if is_new:
-                rows.activated(lora_id)
-        return is_new
-
-    return activate_adapter
 
 
 def _knows_places(communicator: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorashard.vllm_plugin.patches import (
+    activation,
     activations,
     adapter_adding,
     adapter_loading,
@@ -121,6 +122,20 @@ PATCHES: tuple[Patch, ...] = (
         since="0.16.0",
         until=None,
         wrap=adapter_packing.wrap_add_adapter_to_manager,
+    ),
+    Patch(
+        module="vllm.lora.model_manager",
+        owner="LoRAModelManager",
+        method="activate_adapter",
+        parameters=("self", "lora_id"),
+        why="While an adapter is written into its slot, no running request goes on; and what is "
+        "written after a rebalance has the places that experts had before.",
+        how="An adapter that was read before is in a free slot already. With EPLB, rows go to where "
+        "the experts are now.",
+        upstream=f"{_SOURCE}/lora/model_manager.py#L355",
+        since="0.16.0",
+        until=None,
+        wrap=activation.wrap_activate_adapter,
     ),
     Patch(
         module="vllm.lora.peft_helper",
@@ -333,9 +348,6 @@ PATCHES: tuple[Patch, ...] = (
              ("model_state", "new_physical_to_logical_map", "layer"), 1352,
              "The same for a layer, and slots that were written meanwhile are written again.",
              rebalancing.wrap_commit_maps_for_layer),
-            ("vllm.lora.model_manager", "LoRAModelManager", "activate_adapter", ("lora_id",), 355,
-             "Rows of an adapter that was loaded before a rebalance go to where the experts are now.",
-             rebalancing.wrap_activate_adapter),
         )
     ),
 )  # fmt: skip
