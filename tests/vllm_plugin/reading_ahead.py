@@ -206,6 +206,78 @@ def what_is_there_already() -> Any:
     return [client.calls, seen, without.calls]
 
 
+def written_ahead() -> Any:
+    """Which threads write the layers, and what vLLM's packing has to do in the step."""
+    core = ec.engine_core()
+    seen: list[str] = []
+    for loader in loaders(core):
+        manager = loader._manager
+        for module in manager.modules.values():
+            for name in ("set_lora", "reset_lora"):
+                noted_calls(module, name, seen)
+        noted_calls(manager, "_create_merged_loras_inplace", seen)
+    Client(core).add(unloading.request(shards_at(patched.folder() / "mine")))
+    slots = [loader._manager.lora_index_to_id for loader in loaders(core)]
+    return [bool(seen), sorted(set(seen)), slots, unloading.serves(core, seed=0)]
+
+
+def noted_calls(owner: Any, name: str, seen: list[str]) -> None:
+    """Have `seen` get the thread of each call."""
+    method = getattr(owner, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(threading.current_thread().name)
+        return method(*args, **kwargs)
+
+    setattr(owner, name, noted)
+
+
+def another_takes_the_slot() -> Any:
+    """Two others are added after an adapter was read, and before it is: what each of them serves."""
+    core = ec.engine_core()
+    paths = [shards_at(patched.folder() / f"{n}", seed=n) for n in range(3)]
+    first = unloading.request(paths[0], 1)
+    to_be_read, was_read = (
+        reading_ahead._marked(first, mark + "1")
+        for mark in (reading_ahead._TO_BE_READ, reading_ahead._WAS_READ)
+    )
+    while not core.add_lora(to_be_read):
+        time.sleep(0.01)
+    ahead = [loader.slot_ahead for loader in loaders(core)]
+    was_ready = [slot.is_ready for slot in ahead]
+    for number in (1, 2):
+        core.add_lora(unloading.request(paths[number], number + 1))
+    served = [unloading.serves(core, seed=number, number=number + 1) for number in (1, 2)]
+    is_ready = [slot.is_ready for slot in ahead]
+    core.add_lora(was_read)
+    return [
+        was_ready,
+        is_ready,
+        [*served, unloading.serves(core, 0, 1), unloading.serves(core, 2, 3)],
+    ]
+
+
+def no_slot_is_free() -> Any:
+    """The engine is full: which threads pack and write, and what is served."""
+    core = ec.engine_core()
+    paths = [shards_at(patched.folder() / f"{n}", seed=n) for n in range(3)]
+    for number in (1, 2):
+        core.add_lora(unloading.request(paths[number], number + 1))
+    packs: list[str] = []
+    writes: list[str] = []
+    for loader in loaders(core):
+        noted_calls(loader._manager, "_create_merged_loras_inplace", packs)
+        for module in loader._manager.modules.values():
+            noted_calls(module, "set_lora", writes)
+    Client(core).add(unloading.request(paths[0], 1))
+    return [
+        sorted(set(packs)),
+        sorted(set(writes)),
+        unloading.serves(core, 0, 1),
+        unloading.serves(core, 2, 3),
+    ]
+
+
 def in_place() -> Any:
     if "load_inplace" not in unloading.LoRARequest.__struct_fields__:
         return "not in this release"
@@ -214,8 +286,10 @@ def in_place() -> Any:
     Client(core).add(unloading.request(path))
     shards_at(path, seed=1)
     seen = loads_of(core)
+    slots = [list(loader._manager.lora_index_to_id) for loader in loaders(core)]
     Client(core).add(unloading.request(path, in_place=True))
-    return [unloading.serves(core, seed=1), sorted(seen)]
+    slots += [loader._manager.lora_index_to_id for loader in loaders(core)]
+    return [unloading.serves(core, seed=1), sorted(seen), slots]
 
 
 def copied_to_the_device() -> Any:
@@ -275,5 +349,8 @@ def run_all() -> dict[str, Any]:
         "already there": what_is_there_already,
         "in place": in_place,
         "copied": copied_to_the_device,
+        "written ahead": written_ahead,
+        "slot taken": another_takes_the_slot,
+        "no slot": no_slot_is_free,
     }
     return {name: do() for name, do in found.items()}

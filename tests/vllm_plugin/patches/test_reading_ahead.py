@@ -64,9 +64,36 @@ def test_what_is_there_is_not_read_again_and_other_engines_are_not_asked(release
 
 @each_release
 def test_a_version_in_place_of_another_is_read_ahead_too(release: str) -> None:
-    assert answers(release)["in place"] in ("not in this release", [RIGHT, BY_THREADS])
+    assert answers(release)["in place"] in (
+        "not in this release",
+        [RIGHT, BY_THREADS, [[None, 1]] * 2 + [[1, None]] * 2],
+    )
 
 
 @each_release
 def test_layers_take_it_from_the_device_and_what_is_kept_is_in_host_memory(release: str) -> None:
     assert answers(release)["copied"] == [2, True, True, [None, None], RIGHT]
+
+
+@each_release
+def test_packing_and_writing_are_done_before_the_step_that_adds_the_adapter(release: str) -> None:
+    found = answers(release)["written ahead"]
+    assert found == [True, ["lorashard-read-ahead"], [[None, 1], [None, 1]], RIGHT]
+
+
+@each_release
+def test_a_slot_that_another_adapter_needs_is_that_ones_and_all_serve_their_own(
+    release: str,
+) -> None:
+    ready, still_ready, served = answers(release)["slot taken"]
+    assert (ready, still_ready) == ([True, True], [False, False])
+    assert served == [RIGHT] * 4
+
+
+@each_release
+def test_without_a_free_slot_an_adapter_is_packed_ahead_and_written_as_it_is_added(
+    release: str,
+) -> None:
+    packs, writes, first, other = answers(release)["no slot"]
+    assert (packs, writes) == (["lorashard-read-ahead"], ["MainThread"])
+    assert (first, other) == (RIGHT, RIGHT)
