@@ -36,6 +36,7 @@ register()
 from vllm.distributed import parallel_state  # noqa: E402
 from vllm.lora.lora_model import LoRAModel  # noqa: E402
 from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager  # noqa: E402
 
 from lorashard.vllm_plugin.load import filled_region  # noqa: E402
 from lorashard.vllm_plugin.load.bounded_exchange import Meetings  # noqa: E402
@@ -167,6 +168,9 @@ class Worker:
         dist.barrier()
         self.tensors = [load_file(path / "adapter_model.safetensors") for path in self.plain]
         self._in_memory = beside_packages.skyrl()._make_request
+        # Where another package wraps this, nothing is read ahead, so it does for its own form alone.
+        self._skyrls = LRUCacheWorkerLoRAManager._load_adapter
+        del LRUCacheWorkerLoRAManager._load_adapter
         self.reset()
 
     def reset(self) -> None:
@@ -208,9 +212,16 @@ class Worker:
         self.loader.plans = KeptPlans()
         self._files(self.plain[version], number, load_inplace=load_inplace)
 
-    def add_read_shards(self, number: int, version: int, *, load_inplace: bool = False) -> None:
-        """As `AsyncLLM.add_lora` does: they are read before."""
-        wanted = harness.request(self.engine, self.shards[version], f"a{number}", number)
+    def add_read_shards(
+        self, number: int, version: int, *, load_inplace: bool = False, withdraws: bool = False
+    ) -> None:
+        """As `AsyncLLM.add_lora` does: they are read before.
+
+        withdraws: the slot that they were written into is given to another adapter on this rank.
+        """
+        wanted = harness.request(
+            self.engine, self.shards[version], f"a{number}", number, load_inplace=load_inplace
+        )
         self._num_read += 1
         marks = (reading_ahead._TO_BE_READ, reading_ahead._WAS_READ)
         to_be_read, was_read = (
@@ -219,6 +230,8 @@ class Worker:
         with mock.patch.object(filled_region, "begin_copy", DeviceCopy):  # as on a GPU
             while not self.engine.add_adapter(to_be_read):
                 time.sleep(0.001)
+        if withdraws:
+            self.loader.slot_ahead.withdraw()
         with self._following():
             self.engine.add_adapter(was_read)
 
@@ -229,7 +242,10 @@ class Worker:
             peft_config=beside_packages.config_of(self.plain[version]),
             lora_tensors=self.tensors[version], **({"load_inplace": True} if load_inplace else {}),
         )  # fmt: skip
-        with self._following():
+        with (
+            mock.patch.object(LRUCacheWorkerLoRAManager, "_load_adapter", self._skyrls),
+            self._following(),
+        ):
             self.engine.add_adapter(wanted)
 
     def add_to_manager(self, number: int, version: int, *, load_inplace: bool = False) -> None:
@@ -457,6 +473,26 @@ def try_different_versions(worker: Worker) -> dict[str, list[str]]:
     return wrong
 
 
+def try_a_slot_on_one_rank(worker: Worker) -> dict[str, list[str]]:
+    """What goes wrong where one rank alone has an adapter in a slot as it is added, by that rank."""
+    wrong: dict[str, list[str]] = {}
+    for has_none in (None, 0, 1):
+        begin = worker.attempt(lambda: None)
+        withdraws = worker.ep_rank == has_none
+        states = of_both(worker.attempt(partial(worker.add_read_shards, 1, 1, withdraws=withdraws)))
+        problems = list(judge_again(states, 1, 1, begin))
+        slots: list[Any] = [None, None]
+        dist.all_gather_object(slots, worker.engine._adapter_manager.lora_index_to_id)
+        # The last free one, or vLLM's first.
+        expected = [[None, 1] if has_none is None else [1, None]] * 2
+        if slots != expected:
+            problems.append(f"the slots are {slots}")
+        worker.engine.remove_adapter(1)
+        if problems:
+            wrong[f"no slot on rank {has_none}"] = problems
+    return wrong
+
+
 def _fail(worker: Worker) -> None:
     """A caller's steps before it adds an adapter: the one before it is gone."""
     worker.engine.remove_adapter(1)
@@ -470,6 +506,7 @@ CASES = (
     Case("tensors", "nothing"),
     Case("to_manager", "nothing"),
     Case("shards", "another version"),
+    Case("read_shards", "another version"),
     Case("tensors", "another version"),
     Case("shards", "a full engine"),
     Case("plain", "a full engine"),
@@ -493,6 +530,9 @@ def run(ep_rank: int, folder: str, every: int, names: tuple[str, ...] = ()) -> A
         began = time.monotonic()
         found[name] = try_case(worker, case, every)
         found[name]["seconds"] = round(time.monotonic() - began, 1)
-    others = {} if names else try_callers_that_fail(worker) | try_different_versions(worker)
+    others = {}
+    if not names:
+        for look in (try_callers_that_fail, try_different_versions, try_a_slot_on_one_rank):
+            others |= look(worker)
     dist.barrier()
     return found, others

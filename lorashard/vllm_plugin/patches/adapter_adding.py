@@ -32,7 +32,7 @@ from lorashard.vllm_plugin.patches.adapter_loading import (
     attached_loader,
     read_before_adding,
 )
-from lorashard.vllm_plugin.patches.reading_ahead import is_to_be_read
+from lorashard.vllm_plugin.patches.reading_ahead import forget_read, is_to_be_read
 
 logger = logging.getLogger("vllm.lorashard")
 
@@ -57,7 +57,7 @@ def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             added = True
         finally:
-            adding.leave_device()
+            adding.leave()
         return added
 
     return add_adapter
@@ -122,10 +122,13 @@ class _Adding:
         assert loader is not None
         loader.loading = None
 
-    def leave_device(self) -> None:
-        """Free the device's memory beside the slots. Never raises."""
+    def leave(self) -> None:
+        """Free what was read ahead, and the device's memory beside the slots. Never raises."""
         loader = attached_loader(self.worker_manager)
-        if loader is not None and loader.prepared is not None:
+        if loader is None:
+            return
+        forget_read(loader, self.request)
+        if loader.prepared is not None:
             loader.prepared.on_device.leave()
             loader.prepared = loader.slot_ahead = None
 

@@ -96,6 +96,15 @@ def take_read(loader: AdapterLoader, request: Any) -> LoadedAdapter | None:
         loader.ahead = None
 
 
+def forget_read(loader: AdapterLoader, request: Any) -> None:
+    """What was read for this request and not taken is not needed any more."""
+    ahead = loader.ahead
+    if ahead is not None and ahead.number == _number(request, _WAS_READ):
+        loader.ahead = None
+        if loader.slot_ahead is not None:
+            loader.slot_ahead.withdraw()  # its thread may go on for a while
+
+
 def _number(request: Any, mark: str) -> str | None:
     name = str(getattr(request, "base_model_name", None) or "")
     return name.removeprefix(mark) if name.startswith(mark) else None
