@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import re
 import shutil
 import statistics
 import tempfile
@@ -125,9 +126,18 @@ def first_token(server: Server, name: str) -> None:
         raise RuntimeError(f"{name}: {status} {body[:500]}")
 
 
-def measure_gaps(server: Server, running: Path, others: list[Path]) -> dict[str, Any]:
+def engine_waits(log: Path, begin: int) -> list[str]:
+    """What the plugin said of each load, from byte `begin` of the server's log on: of what the engine
+    waited for, in ms, by rank.
+    """
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    return re.findall(r"the engine waited (\d.*?) for what this rank did", text)
+
+
+def measure_gaps(server: Server, log: Path, running: Path, others: list[Path]) -> dict[str, Any]:
     """running: the adapter of the requests that go on. others: those that are loaded meanwhile."""
     load(server, running)
+    begin = log.stat().st_size
     decoding = Decoding(server.url, running.name)
     loads = []
     try:
@@ -154,6 +164,7 @@ def measure_gaps(server: Server, running: Path, others: list[Path]) -> dict[str,
         "longest_gap_at_each_load_ms": [round(1e3 * gap, 2) for gap in longest],
         "in_steps": round(statistics.median(longest) / step, 1),
         "load_s": [round(ended - began, 4) for began, ended in loads],
+        "engine_waits": engine_waits(log, begin),
     }
 
 
@@ -216,7 +227,9 @@ def is_what_split_writes(folder: Path, devices: tuple[str, ...] = DEVICES) -> bo
     return True
 
 
-def _measure_kind(kind: str, server: Server, folder: Path, document: dict[str, Any]) -> None:
+def _measure_kind(
+    kind: str, server: Server, log: Path, folder: Path, document: dict[str, Any]
+) -> None:
     way = "write" if kind == "plugin" else "gather"
     for num_ranks in TRAINERS:
         with closing(Trainer(num_ranks, NUM_LAYERS - 1, DEVICES)) as trainer:
@@ -225,7 +238,7 @@ def _measure_kind(kind: str, server: Server, folder: Path, document: dict[str, A
                 for path in paths:
                     trainer.run(way, path, ep_size=2)
                     trainer.run("train")
-                document["while requests run"] = measure_gaps(server, paths[0], paths[1:])
+                document["while requests run"] = measure_gaps(server, log, paths[0], paths[1:])
                 print("RESULT", kind, json.dumps(document), flush=True)
             found = measure_versions(server, trainer, way, folder)
             document[f"{num_ranks} trainer ranks"] = found
@@ -246,10 +259,11 @@ def _main() -> None:
     document: dict[str, Any] = {"graphs": not args.eager}
     with tempfile.TemporaryDirectory(dir=work) as folder:
         document["is_what_split_writes"] = is_what_split_writes(Path(folder))
+    logs = {kind: args.out.parent.absolute() / kind / "vllm-serve.log" for kind in args.kinds}
     servers = {
         kind: Server(
             serve_command(work / "model", graphs=not args.eager),
-            args.out.parent.absolute() / kind / "vllm-serve.log",
+            logs[kind],
             stock=kind == "stock",
         )
         for kind in args.kinds
@@ -262,7 +276,7 @@ def _main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             try:
-                _measure_kind(kind, server, folder, document[kind])
+                _measure_kind(kind, server, logs[kind], folder, document[kind])
             except (RuntimeError, OSError) as err:
                 document[kind]["failure"] = str(err)[:1000]
                 print("RESULT", kind, document[kind]["failure"], flush=True)

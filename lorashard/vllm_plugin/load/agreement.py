@@ -12,6 +12,7 @@ on a rank, and wherever, it knows whether the others wait for it.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 from functools import reduce
@@ -63,6 +64,7 @@ class Exchange:
         self._sent: Any = None
         self._received: list[Any] = []
         self._work: Any = None
+        self.waited_s = 0.0  # for the others
 
     @property
     def has_said(self) -> bool:
@@ -85,7 +87,9 @@ class Exchange:
 
     def hear(self) -> tuple[Outcome, ...]:
         """What each rank has said, this one too. Waits until all have."""
+        began = time.perf_counter()
         self._work.wait()
+        self.waited_s += time.perf_counter() - began
         return tuple(Outcome.decode(received.numpy().tobytes()) for received in self._received)
 
 

@@ -14,9 +14,10 @@ same requests in the same order, and by this have the same adapters.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorashard.vllm_plugin.load.agreement import (
@@ -32,6 +33,7 @@ from lorashard.vllm_plugin.patches.adapter_loading import (
     attached_loader,
     read_before_adding,
 )
+from lorashard.vllm_plugin.patches.load_report import report_adding
 from lorashard.vllm_plugin.patches.reading_ahead import forget_read, is_to_be_read
 
 logger = logging.getLogger("vllm.lorashard")
@@ -65,12 +67,16 @@ def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(slots=True)
 class _Adding:
-    """One call of add_adapter on this rank. exchanges: for when it has loaded, and for the end."""
+    """One call of add_adapter on this rank. exchanges: for when it has loaded, and for the end.
+
+    began: the time of `perf_counter`.
+    """
 
     worker_manager: Any
     request: Any
     exchanges: tuple[Exchange, Exchange] | None = None
     has_begun: bool = False
+    began: float = field(default_factory=time.perf_counter)
 
     def begin(self) -> None:
         """Prepare to agree, if a load is due: then it is on all ranks."""
@@ -89,6 +95,12 @@ class _Adding:
             self.exchanges[1].say(Outcome(held=self._held(), is_adding=True))
             raise_failure(self.exchanges[1].hear())
             self._end()
+            report_adding(
+                self.request.lora_name,
+                self.request.lora_int_id,
+                time.perf_counter() - self.began,
+                [exchange.waited_s for exchange in self.exchanges],
+            )
 
     def settle(self, error: Exception) -> bool:
         """After an error: end it on all ranks alike. Whether all have the adapter in spite of it."""

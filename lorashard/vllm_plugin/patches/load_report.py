@@ -7,7 +7,7 @@ away from that rank alone; and an error while a failure is counted would hide th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from lorashard.vllm_plugin.load.report import LoadReport
@@ -40,6 +40,20 @@ def report_load(report: LoadReport, name: str, number: int) -> None:
             logger.warning("lorashard: %s: %s", report.path, report.advice)
     with _errors_logged():
         record_load(report.ep_rank, report.kind, report.seconds, report.num_bytes)
+
+
+def report_adding(name: str, number: int, seconds: float, waited: Sequence[float]) -> None:
+    """Log for how long an adapter kept the engine from its steps.
+
+    seconds: of all of it. waited: of it, for the other ranks, each time that they agreed.
+    """
+    with _errors_logged():
+        logger.info(
+            "lorashard: adapter %r (id %d): the engine waited %.2f ms: %.2f for the other ranks to "
+            "have it, %.2f for their end, %.2f for what this rank did",
+            name, number, 1e3 * seconds, *(1e3 * wait for wait in waited),
+            1e3 * (seconds - sum(waited)),
+        )  # fmt: skip
 
 
 def report_failure(ep_rank: int) -> None:

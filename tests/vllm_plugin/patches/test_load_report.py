@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorashard.vllm_plugin.load.report import LoadReport
-from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
+from lorashard.vllm_plugin.patches.load_report import report_adding, report_failure, report_load
 from tests.tiny import REPO
 
 if os.environ.get("LORASHARD_REQUIRE_ALL", "") in ("", "0"):
@@ -113,3 +113,14 @@ def test_logging_that_fails_is_not_raised_either() -> None:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def test_the_log_says_for_how_long_the_engine_waited_and_for_what(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "vllm.lorashard"):
+        report_adding("mine", 3, 0.006, (0.001, 0.0005))
+    assert caplog.messages == [
+        "lorashard: adapter 'mine' (id 3): the engine waited 6.00 ms: 1.00 for the other ranks to "
+        "have it, 0.50 for their end, 4.50 for what this rank did"
+    ]
