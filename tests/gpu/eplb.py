@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.gpu.cases import PLAIN
 from tests.gpu.engine import MIN_CORRELATION
-from tests.gpu.eplb_cases import CASES, CHECKS, MODEL, STOCK_CASES, EplbCase
+from tests.gpu.eplb_cases import CASES, CHECKS, STOCK_CASES, EplbCase, model_of
 from tests.gpu.eplb_engine import LEAK_ROOM
 from tests.gpu.eplb_server import SHARDS
 from tests.gpu.models import build_all
@@ -152,9 +152,11 @@ def main() -> int:
     release = version("vllm").split("+")[0]
     work = args.work.absolute()
     logs = work / "logs" / f"{release}-eplb{'-stock' if args.stock else ''}"
-    build_all(work / "models", [MODEL])
+    models = sorted({model_of(case.num_redundant) for case in CASES})
+    build_all(work / "models", models)
     in_checks = {(check.adapter, check.form) for check in CHECKS if check.form != PLAIN}
-    split_each(work / "models" / MODEL, in_checks | {(name, "shards") for name in SHARDS})
+    for model in models:
+        split_each(work / "models" / model, in_checks | {(name, "shards") for name in SHARDS})
     cases = [
         case
         for case in (STOCK_CASES if args.stock else CASES)

@@ -7,19 +7,20 @@ import argparse
 import json
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tests.gpu.cases import CASES
 from tests.gpu.engine import Expected
-from tests.gpu.eplb_cases import MODEL, STEP_INTERVAL, WINDOW_SIZE
+from tests.gpu.eplb_cases import STEP_INTERVAL, WINDOW_SIZE, model_of
 from tests.gpu.server import Server, serve_command
 
 NUM_ROUNDS = 4
 SERVED = {"a": "e0", "b": "e1", "c": "fused0"}
 LATE = "e2"  # loaded and unloaded at run time
 SHARDS = (*SERVED.values(), LATE)  # adapters that must be there as shards
-EPLB = {
+EPLB: dict[str, Any] = {
     "window_size": WINDOW_SIZE,
     "step_interval": STEP_INTERVAL,
     "use_async": True,
@@ -93,8 +94,9 @@ def _main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    case = next(c for c in CASES if c.name == "glm16-fp8")
-    directory = args.work / "models" / MODEL
+    model = model_of(EPLB["num_redundant_experts"])
+    case = replace(next(c for c in CASES if c.name == "glm16-fp8"), model=model)
+    directory = args.work / "models" / model
     log = args.out.with_name("eplb-vllm-serve.log")
     command = serve_command(
         directory / "model_fp8", lambda adapter: directory / f"{adapter}.shards", SERVED

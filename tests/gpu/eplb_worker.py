@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from lorashard.vllm_plugin.engine.live import moe_wrappers
+from lorashard.vllm_plugin.patches.row_exchange import moving_stacks
+
 
 class RandomMaps:
     """A policy of EPLB: nearly every expert moves. The same maps on all ranks, call by call."""
@@ -62,21 +65,14 @@ class Rebalancing:
         return state.physical_to_logical_map.tolist()  # type: ignore[no-any-return]
 
     def bytes_a_slot(self) -> list[int]:
-        """Of one place of an expert, in all layers: base weights, and one LoRA slot.
-
-        Without the plugin the LoRA is not among what EPLB moves, and 0.
-        """
+        """Of one place of an expert, in all layers: base weights, and one LoRA slot; 0 without LoRA."""
         (state,) = self._state().model_states.values()
-        base = lora = 0
-        num_loras = max(1, int(self.model_runner.vllm_config.lora_config.max_loras))
-        for layer in state.model.expert_weights:
-            for tensor in layer:
-                size = tensor[0].numel() * tensor.element_size()
-                if hasattr(tensor, "_lorashard_rows"):
-                    lora += size
-                else:
-                    base += size
-        return [base, lora // num_loras]
+        weights = [tensor for layer in state.model.expert_weights for tensor in layer]
+        base = sum(tensor[0].numel() * tensor.element_size() for tensor in weights)
+        manager = getattr(self.model_runner, "lora_manager", None)
+        wrappers = moe_wrappers(manager._adapter_manager).values() if manager else ()
+        stacks = [stack for wrapper in wrappers for stack in moving_stacks(wrapper)]
+        return [base, sum(stack[0, 0].numel() * stack.element_size() for stack in stacks)]
 
     def rearrange(self, seed: int, repeats: int) -> list[float]:
         """Seconds of each synchronous rearrangement, maps at random."""

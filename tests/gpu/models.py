@@ -163,6 +163,7 @@ MODELS: Mapping[str, TinyModel] = {
         lambda: _glm4_moe(15, num_groups=3), (*VERSIONS, "half", "fused0"), fp8=False
     ),
     "glm16g2": TinyModel(lambda: _glm4_moe(16, num_groups=2), (*_PER_EXPERT, "half", "fused0")),
+    "qwen16": TinyModel(lambda: _qwen3_moe(16), (*_PER_EXPERT, "half", "fused0")),
     "qwen1": TinyModel(lambda: _qwen3_moe(1), ("e0", "e1", "fused0"), optional=True),
     "gpt_oss": TinyModel(_gpt_oss, ("fused0", "fused1"), fp8=False, transposed=True),
     "nemotron_h": TinyModel(_nemotron_h, ("e0", "e1", "fused0"), fp8=False, optional=True),

@@ -37,8 +37,9 @@ from vllm.model_executor.models.interfaces import MixtureOfExperts  # noqa: E402
 
 from lorashard.vllm_plugin.load import filled_region  # noqa: E402
 from lorashard.vllm_plugin.load.device_copy import DeviceCopy  # noqa: E402
-from lorashard.vllm_plugin.patches import reading_ahead  # noqa: E402
+from lorashard.vllm_plugin.patches import reading_ahead, row_exchange  # noqa: E402
 from lorashard.vllm_plugin.patches.expert_rows import attached_rows  # noqa: E402
+from lorashard.vllm_plugin.patches.row_exchange import moving_stacks  # noqa: E402
 from tests.vllm_plugin import harness  # noqa: E402
 from tests.vllm_plugin.harness_selfcheck import SIZES, adapter_of, modules  # noqa: E402
 from tests.vllm_plugin.loading import expected_of  # noqa: E402
@@ -435,9 +436,10 @@ def _started(ep_rank: int, ep_size: int, folder: Path, **options: Any) -> Worker
 
 
 def sync(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
-    """EPLB's synchronous way, with redundant experts."""
+    """EPLB's synchronous way, with redundant experts; a message has the rows of one slot."""
     worker = _started(ep_rank, ep_size, folder, num_redundant=4)
-    return random_runs(worker, in_thread=False, num_steps=120, seed=1)
+    with mock.patch.object(row_exchange, "SEND_BYTES", 1):
+        return random_runs(worker, in_thread=False, num_steps=120, seed=1)
 
 
 def sync_without_redundant(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
@@ -516,12 +518,12 @@ def _tries(worker: Worker, wrong: list[str]) -> None:
 def traffic(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     """Slots without an adapter do not travel, and without a rearrangement nothing happens."""
     worker = _started(ep_rank, ep_size, folder, num_redundant=0)
-    sent: list[int] = []
+    sent: list[list[int]] = []
     communicator = worker.model_state.communicator
     add_send = communicator.add_send
 
     def counted(tensors: list[torch.Tensor], *args: Any, **kwargs: Any) -> None:
-        sent.append(len(tensors))
+        sent.append([tensor.numel() for tensor in tensors])
         add_send(tensors, *args, **kwargs)
 
     communicator.add_send = counted
@@ -531,9 +533,15 @@ def traffic(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
             worker.load(num_adapters)
         sent.clear()
         worker.begin_cycle()
-        # Two base weights; w13 has two A and two B, w2 one of each.
-        if not sent or set(sent) != {2 + 6 * num_adapters}:
-            wrong.append(f"{num_adapters} adapters: {sorted(set(sent))} tensors for an expert")
+        base = [sizes for sizes in sent if len(sizes) == 2]  # two base weights
+        lora = [sizes[0] for sizes in sent if len(sizes) == 1]  # w13's two A and B, w2's, in one
+        row = sum(stack[0, 0].numel() for stack in moving_stacks(worker.layers[0]))
+        if len(base) + len(lora) < len(sent) or not base:
+            wrong.append(f"{num_adapters} adapters: {sent}")
+        if sum(lora) != len(base) * num_adapters * row:
+            wrong.append(f"{num_adapters} adapters: {sum(lora)} values for {len(base)} experts")
+        if len(lora) > len(worker.layers) * (ep_size - 1):
+            wrong.append(f"{num_adapters} adapters: {len(lora)} messages")
         calls: list[str] = []
         for name in ("begin_transfer", "arrived", "activated", "_move"):
             setattr(worker.rows, name, partial(calls.append, name))
@@ -620,11 +628,34 @@ def published_maps(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     return ([] if same else ["the map is not the engine's"]) + worker.wrong()
 
 
+def redundant_experts_without_weights(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
+    """A model whose list of experts to load knows only the logical ones is refused."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    worker = _started(ep_rank, ep_size, folder, num_redundant=4)
+    model, wrong = worker.manager.model, []
+    for num_listed in (0, 4):
+        listed = RoutedExperts.make_expert_params_mapping(
+            model, "gate_proj", "down_proj", "up_proj", SIZES["num_experts"], num_listed
+        )
+        model.get_expert_mapping = lambda listed=listed: listed
+        config = SimpleNamespace(model="tiny", compute_hash=lambda n=num_listed: str(n))
+        model.expert_weights = []
+        try:
+            worker.state.add_model(model, config)
+        except ValueError as err:
+            if num_listed or "num_redundant_experts 0" not in str(err):
+                wrong.append(f"{num_listed} redundant experts listed: {err}")
+        else:
+            wrong += [] if num_listed else ["the model was taken on"]
+    return wrong
+
+
 CHECKS: dict[str, Callable[..., list[str]]] = {
     check.__name__: check
     for check in (
         sync, sync_without_redundant, thread, points, read_ahead, shared_factors, sequences, traffic,
         after_a_failure, profile,
-        published_maps,
+        published_maps, redundant_experts_without_weights,
     )
 }  # fmt: skip

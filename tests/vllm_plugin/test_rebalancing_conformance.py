@@ -22,6 +22,7 @@ RELEASES = WITH_EPLB if "LORASHARD_RELEASES" in os.environ else WITH_EPLB[:1]
 ON_TWO_RANKS = (
     "sync", "sync_without_redundant", "thread", "points", "read_ahead", "shared_factors", "sequences",
     "traffic", "after_a_failure", "profile", "published_maps",
+    "redundant_experts_without_weights",
 )  # fmt: skip
 ON_FOUR_RANKS = ("sync", "thread", "sequences")
 

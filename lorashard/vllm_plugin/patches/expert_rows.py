@@ -1,15 +1,16 @@
 """The LoRA of moved experts: rows of the LoRA stacks that travel with the experts' weights.
 
 vLLM's EPLB moves, layer by layer, one row of each tensor that an MoE layer calls an expert weight.
-For each LoRA slot the stacks of a layer are such tensors too, [E_local, ...], and `rebalancing` has
-vLLM move those of the slots in use. What remains is done here:
+The LoRA stacks of the layer, [slots, E_local, ...], have rows of the same experts. After the base
+weights they are exchanged by the same communicator (`row_exchange`), those of the slots in use, and
+put in place where vLLM does so with the base weights (`rebalancing`). What it takes beyond that:
 
 - A slot that is written while a layer is on its way has other rows than those that arrive. So the
   writes of each slot are counted, from one arrival to the next. The ranks compare the counts before a
   layer leaves, and where they differ, or have changed when it arrives, the slot is written again from
   host memory.
 - An adapter in host memory is packed for the experts of its load. Where these have moved since, its
-  rows are moved on the GPU after they were written, by vLLM's own function, and copied back.
+  rows are moved on the GPU after they were written, in the same way, and copied back.
 
 All ranks of expert parallelism do the same writes and commits in the same order, as they get the same
 requests. What a rank does beyond that in its transfer thread is only to compare and to send.
@@ -19,32 +20,33 @@ from __future__ import annotations
 
 import logging
 import threading
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
-from lorashard.vllm_plugin.engine.live import WRAPPER_3D, moe_wrappers
+from lorashard.vllm_plugin.engine.live import moe_wrappers
+from lorashard.vllm_plugin.load.expert_moves import ExpertMoves, plan_moves
 from lorashard.vllm_plugin.load.loader import AdapterLoader
-from lorashard.vllm_plugin.load.lora_model import is_dummy, is_ready, maps_of, set_maps
+from lorashard.vllm_plugin.load.lora_model import is_dummy, maps_of, set_maps
+from lorashard.vllm_plugin.patches.moved_adapters import move_adapter
 from lorashard.vllm_plugin.patches.published_maps import publish_maps
+from lorashard.vllm_plugin.patches.row_exchange import (
+    Arrivals,
+    all_gather_numbers,
+    communicator_like,
+    exchange_rows,
+    moving_stacks,
+    on_stream,
+    put_rows,
+    row_width,
+)
 
 logger = logging.getLogger("vllm.lorashard")
 
-# An attribute of vLLM's MoERunner, its LoRAModelManager, and of row tensors.
+# An attribute of vLLM's MoERunner, its LoRAModelManager, and of the first weight of each MoE layer.
 _ROWS = "_lorashard_rows"
-_LIMIT = timedelta(minutes=5)  # for which a rank waits for the others, where all come at once
 _UNUSED = -1
-
-
-@dataclass(frozen=True, slots=True)
-class RowTag:
-    """Whose rows a tensor has: those of one LoRA slot."""
-
-    rows: ExpertRows
-    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +56,9 @@ class LayerRows:
     rows: ExpertRows
     name: str
 
-    def tensors(self) -> list[Any]:
-        """The rows of all slots, tagged."""
-        found = []
-        wrapper = self.rows.wrappers[self.name]
-        for slot in range(self.rows.num_slots):
-            for tensor in row_tensors(wrapper, slot):
-                setattr(tensor, _ROWS, RowTag(self.rows, slot))
-                found.append(tensor)
-        return found
+    def tag(self, expert_weights: Sequence[Any]) -> None:
+        """Have the layer's expert weights know it, too: `layer_of` finds it there."""
+        setattr(expert_weights[0], _ROWS, self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +66,15 @@ class Transfer:
     """Layers on their way. slots: what travels, and how often it was written before, on all ranks."""
 
     slots: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """Rows of one layer that are not in place yet."""
+
+    name: str
+    moves: ExpertMoves
+    arrivals: Sequence[Arrivals]
 
 
 class ExpertRows:
@@ -85,12 +90,17 @@ class ExpertRows:
         self._writes = [0] * self.num_slots
         self._written: Any = None  # CUDA event after the last write
         self._transfer: Transfer | None = None
+        self._room: Any = None  # for the rows of a layer that arrive
+        self._arrived: _Arrived | None = None
         self._num_moved = 0  # experts, in the cycle that goes on
 
     def bind(self, names: Sequence[str], maps: ExpertMaps) -> None:
         """EPLB has taken the layers on, in this order."""
         self.names = tuple(names)
         self.loader.maps = maps
+        layers = [moving_stacks(self.wrappers[name]) for name in names]
+        size = max(stacks[0].shape[1] * row_width(stacks) for stacks in layers)
+        self._room = layers[0][0].new_empty(self.num_slots * size)
 
     def begin_transfer(self, group: Any) -> frozenset[int]:
         """The slots whose rows travel with the layer that is next, the same on all ranks.
@@ -103,7 +113,7 @@ class ExpertRows:
             written = self._written
         if written is not None:
             written.synchronize()  # what the other ranks are about to read is there
-        said = _all_gather(own, group)
+        said = all_gather_numbers(own, group)
         agreed = {
             slot: writes[0]
             for slot, writes in enumerate(zip(*said, strict=True))
@@ -112,10 +122,36 @@ class ExpertRows:
         self._transfer = Transfer(agreed)
         return frozenset(agreed)
 
-    @property
-    def traveling(self) -> frozenset[int]:
-        """The slots whose rows travel with the layer that is on its way."""
-        return frozenset(self._transfer.slots if self._transfer is not None else ())
+    def send(
+        self,
+        name: str,
+        before: Sequence[int],
+        after: Sequence[int],
+        group: Any,
+        communicator: Any,
+        stream: Any = None,
+    ) -> None:
+        """A layer's rows go to the other ranks, and theirs arrive beside the stacks. In any thread.
+
+        before, after: the layer's maps. group: of the ranks. stream: that of the communicator.
+        """
+        assert self._transfer is not None
+        rank, slots = group.rank(), sorted(self._transfer.slots)
+        moves = plan_moves(before, after, group.size(), rank)
+        communicator = communicator_like(communicator, group, self._manager.device, stream)
+        with _any_tensors(), on_stream(stream):
+            arrivals = exchange_rows(
+                moving_stacks(self.wrappers[name]), slots, moves, rank, communicator, self._room
+            )
+        self._arrived = _Arrived(name, moves, arrivals)
+
+    def put(self, name: str) -> None:
+        """What has arrived for a layer goes into its stacks, if anything has."""
+        arrived, self._arrived = self._arrived, None
+        if arrived is not None:
+            assert arrived.name == name
+            with _any_tensors():
+                put_rows(moving_stacks(self.wrappers[name]), arrived.moves, arrived.arrivals)
 
     def arrived(self, layers: Mapping[int, Sequence[int]]) -> None:
         """Layers have their new maps, and what has travelled is in place. By EPLB's number of a layer."""
@@ -175,6 +211,11 @@ class ExpertRows:
 
             self._written = torch.cuda.current_stream(self._manager.device).record_event()
 
+    def _move(self, model: Any, names: Sequence[str], slot: int) -> None:
+        """Bring rows that were written to where the experts are now. On all ranks at once."""
+        if names:
+            move_adapter(self._manager, self.wrappers, model, names, slot, self._maps())
+
     def _write_again(self, names: Sequence[str], slot: int, number: int) -> None:
         """Layers of one slot, from host memory."""
         model = self._manager.get_adapter(number)
@@ -185,56 +226,6 @@ class ExpertRows:
             else:
                 self.wrappers[name].set_lora(slot, weights.lora_a, weights.lora_b)
         self._move(model, names, slot)
-
-    def _move(self, model: Any, names: Sequence[str], slot: int) -> None:
-        """Bring the slot's rows, which are where the experts were as the adapter was packed, to where
-        these are now. On all ranks at once.
-        """
-        packed, maps = maps_of(model), self._maps() if names else None
-        if packed is None or maps is None:
-            return
-        moved = [name for name in names if packed.layers[name] != maps.layers[name]]
-        if not moved:
-            return
-        import torch
-        from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
-        from vllm.distributed.parallel_state import get_ep_group
-
-        group = get_ep_group()
-        before, after = ([m.layers[name] for name in moved] for m in (packed, maps))
-        self._check_alike(group.cpu_group, (model.id, slot, moved, before, after))
-        rows = [row_tensors(self.wrappers[name], slot) for name in moved]
-        rearrange_expert_weights_inplace(
-            torch.tensor(before),
-            torch.tensor(after),
-            rows,
-            [torch.empty_like(tensor) for tensor in rows[0]],
-            group.device_group,
-            _communicator(group.cpu_group, self._manager.device),
-        )
-        for name in moved:
-            if self._copy_back(model, name, slot):
-                packed = packed.with_layer(name, maps.layers[name])
-        set_maps(model, packed)
-
-    def _copy_back(self, model: Any, name: str, slot: int) -> bool:
-        """Have host memory as the slot is. Whether it could be done."""
-        weights = self._manager._get_lora_layer_weights(model, name)  # noqa: SLF001
-        if weights is None:
-            return True  # no rows
-        if not is_ready(weights):
-            return False  # of another package's making: whatever its memory is shared with
-        for tensor, stack in _stacks_of(self.wrappers[name], weights):
-            _, rows, cols = tensor.shape
-            if tensor.shape[0] == stack.shape[1]:
-                tensor.copy_(stack[slot, :, :rows, :cols])
-        return True
-
-    def _check_alike(self, group: Any, what: object) -> None:
-        """Raise RuntimeError unless all ranks are about to move the same."""
-        said = _all_gather([zlib.crc32(repr(what).encode())], group)
-        if len({tuple(each) for each in said}) > 1:
-            raise RuntimeError("the ranks differ in where an adapter's experts are")
 
 
 def attach_rows(manager: Any, loader: AdapterLoader) -> ExpertRows:
@@ -258,36 +249,10 @@ def layer_rows(layer: Any) -> LayerRows | None:
     return found
 
 
-def row_tag(tensor: Any) -> RowTag | None:
-    """Whose rows a tensor has; None if it is no LoRA."""
-    tag: RowTag | None = getattr(tensor, _ROWS, None)
-    return tag
-
-
-def rows_among(expert_weights: Sequence[Any]) -> ExpertRows | None:
-    """The rows that one layer's expert weights include; None if they are the base weights alone."""
-    tags = filter(None, map(row_tag, expert_weights))
-    return next((tag.rows for tag in tags), None)
-
-
-def row_tensors(wrapper: Any, slot: int) -> list[Any]:
-    """One slot of a layer's stacks, [E_local, ...] each. What all experts share does not move."""
-    shared = bool(getattr(wrapper, "enable_moe_shared_loras", False))
-    stacks = [*wrapper.w13_lora_b_stacked, *wrapper.w2_lora_a_stacked]
-    if not shared:
-        stacks += [*wrapper.w13_lora_a_stacked, *wrapper.w2_lora_b_stacked]
-    return [stack[slot].view(stack.shape[1], -1) for stack in stacks]
-
-
-def _stacks_of(wrapper: Any, weights: Any) -> Iterator[tuple[Any, Any]]:
-    """The tensors of one layer that `set_lora` takes, and the stack that it puts each into."""
-    for tensors, w13, w2 in (
-        (weights.lora_a, wrapper.w13_lora_a_stacked, wrapper.w2_lora_a_stacked),
-        (weights.lora_b, wrapper.w13_lora_b_stacked, wrapper.w2_lora_b_stacked),
-    ):
-        is_3d = type(wrapper).__name__ == WRAPPER_3D
-        stacks = (w13[0], w2[0]) if is_3d else (w13[0], w2[0], w13[-1])
-        yield from zip(tensors, stacks, strict=True)
+def layer_of(expert_weights: Sequence[Any]) -> LayerRows | None:
+    """The layer that these are the expert weights of, as `LayerRows.tag` has noted there."""
+    found: LayerRows | None = getattr(expert_weights[0], _ROWS, None)
+    return found
 
 
 def _any_tensors() -> Any:
@@ -297,23 +262,3 @@ def _any_tensors() -> Any:
     import torch
 
     return torch.inference_mode()
-
-
-def _all_gather(numbers: Sequence[int], group: Any) -> list[list[int]]:
-    """What each rank says. Raises RuntimeError if one of them has not come in time."""
-    import torch
-    import torch.distributed as dist
-
-    own = torch.tensor(numbers, dtype=torch.int64)
-    said = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(said, own, group, async_op=True).wait(_LIMIT)
-    return [each.tolist() for each in said]
-
-
-def _communicator(cpu_group: Any, device: Any) -> Any:
-    """VLLM's communicator for transfers of this thread, apart from those of EPLB's own."""
-    from vllm.distributed.eplb import eplb_communicator
-
-    if device.type == "cpu":
-        return eplb_communicator.TorchDistNcclEplbCommunicator(cpu_group)  # plain send and receive
-    return eplb_communicator.TorchDistGlooStagedEplbCommunicator(cpu_group)
