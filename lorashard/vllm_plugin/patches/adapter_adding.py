@@ -33,6 +33,7 @@ from lorashard.vllm_plugin.patches.adapter_loading import (
     read_before_adding,
 )
 from lorashard.vllm_plugin.patches.reading_ahead import is_to_be_read
+from lorashard.vllm_plugin.patches.slot_agreement import attached_agreement
 
 logger = logging.getLogger("vllm.lorashard")
 
@@ -46,12 +47,18 @@ def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def add_adapter(self: Any, adapter_request: Any) -> Any:
         adding = _Adding(self, adapter_request)
+        agreement = attached_agreement(self)
         if is_to_be_read(adapter_request):
             return not adding.is_load_due() or read_before_adding(self, adapter_request)
         try:
+            if agreement is not None:
+                agreement.refuse_other_name(adapter_request)
+            was_due = adding.is_load_due()
             adding.begin()
             added = original(self, adapter_request)
             adding.agree()
+            if agreement is not None:
+                agreement.note_added(adapter_request, was_loaded=was_due)
         except Exception as err:
             if not adding.settle(err):
                 raise

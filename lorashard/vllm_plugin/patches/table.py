@@ -7,6 +7,7 @@ from lorashard.vllm_plugin.patches import (
     adapter_adding,
     adapter_loading,
     adapter_packing,
+    data_parallel_table,
     engine_start,
     expert_parallel,
     fully_sharded,
@@ -338,4 +339,5 @@ PATCHES: tuple[Patch, ...] = (
              rebalancing.wrap_activate_adapter),
         )
     ),
+    *data_parallel_table.PATCHES,
 )  # fmt: skip

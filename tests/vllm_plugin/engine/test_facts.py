@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorashard.vllm_plugin.engine.facts import (
-    _moves_what_layers_say,
+    _source_has,
     config_facts,
     module_facts,
     reads_lora_context,
@@ -119,11 +119,11 @@ def test_a_vllm_whose_layers_do_not_say_what_eplb_moves_is_too_old(
     (tmp_path / "vllm/__init__.py").touch()
     runner.write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    _moves_what_layers_say.cache_clear()
+    _source_has.cache_clear()
     try:
         assert config_facts(config(enable_eplb=True)).eplb_obstacle == obstacle
     finally:
-        _moves_what_layers_say.cache_clear()
+        _source_has.cache_clear()
 
 
 def test_a_patch_that_is_missing_is_an_obstacle_for_eplb() -> None:
