@@ -175,8 +175,9 @@ def wrap_dispatch(original: Callable[..., Any]) -> Callable[..., Any]:
         if agreement is None or not agreement.is_serving:
             return original(*args, **kwargs)
         call = signature.bind(*args, **kwargs)
-        call.arguments["num_active_loras"] = agreement.num_active
-        call.arguments["has_lora"] = agreement.num_active > 0
+        if "has_lora" in call.arguments:  # not for a model that drafts, which has none
+            call.arguments["num_active_loras"] = agreement.num_active
+            call.arguments["has_lora"] = agreement.num_active > 0
         return original(*call.args, **call.kwargs)
 
     return dispatch

@@ -33,6 +33,8 @@ logger = logging.getLogger("vllm.lorashard")
 
 _AGREEMENT = "_lorashard_slot_agreement"  # an attribute of vLLM's LoRA managers
 
+_TAKEN = -1  # no adapter's number
+
 # What one engine says to all, and hears from all, by data-parallel rank.
 Gather = Callable[[Any], Sequence[Any]]
 
@@ -174,7 +176,7 @@ class SlotAgreement:
             if adapter.number in registered:
                 registered.touch(adapter.number)
         if placements:
-            self._place(placements, table)
+            self._place(placements, table, union)
         self.table, self.union = table, union
 
     def agree_once(self, heard: Callable[[], Sequence[Announcement]]) -> None:
@@ -232,7 +234,9 @@ class SlotAgreement:
             self._manager.deactivate_adapter(number)
             self._manager.lora_index_to_id[slot] = None
 
-    def _place(self, placements: Sequence[Placement], table: SlotTable) -> None:
+    def _place(
+        self, placements: Sequence[Placement], table: SlotTable, union: Collection[Adapter]
+    ) -> None:
         """Fill slots. Raises on every engine if one of them fails."""
         held = self._gather({p.adapter.number: self._holding(p.adapter.number) for p in placements})
         failure = ""
@@ -243,7 +247,7 @@ class SlotAgreement:
             self._is_writing = True
             for placement in placements:
                 self._write_slot(placement)
-            failure = self._difference(table)
+            failure = self._difference(table, union)
         except Exception as err:
             logger.exception(
                 "lorashard: cannot load an adapter that another engine uses, or this one"
@@ -255,10 +259,15 @@ class SlotAgreement:
         told = self._gather((failure, versions))
         _raise_failure(told)
 
-    def _difference(self, table: SlotTable) -> str:
-        agreed = [adapter and adapter.number for adapter in table.adapters]
+    def _difference(self, table: SlotTable, union: Collection[Adapter]) -> str:
+        """What is wrong after all. Slots that no engine uses in this step may have been lost on the way."""
         held = self._manager.lora_index_to_id
-        return "" if held == agreed else f"its slots hold {held}, and not {agreed}"
+        wrong = [
+            f"slot {slot} holds {held[slot]} and not {adapter.number}"
+            for slot, adapter in enumerate(table.adapters)
+            if adapter in union and adapter is not None and held[slot] != adapter.number
+        ]
+        return "; ".join(wrong)
 
     def _holding(self, number: int) -> Holding:
         request = self._requests.get(number)
@@ -301,7 +310,16 @@ class SlotAgreement:
     def _write_slot(self, placement: Placement) -> None:
         number = placement.adapter.number
         self._vacate(placement.slot)
-        self._manager.activate_adapter(number)
+        # vLLM takes the first free slot.
+        slots = self._manager.lora_index_to_id
+        others = [s for s, held in enumerate(slots) if held is None and s != placement.slot]
+        for slot in others:
+            slots[slot] = _TAKEN
+        try:
+            self._manager.activate_adapter(number)
+        finally:
+            for slot in others:
+                slots[slot] = None
         self._written[placement.slot] = weakref.ref(self._manager.list_adapters()[number])
 
 
