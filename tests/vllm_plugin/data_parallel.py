@@ -129,7 +129,7 @@ class Engine:
         compilation = SimpleNamespace(
             cudagraph_mode=CUDAGraphMode.FULL, cudagraph_capture_sizes=SIZES_OF_GRAPHS,
             max_cudagraph_capture_size=SIZES_OF_GRAPHS[-1], cudagraph_specialize_lora=True,
-            compile_sizes=[],
+            compile_sizes=[], adjust_cudagraph_sizes_for_spec_decode=lambda *_: None,
         )  # fmt: skip
         config = SimpleNamespace(
             compilation_config=compilation, lora_config=self.engine.lora_config,
