@@ -29,6 +29,7 @@ from lorashard.vllm_plugin.engine.guards import (
     unknown_eplb,
 )
 
+_ALL2ALL = "allgather_reducescatter"
 _TRITON_EXPERTS = "model_executor/layers/fused_moe/experts/triton_moe.py"
 _RUNNER = "model_executor/layers/fused_moe/runner/moe_runner.py"
 
@@ -54,7 +55,7 @@ def config_facts(vllm_config: Any) -> EngineFacts:
 
 def _data_parallel_obstacle(vllm_config: Any) -> str | None:
     """Why engines could not agree on LoRA slots in this configuration; None if they can."""
-    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
+    parallel, lora = vllm_config.parallel_config, getattr(vllm_config, "lora_config", None)
 
     def above_one(*names: str) -> bool:
         return any(int(getattr(parallel, name, 1)) > 1 for name in names)
@@ -64,7 +65,7 @@ def _data_parallel_obstacle(vllm_config: Any) -> str | None:
         PIPELINES: above_one("pipeline_parallel_size", "prefill_context_parallel_size"),
         # Since 0.24 other engines' tokens come unquantised, as LoRA needs them.
         OLD_DATA_PARALLEL: not _source_has(_TRITON_EXPERTS, "lora_unquantized_hidden_states"),
-        ALL2ALL: parallel.all2all_backend not in (None, "allgather_reducescatter"),
+        ALL2ALL: getattr(parallel, "all2all_backend", _ALL2ALL) != _ALL2ALL,
         MICROBATCHES: bool(getattr(parallel, "enable_dbo", False)) or above_one("ubatch_size"),
         ELASTIC_ENGINES: bool(getattr(parallel, "enable_elastic_ep", False)),
         EPLB_TOO: bool(getattr(parallel, "enable_eplb", False)),

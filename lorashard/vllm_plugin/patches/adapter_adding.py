@@ -47,10 +47,10 @@ def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def add_adapter(self: Any, adapter_request: Any) -> Any:
         adding = _Adding(self, adapter_request)
-        agreement = attached_agreement(self)
         if is_to_be_read(adapter_request):
             return not adding.is_load_due() or read_before_adding(self, adapter_request)
         try:
+            agreement = attached_agreement(self)
             if agreement is not None:
                 agreement.refuse_other_name(adapter_request)
             was_due = adding.is_load_due()

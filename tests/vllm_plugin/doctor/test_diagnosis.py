@@ -60,7 +60,15 @@ def test_an_overridden_refusal_is_a_note_and_no_problem() -> None:
 
 def test_eplb_is_refused_where_its_patches_cannot_be_applied() -> None:
     missing = PatchState(
-        "vllm.x.y", "unsupported", "there is no function y", "", "", "", "0.24.0", None
+        "vllm.x.y",
+        "unsupported",
+        "there is no function y",
+        "",
+        "",
+        "",
+        "0.24.0",
+        None,
+        "--enable-eplb",
     )
     flags = replace(EP, enable_eplb=True)
     assert diagnose(HERE, [], flags, None, None).ok
