@@ -57,6 +57,33 @@ answer(data_parallel.run({rank}, {size}, {folder!r}, {version}, {list(checks)!r}
     return found
 
 
+@cache
+def scheduled(release: str, *, stock: bool) -> list[list[int]]:
+    """The adapters in the first steps of a scheduler with three requests, three adapters and two slots."""
+    script = f"""
+import os, sys; sys.path.insert(0, {str(REPO)!r})
+os.environ["LORASHARD_DISABLE"] = {str(int(stock))!r}
+from types import SimpleNamespace
+from tests.vllm_plugin import engine_core as ec
+from vllm.lora.request import LoRARequest
+core = ec.engine_core(num_engines=2)
+for number in (1, 2, 3):
+    ec.send(core, str(number), LoRARequest(f"a{{number}}", number, "/nowhere"), 4)
+found = []
+for _ in range(2):
+    step = core.scheduler.schedule()
+    found.append(sorted(int(name) for name in step.num_scheduled_tokens))
+answer(found)
+"""
+    found: list[list[int]] = run_in_release(release, script)
+    return found
+
+
+def test_a_scheduler_uses_its_engines_share_of_the_slots(release: str, version: int) -> None:
+    assert scheduled(release, stock=True)[0] == [1, 2]  # and the other engine two others
+    assert scheduled(release, stock=False)[0] == [1]
+
+
 @pytest.mark.parametrize("check", FAULTS)
 def test_stock_vllm_has_each_fault(release: str, version: int, check: str) -> None:
     found = findings(release, version, 2, FAULTS, stock=True)
