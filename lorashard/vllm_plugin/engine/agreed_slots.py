@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 _BITS = 30  # of a number in a row, which is an int32
 _ROWS_AN_ADAPTER = 4  # three for its number, one for its name
@@ -41,6 +42,8 @@ class Announcement:
     removed: frozenset[int] = frozenset()
     has_failed: bool = False
 
+    # Most steps say what the steps before have said.
+    @lru_cache(maxsize=1024)  # noqa: B019 - values, and small ones
     def encode(self, num_slots: int) -> tuple[int, ...]:
         """As `num_rows` numbers below 2^30. At most num_slots adapters can be wanted."""
         rows = [int(self.has_failed)]
@@ -51,7 +54,8 @@ class Announcement:
         return (*rows, *(0 for _ in range(num_rows(num_slots) - len(rows))))
 
     @staticmethod
-    def decode(rows: Sequence[int], num_slots: int) -> Announcement:
+    @lru_cache(maxsize=1024)
+    def decode(rows: tuple[int, ...], num_slots: int) -> Announcement:
         """The inverse."""
         num_rows = _num_mask_rows(num_slots)
         begin = 1 + 2 * num_rows

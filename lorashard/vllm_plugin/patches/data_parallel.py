@@ -163,7 +163,7 @@ def _reduce_with_rows(
     all_reduce(whole)
     tensor.copy_(whole[: len(tensor)])
     columns = whole[len(tensor) :].t().tolist()
-    return [Announcement.decode(column, slots) for column in columns]
+    return [Announcement.decode(tuple(column), slots) for column in columns]
 
 
 def wrap_dispatch(original: Callable[..., Any]) -> Callable[..., Any]:
