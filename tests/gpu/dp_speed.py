@@ -154,7 +154,8 @@ def _main() -> None:
             k: v["tokens_a_second"] if isinstance(v, dict) else v for k, v in found[kind].items()
         }
         print(kind, json.dumps(short), flush=True)
-        args.out.write_text(json.dumps({"release": release, "dp_speed": found}, indent=1))
+        document = {"release": release, "stock": False, "cases": [], "dp_speed": found}
+        args.out.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":
