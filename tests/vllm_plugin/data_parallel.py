@@ -381,6 +381,22 @@ def new_version(engine: Engine) -> list[str]:
     return wrong + _run(engine, [([(1, 2)], [(1, 1)]), ((), [(1, 1)])])
 
 
+def same_number_again(engine: Engine) -> list[str]:
+    """An adapter that is removed, and another one that gets its number, on engines in their own time."""
+    engine.add(1)
+    wrong = _run(engine, [([(1, 2)], [(1, 1)])])
+    new = harness.request(engine.engine, engine.path(3, "plain"), "another", 1)
+    for rank in range(engine.size):
+        if rank == engine.rank:
+            engine.remove(1)
+            engine.runner.add_lora(new)
+        if rank == 0:
+            wrong += _run(engine, [((), [(BASE, 1)])])
+    engine.expected[1] = engine.expected[3]
+    engine.request = lambda number, **_: new  # type: ignore[method-assign]
+    return wrong + _run(engine, [([(1, 2)], [(1, 1)]), ((), [(1, 1)])])
+
+
 def cannot_load(engine: Engine) -> list[str]:
     """An adapter that one engine cannot load any more: all raise, and nobody waits."""
     engine.add(1)
@@ -507,7 +523,7 @@ CHECKS: Mapping[str, Callable[[Engine], list[str]]] = {
     check.__name__: check
     for check in (
         slots_of_each, idle_engine, others_tokens, stale_mapping, graph_of_own, too_many,
-        late_and_gone, new_version, cannot_load, two_names, no_further_exchange, random_steps,
+        late_and_gone, new_version, same_number_again, cannot_load, two_names, no_further_exchange, random_steps,
         sequences,
     )
 }  # fmt: skip

@@ -23,7 +23,7 @@ FAULTS = (
     "slots_of_each", "idle_engine", "others_tokens", "stale_mapping", "graph_of_own", "too_many",
 )  # fmt: skip
 MORE = (
-    "late_and_gone", "new_version", "cannot_load", "two_names", "no_further_exchange",
+    "late_and_gone", "new_version", "same_number_again", "cannot_load", "two_names", "no_further_exchange",
     "random_steps", "sequences",
 )  # fmt: skip
 ON_FOUR = ("slots_of_each", "others_tokens", "random_steps", "sequences")

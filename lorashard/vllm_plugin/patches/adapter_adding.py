@@ -52,7 +52,7 @@ def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             agreement = attached_agreement(self)
             if agreement is not None:
-                agreement.refuse_other_name(adapter_request)
+                agreement.before_adding(adapter_request)
             was_due = adding.is_load_due()
             adding.begin()
             added = original(self, adapter_request)

@@ -96,7 +96,6 @@ class SlotAgreement:
     def note_added(self, request: Any, *, was_loaded: bool) -> None:
         """An adapter has been added on this engine, into host memory."""
         number = int(request.lora_int_id)
-        self._to_remove.discard(number)
         self._requests[number] = _plain(request)
         if was_loaded:
             loader = attached_loader(self._worker_manager)
@@ -113,9 +112,15 @@ class SlotAgreement:
         self._to_remove.add(number)
         return True
 
-    def refuse_other_name(self, request: Any) -> None:
-        """Raise ValueError if the request's number is that of an adapter with another name."""
+    def before_adding(self, request: Any) -> None:
+        """An adapter is to be added on this engine: what is still to be removed under its number goes.
+
+        Raises ValueError if the number is that of an adapter with another name.
+        """
         number = int(request.lora_int_id)
+        if number in self._to_remove:
+            self._to_remove.discard(number)
+            self._manager.remove_adapter(number)
         known = self._requests.get(number)
         there = number in self._worker_manager.list_adapters()
         if there and known is not None and known.lora_name != request.lora_name:
@@ -130,7 +135,8 @@ class SlotAgreement:
         self._error = ""
         wanted = {Adapter.of(int(r.lora_int_id), str(r.lora_name)): r for r in requests if r}
         for adapter, request in wanted.items():
-            self._requests.setdefault(adapter.number, _plain(request))
+            if adapter.number not in self._requests:
+                self._requests[adapter.number] = _plain(request)
             if not 0 < adapter.number <= MOST_NUMBER:
                 self._error = f"{adapter.number} is not a number that lorashard can send"
         if len(wanted) > self.num_slots:
