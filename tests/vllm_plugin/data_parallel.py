@@ -257,12 +257,29 @@ class Engine:
                 wrong += self._wrong_in_slot(owner, slot)
         if wanted and bool(no_lora):
             wrong.append("LoRA is skipped for others' tokens")
+        # Kernels of some releases look at max_loras of them.
+        active = active if STOCK else active[: self.max_loras]
         wrong += [f"slot {slot} is not computed" for slot in wanted if slot not in active]
+        if not STOCK:
+            wrong += self._wrong_in_dense_layers(tokens)
         if mode != CUDAGraphMode.NONE and bool(wanted) != bool(graph):
             wrong.append(f"the graph for {graph} adapters, and there are {len(wanted)}")
         if not wanted and not bool(no_lora) and not STOCK:
             wrong.append("LoRA is computed for nobody")
         return wrong
+
+    def _wrong_in_dense_layers(self, tokens: Sequence[int]) -> list[str]:
+        """Where own tokens are not computed by the metadata with their own adapters, or are twice."""
+        numbers = self.manager.lora_index_to_id
+        found: list[tuple[int, int]] = []
+        for place, slot in enumerate(self.meta.active_lora_ids.tolist()):
+            begin = int(self.meta.lora_token_start_loc[place])
+            count = int(self.meta.num_tokens_per_lora[place])
+            if slot >= 0 and not bool(self.meta.no_lora_flag_cpu):
+                of_slot = self.meta.token_indices_sorted_by_lora_ids[begin : begin + count]
+                found += [(token, numbers[slot]) for token in of_slot.tolist()]
+        right = [(place, number) for place, number in enumerate(tokens) if number != BASE]
+        return [] if sorted(found) == right else [f"dense layers: {sorted(found)}, not {right}"]
 
     def _wrong_in_slot(self, owner: int, slot: int) -> list[str]:
         held = self.manager.lora_index_to_id[slot] if slot >= 0 else None

@@ -33,20 +33,30 @@ def write_metadata(manager: Any, mapping: Any | None, slots: Sequence[int]) -> N
     manager.set_adapter_mapping(_without_lora() if mapping is None else mapping)
     ids = () if mapping is None else set(mapping.index_mapping)
     own = {manager.lora_index_to_id.index(number) for number in ids if number > 0}
-    # vLLM has the kinds of own tokens first, and nothing if none of them has LoRA.
-    num_own = len(own) + any(number <= 0 for number in ids) if own else 0
+    has_base = any(number <= 0 for number in ids)
     for meta in metas.values():
-        _extend(meta, num_own, [slot for slot in slots if slot not in own])
+        _add_slots(meta, len(own), [slot for slot in slots if slot not in own], has_base=has_base)
     setattr(manager, _LAST, state)
 
 
-def _extend(meta: Any, num_own: int, others: Sequence[int]) -> None:
-    """Add slots to a LoRAKernelMeta, behind those of own tokens."""
+def _add_slots(meta: Any, num_own: int, others: Sequence[int], *, has_base: bool) -> None:
+    """Add slots to a LoRAKernelMeta of vLLM's.
+
+    It has the own tokens' slots in order, behind -1 if some have no LoRA, and nothing if none has.
+    The first of the others takes the place of -1, with no tokens, which comes to the same: so that no
+    more than max_loras are active, since kernels of some releases look at no more.
+    """
     if not others:
         return
-    active = meta.active_lora_ids
-    active[num_own : num_own + len(others)].copy_(active.new_tensor(others))
-    count = num_own + len(others)
+    count = num_own
+    if num_own and has_base:
+        meta.active_lora_ids[0] = others[0]
+        meta.num_tokens_per_lora[0] = 0
+        others, count = others[1:], num_own + 1
+    if others:
+        active = meta.active_lora_ids
+        active[count : count + len(others)].copy_(active.new_tensor(others))
+        count += len(others)
     captured = meta.captured_lora_counts
     place = bisect.bisect_left(captured, count)
     meta.num_active_loras_cpu.fill_(captured[place] if place < len(captured) else count)
