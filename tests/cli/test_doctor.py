@@ -147,7 +147,9 @@ def test_eplb_is_a_note_on_its_communicator() -> None:
 def test_data_parallel_is_refused_with_expert_and_tensor_parallel_only() -> None:
     assert "--data-parallel-size 2" in problems(examine(*DATA_PARALLEL), "flags")[0]
     assert problems(examine(*DATA_PARALLEL[1:]), "flags") == []
-    assert problems(examine(EP, "--data-parallel-size", 2), "flags") == []
+    engines = (EP, "--data-parallel-size", 2)
+    assert "--max-loras of at least" in problems(examine(*engines), "flags")[0]
+    assert problems(examine(*engines, "--max-loras", 2), "flags") == []
 
 
 def test_eplb_on_one_rank_is_what_vllm_refuses() -> None:

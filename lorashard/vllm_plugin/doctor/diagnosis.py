@@ -39,6 +39,7 @@ from lorashard.vllm_plugin.engine.guards import (
     OLD_DATA_PARALLEL,
     OLD_EPLB,
     TENSOR_PARALLEL,
+    TOO_FEW_SLOTS,
     EngineFacts,
     find_refusals,
     unknown_data_parallel,
@@ -159,6 +160,8 @@ def _data_parallel_obstacle(
         return OLD_DATA_PARALLEL
     if flags.enable_eplb:
         return EPLB_TOO
+    if flags.max_loras < flags.data_parallel_size:
+        return TOO_FEW_SLOTS
     missing = _missing(patches, "--data-parallel-size")
     return unknown_data_parallel(missing) if missing else None
 
