@@ -37,7 +37,7 @@ PURE = (
     "convert.plan",
     "inspect.summary", "inspect.memory",
     "publish.parts", "publish.gathered", "publish.places", "publish.versions",
-    "vllm_plugin.engine.expert_maps", "vllm_plugin.engine.guards", "vllm_plugin.load.assembly", "vllm_plugin.load.reads",
+    "vllm_plugin.engine.agreed_slots", "vllm_plugin.engine.expert_maps", "vllm_plugin.engine.guards", "vllm_plugin.load.assembly", "vllm_plugin.load.reads",
     "vllm_plugin.load.rearrangements", "vllm_plugin.load.plain_plan",
     "vllm_plugin.load.rows", "vllm_plugin.load.advice", "vllm_plugin.load.matching", "vllm_plugin.load.outcome",
     "vllm_plugin.doctor.adapter_outcome", "vllm_plugin.doctor.command", "vllm_plugin.doctor.diagnosis", "vllm_plugin.doctor.findings",

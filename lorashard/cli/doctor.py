@@ -217,6 +217,7 @@ def doctor(
     fully_sharded_loras: opt.FullyShardedLoras = False,
     expert_placement_strategy: opt.ExpertPlacementStrategy = "linear",
     max_lora_rank: Annotated[int, typer.Option(min=1, help="vLLM's --max-lora-rank.")] = 16,
+    max_loras: Annotated[int, typer.Option(min=1, help="vLLM's --max-loras.")] = 1,
     model: opt.Model = None,
     verbose: Annotated[
         bool,
@@ -240,6 +241,7 @@ def doctor(
         fully_sharded_loras=fully_sharded_loras,
         expert_placement_strategy=expert_placement_strategy,
         max_lora_rank=max_lora_rank,
+        max_loras=max_loras,
     )
     path, command_words = _take_apart(words or [])
     command = None

@@ -119,7 +119,7 @@ def test_plain_output_names_versions_flags_and_adapter(shards: Path, python_path
         assert shown in done.stdout
 
 
-DATA_PARALLEL = (EP, "--data-parallel-size", 2)
+DATA_PARALLEL = (EP, "-tp", 2, "--data-parallel-size", 2)  # which vLLM itself refuses
 
 
 def test_a_refusal_has_its_way_out_and_variable() -> None:
@@ -144,9 +144,12 @@ def test_eplb_is_a_note_on_its_communicator() -> None:
     assert ["torch_gloo" in note for note in found["notes"]] == [True]
 
 
-def test_data_parallel_is_refused_with_expert_parallel_only() -> None:
-    assert "--data-parallel-size 2" in problems(examine(EP, "--data-parallel-size", 2), "flags")[0]
-    assert problems(examine("--data-parallel-size", 2), "flags") == []
+def test_data_parallel_is_refused_with_expert_and_tensor_parallel_only() -> None:
+    assert "--data-parallel-size 2" in problems(examine(*DATA_PARALLEL), "flags")[0]
+    assert problems(examine(*DATA_PARALLEL[1:]), "flags") == []
+    engines = (EP, "--data-parallel-size", 2)
+    assert "--max-loras of at least" in problems(examine(*engines), "flags")[0]
+    assert problems(examine(*engines, "--max-loras", 2), "flags") == []
 
 
 def test_eplb_on_one_rank_is_what_vllm_refuses() -> None:

@@ -24,7 +24,7 @@ OPTIONS = {
     "inspect": (*READING, "--json"),
     "plan": (*PLACING, *READING, "--max-loras", "--max-lora-rank", "--json"),
     "merge": ("--output", "-o", "--force", "--json", "--quiet"),
-    "doctor": (*ENGINE, "--max-lora-rank", "--model", "--json"),
+    "doctor": (*ENGINE, "--max-lora-rank", "--max-loras", "--model", "--json"),
 }
 
 

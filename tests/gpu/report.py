@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.cases import CASES, release_key
+from tests.gpu.dp_report import dp_part
 from tests.gpu.eplb_report import eplb_part
 
 Document = Mapping[str, Any]
@@ -217,6 +218,8 @@ To repeat, for each release (results go to `docs/gpu/`); the last line writes th
     python -m tests.gpu --work W --out docs/gpu/RELEASE.json --http --load    # make gpu-test
     python -m tests.gpu --work W --stock --out docs/gpu/RELEASE-stock.json
     python -m tests.gpu.eplb --work W --out docs/gpu/RELEASE-eplb.json [--stock]
+    python -m tests.gpu.dp --work W --out docs/gpu/RELEASE-dp.json [--stock]
+    python -m tests.gpu.dp_speed --work W --out docs/gpu/RELEASE-dp-speed.json
     python -m tests.gpu.publishing --work W --eager --out docs/gpu/RELEASE-publishing.json
     python -m tests.gpu.beside_verl --work W --out docs/gpu/RELEASE-verl.json    # with verl's files on PYTHONPATH
     make docs
@@ -287,6 +290,7 @@ def make_report(documents: Sequence[Document]) -> str:
         ("Sorting tokens by adapter and local expert", align_table(documents)),
         ("Over HTTP", http_table(documents)),
         ("While experts move (EPLB)", eplb_part(documents)),
+        ("Different adapters on data-parallel engines", dp_part(documents)),
         ("Beside verl, adapters in memory", verl_table(documents)),
         ("Load times, stock → lorashard", load_table(documents)),
         (

@@ -83,13 +83,16 @@ class Server:
         """Status and body."""
         return self._call(urllib.request.Request(self.url + path))
 
-    def post(self, path: str, document: dict[str, Any]) -> tuple[int, str]:
-        """Status and body."""
+    def post(
+        self, path: str, document: dict[str, Any], engine: int | None = None
+    ) -> tuple[int, str]:
+        """Status and body. engine: the data-parallel rank that is to answer."""
+        headers = {"Content-Type": "application/json"}
+        if engine is not None:
+            headers["X-data-parallel-rank"] = str(engine)
         return self._call(
             urllib.request.Request(
-                self.url + path,
-                data=json.dumps(document).encode(),
-                headers={"Content-Type": "application/json"},
+                self.url + path, data=json.dumps(document).encode(), headers=headers
             )
         )
 
@@ -101,7 +104,7 @@ class Server:
         except urllib.error.HTTPError as err:
             return err.code, err.read().decode()
 
-    def log_probs(self, name: str, prompts: Tensor) -> Tensor:
+    def log_probs(self, name: str, prompts: Tensor, engine: int | None = None) -> Tensor:
         """Prompt log-probabilities of a served model or adapter. Raises RuntimeError."""
         status, body = self.post(
             "/v1/completions",
@@ -112,6 +115,7 @@ class Server:
                 "temperature": 0,
                 "prompt_logprobs": 1,
             },
+            engine,
         )
         if status != 200:
             raise RuntimeError(f"{name}: {status} {body[:500]}")

@@ -174,9 +174,16 @@ class InProcess(Executor):  # type: ignore[misc]
         """It is here."""
 
 
-def engine_core(*, expert_parallel: bool = True, asynchronous: bool = False) -> Any:
-    """VLLM's EngineCore, started. asynchronous: it schedules a step while one runs."""
+def engine_core(
+    *, expert_parallel: bool = True, asynchronous: bool = False, num_engines: int = 1
+) -> Any:
+    """VLLM's EngineCore, started. asynchronous: it schedules a step while one runs.
+
+    num_engines: its scheduler's configuration says that it is the last of so many.
+    """
     vllm_config = config_of(expert_parallel=expert_parallel, asynchronous=asynchronous)
+    vllm_config.parallel_config.data_parallel_size = num_engines
+    vllm_config.parallel_config.data_parallel_rank = num_engines - 1
     return EngineCore(vllm_config, InProcess, log_stats=False)
 
 

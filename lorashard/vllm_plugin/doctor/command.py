@@ -24,6 +24,7 @@ _NUMBERS = {
     "--tensor-parallel-size": "tensor_parallel_size",
     "--data-parallel-size": "data_parallel_size",
     "--max-lora-rank": "max_lora_rank",
+    "--max-loras": "max_loras",
 }
 _SWITCHES = {
     "--enable-expert-parallel": "enable_expert_parallel",

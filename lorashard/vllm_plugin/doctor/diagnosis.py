@@ -27,6 +27,7 @@ from lorashard.vllm_plugin.doctor.notes import (
 )
 from lorashard.vllm_plugin.doctor.problems import Problem, flag_problems, installation_problems
 from lorashard.vllm_plugin.doctor.releases import (
+    FIRST_WITH_DATA_PARALLEL,
     FIRST_WITH_EPLB,
     KNOWN_RELEASES,
     Release,
@@ -34,9 +35,14 @@ from lorashard.vllm_plugin.doctor.releases import (
     release_number,
 )
 from lorashard.vllm_plugin.engine.guards import (
+    EPLB_TOO,
+    OLD_DATA_PARALLEL,
     OLD_EPLB,
+    TENSOR_PARALLEL,
+    TOO_FEW_SLOTS,
     EngineFacts,
     find_refusals,
+    unknown_data_parallel,
     unknown_eplb,
 )
 
@@ -94,6 +100,7 @@ def diagnose(
             data_parallel_size=flags.data_parallel_size,
             eplb=flags.enable_eplb,
             eplb_obstacle=_eplb_obstacle(release, patches),
+            data_parallel_obstacle=_data_parallel_obstacle(release, patches, flags),
             num_experts=model.num_experts if model else None,
         )
     )
@@ -139,5 +146,29 @@ def _eplb_obstacle(release: Release | None, patches: Sequence[PatchState]) -> st
     """Why LoRA could not follow experts that EPLB moves; None if it can, as far as is known."""
     if release is not None and release < FIRST_WITH_EPLB:
         return OLD_EPLB
-    missing = [f"{p.target}: {p.reason}" for p in patches if p.state == "unsupported"]
+    missing = _missing(patches, "--enable-eplb")
     return unknown_eplb(missing) if missing else None
+
+
+def _data_parallel_obstacle(
+    release: Release | None, patches: Sequence[PatchState], flags: EngineFlags
+) -> str | None:
+    """Why engines could not agree on LoRA slots; None if they can, as far as is known."""
+    if flags.tensor_parallel_size > 1:
+        return TENSOR_PARALLEL
+    if release is not None and release < FIRST_WITH_DATA_PARALLEL:
+        return OLD_DATA_PARALLEL
+    if flags.enable_eplb:
+        return EPLB_TOO
+    if flags.max_loras < flags.data_parallel_size:
+        return TOO_FEW_SLOTS
+    missing = _missing(patches, "--data-parallel-size")
+    return unknown_data_parallel(missing) if missing else None
+
+
+def _missing(patches: Sequence[PatchState], option: str) -> list[str]:
+    return [
+        f"{patch.target}: {patch.reason}"
+        for patch in patches
+        if patch.state == "unsupported" and patch.only_for == option
+    ]

@@ -39,7 +39,7 @@ class Installation:
 class PatchState:
     """A patch and what became of it: applied, not needed, unsupported, broken or not checked.
 
-    unsupported: the option of vLLM that it is for is refused.
+    unsupported: the option of vLLM that it is for is refused. only_for: that option, or "".
     """
 
     target: str
@@ -50,6 +50,7 @@ class PatchState:
     upstream: str
     since: str
     until: str | None
+    only_for: str = ""
 
 
 @dataclass(frozen=True, slots=True)

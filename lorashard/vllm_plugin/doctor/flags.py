@@ -20,6 +20,7 @@ class EngineFlags:
     fully_sharded_loras: bool = False
     expert_placement_strategy: Strategy = "linear"
     max_lora_rank: int = 16
+    max_loras: int = 1
 
     @property
     def ep_size(self) -> int:

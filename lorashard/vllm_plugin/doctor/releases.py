@@ -10,6 +10,7 @@ Release = tuple[int, int, int]
 FIRST_KNOWN: Release = (0, 16, 0)
 LAST_KNOWN: Release = (0, 33, 0)
 FIRST_WITH_EPLB: Release = (0, 24, 0)  # in which LoRA follows experts that EPLB moves
+FIRST_WITH_DATA_PARALLEL: Release = (0, 24, 0)  # in which engines that share experts agree on slots
 KNOWN_RELEASES = (".".join(map(str, FIRST_KNOWN)), ".".join(map(str, LAST_KNOWN)))
 KNOWN_RANGE = " to ".join(KNOWN_RELEASES)
 

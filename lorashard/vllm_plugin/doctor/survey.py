@@ -119,7 +119,7 @@ def _patch_states(
         states.append(
             PatchState(
                 patch.target, state, reason, patch.why, patch.how, patch.upstream, patch.since,
-                patch.until,
+                patch.until, patch.only_for,
             )
         )  # fmt: skip
     return tuple(states)

@@ -13,13 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.vllm_plugin.engine.guards import (
+    ALL2ALL,
+    ELASTIC_ENGINES,
     ELASTIC_EPLB,
+    EPLB_TOO,
+    MICROBATCHES,
     NIXL_EPLB,
+    OLD_DATA_PARALLEL,
     OLD_EPLB,
+    PIPELINES,
+    TENSOR_PARALLEL,
+    TOO_FEW_SLOTS,
     EngineFacts,
+    unknown_data_parallel,
     unknown_eplb,
 )
 
+_ALL2ALL = "allgather_reducescatter"
+_TRITON_EXPERTS = "model_executor/layers/fused_moe/experts/triton_moe.py"
 _RUNNER = "model_executor/layers/fused_moe/runner/moe_runner.py"
 
 
@@ -31,36 +42,60 @@ def config_facts(vllm_config: Any) -> EngineFacts:
     sizes = ("tensor_parallel_size", "prefill_context_parallel_size", "data_parallel_size")
     ranks = math.prod(int(getattr(parallel, name, 1)) for name in sizes)
     eplb = bool(getattr(parallel, "enable_eplb", False))
+    num_engines = int(getattr(parallel, "data_parallel_size", 1))
     return EngineFacts(
         expert_parallel=bool(parallel.enable_expert_parallel) and ranks > 1,
-        data_parallel_size=int(getattr(parallel, "data_parallel_size", 1)),
+        data_parallel_size=num_engines,
         eplb=eplb,
         eplb_obstacle=_eplb_obstacle(parallel) if eplb else None,
+        data_parallel_obstacle=_data_parallel_obstacle(vllm_config) if num_engines > 1 else None,
         num_experts=int(count()) if count is not None else None,
     )
+
+
+def _data_parallel_obstacle(vllm_config: Any) -> str | None:
+    """Why engines could not agree on LoRA slots in this configuration; None if they can."""
+    parallel, lora = vllm_config.parallel_config, getattr(vllm_config, "lora_config", None)
+
+    def above_one(*names: str) -> bool:
+        return any(int(getattr(parallel, name, 1)) > 1 for name in names)
+
+    obstacles = {
+        TENSOR_PARALLEL: above_one("tensor_parallel_size"),
+        PIPELINES: above_one("pipeline_parallel_size", "prefill_context_parallel_size"),
+        # Since 0.24 other engines' tokens come unquantised, as LoRA needs them.
+        OLD_DATA_PARALLEL: not _source_has(_TRITON_EXPERTS, "lora_unquantized_hidden_states"),
+        ALL2ALL: getattr(parallel, "all2all_backend", _ALL2ALL) != _ALL2ALL,
+        MICROBATCHES: bool(getattr(parallel, "enable_dbo", False)) or above_one("ubatch_size"),
+        ELASTIC_ENGINES: bool(getattr(parallel, "enable_elastic_ep", False)),
+        EPLB_TOO: bool(getattr(parallel, "enable_eplb", False)),
+        TOO_FEW_SLOTS: lora is not None and int(lora.max_loras) < parallel.data_parallel_size,
+    }
+    return next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)
 
 
 def _eplb_obstacle(parallel: Any) -> str | None:
     """Why LoRA could not follow its experts in this configuration; None if it can."""
     if getattr(parallel, "enable_elastic_ep", False):
         return ELASTIC_EPLB
-    if not _moves_what_layers_say():
+    # Since 0.24 it asks the class that LoRA wraps for what it moves.
+    if not _source_has(_RUNNER, "def get_expert_weights("):
         return OLD_EPLB
     eplb = getattr(parallel, "eplb_config", None)
     return NIXL_EPLB if getattr(eplb, "communicator", None) == "nixl" else None
 
 
 @cache
-def _moves_what_layers_say() -> bool:
-    """Whether EPLB asks the class that LoRA wraps for what it moves: since 0.24.
+def _source_has(file: str, text: str) -> bool:
+    """Whether a file of vLLM's source has a text; True where there is no vLLM to look at.
 
-    By its source, since to import it takes the API server a second.
+    Not by importing it, which takes the API server a second.
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return True  # nothing is known of it
-    runner = Path(spec.origin).parent / _RUNNER
-    return runner.is_file() and "def get_expert_weights(" in runner.read_text()
+    source = Path(spec.origin).parent / file
+    return source.is_file() and text in source.read_text()
 
 
 def has_lora_and_ep(vllm_config: Any) -> bool:
@@ -73,11 +108,12 @@ def module_facts(
     wrappers: Mapping[str, Any],
     contract_breaks: Sequence[str],
     eplb_breaks: Sequence[str] = (),
+    data_parallel_breaks: Sequence[str] = (),
 ) -> EngineFacts:
     """The same, and what the loaded model's MoE layers add.
 
     wrappers: the MoE LoRA wrappers by name. contract_breaks: from `contracts.py`. eplb_breaks: a
-    sentence for each patch that EPLB needs and that is not in place.
+    sentence for each patch that EPLB needs and that is not in place; data_parallel_breaks: the same.
     """
     facts = config_facts(vllm_config)
     experts = [e for e in map(_experts_object, wrappers.values()) if e is not None]
@@ -86,6 +122,8 @@ def module_facts(
     return dataclasses.replace(
         facts,
         eplb_obstacle=facts.eplb_obstacle or (unknown_eplb(eplb_breaks) if eplb_breaks else None),
+        data_parallel_obstacle=facts.data_parallel_obstacle
+        or (unknown_data_parallel(data_parallel_breaks) if data_parallel_breaks else None),
         num_experts=None if wrappers else 0,  # vLLM cannot count the experts of every model
         contract_breaks=tuple(contract_breaks),
         experts_class=type(experts[-1]).__name__ if experts else None,

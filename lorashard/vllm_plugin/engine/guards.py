@@ -15,6 +15,7 @@ class EngineFacts:
     """What decides whether LoRA on experts is right in this engine. None = not known yet.
 
     eplb_obstacle: why the LoRA of experts cannot follow when EPLB moves them; None if it can.
+    data_parallel_obstacle: why engines that share experts cannot agree on LoRA slots; None if they can.
     experts_class: the class that computes the experts. reads_lora: whether its code looks at the
     LoRA context. leaves_rows: it sums rows of remote experts that nothing has written.
     rearranged_for: the kernel whose weight layout the experts have, where LoRA computes them with
@@ -26,6 +27,7 @@ class EngineFacts:
     data_parallel_size: int = 1
     eplb: bool = False
     eplb_obstacle: str | None = None
+    data_parallel_obstacle: str | None = None
     num_experts: int | None = None
     experts_class: str | None = None
     reads_lora: bool = True
@@ -101,10 +103,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         variable="LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL",
-        applies=lambda facts: facts.data_parallel_size > 1,
+        applies=lambda facts: (
+            facts.data_parallel_size > 1 and facts.data_parallel_obstacle is not None
+        ),
         reason="LoRA with expert parallelism and --data-parallel-size {facts.data_parallel_size}: "
-        "ranks exchange tokens with LoRA slot numbers that each engine assigns on its own, so a "
-        "token can be computed with another request's adapter.",
+        "engines exchange tokens with the numbers of their LoRA slots, so a token can be computed with "
+        "another request's adapter, unless all engines agree on the slots in each step. "
+        "{facts.data_parallel_obstacle}",
         way_out="Use tensor parallelism alone (-tp N --enable-expert-parallel), or one server for "
         "each data-parallel rank.",
     ),
@@ -140,6 +145,24 @@ NIXL_EPLB = (
     "(--eplb-config.communicator torch_gloo)."
 )
 OLD_EPLB = "That takes vLLM 0.24.0 or later."
+
+
+# Why engines that share experts cannot agree on LoRA slots, or are not known to.
+OLD_DATA_PARALLEL = "That takes vLLM 0.24.0 or later."
+ALL2ALL = "vLLM sends LoRA numbers along with --all2all-backend allgather_reducescatter alone."
+TENSOR_PARALLEL = "vLLM itself refuses LoRA on experts with -tp above 1 beside -dp above 1."
+PIPELINES = "With pipeline or prefill context parallelism as well that was never measured."
+MICROBATCHES = (
+    "With microbatches (--enable-dbo) they cannot: vLLM sends the numbers of the first one."
+)
+EPLB_TOO = "With --enable-eplb as well they do not."
+ELASTIC_ENGINES = "With elastic scaling (--enable-elastic-ep) they do not: engines come and go."
+TOO_FEW_SLOTS = "That takes a slot for each engine: --max-loras of at least the number of engines."
+
+
+def unknown_data_parallel(breaks: Sequence[str]) -> str:
+    """The same of a vLLM that nobody has looked at. breaks: sentences without full stop."""
+    return f"This vLLM differs from what that relies on: {'; '.join(breaks)}."
 
 
 def unknown_eplb(breaks: Sequence[str]) -> str:

@@ -108,6 +108,7 @@ class AdapterLoader:
         self.plans = KeptPlans()
         self.last_report: LoadReport | None = None
         self.ahead: ReadAhead | None = None  # an adapter that is to be added once it was read
+        self.fills_slots_ahead = True
         self.slot_ahead: SlotAhead | None = None  # that this one is written into
         self._slot_stream: Any = None
         self.prepared: PreparedAdapter | None = None  # the one that is being added

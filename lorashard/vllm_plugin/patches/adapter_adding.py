@@ -35,6 +35,7 @@ from lorashard.vllm_plugin.patches.adapter_loading import (
 )
 from lorashard.vllm_plugin.patches.load_report import report_adding
 from lorashard.vllm_plugin.patches.reading_ahead import forget_read, is_to_be_read
+from lorashard.vllm_plugin.patches.slot_agreement import attached_agreement
 
 logger = logging.getLogger("vllm.lorashard")
 
@@ -51,9 +52,15 @@ def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         if is_to_be_read(adapter_request):
             return not adding.is_load_due() or read_before_adding(self, adapter_request)
         try:
+            agreement = attached_agreement(self)
+            if agreement is not None:
+                agreement.before_adding(adapter_request)
+            was_due = adding.is_load_due()
             adding.begin()
             added = original(self, adapter_request)
             adding.agree()
+            if agreement is not None:
+                agreement.note_added(adapter_request, was_loaded=was_due)
         except Exception as err:
             if not adding.settle(err):
                 raise

@@ -81,7 +81,7 @@ def _view(manager: Any, registered: dict[int, Any]) -> Any:
 
 def _original(manager: Any, method: str) -> Callable[..., Any] | None:
     """VLLM's function under one of ours; None if ours is not there."""
-    for owner in type(manager).__mro__:
+    for owner in reversed(type(manager).__mro__):  # below vLLM's own list of which are used
         found = original_of(vars(owner).get(method))
         if found is not None:
             return found

@@ -19,10 +19,12 @@ from lorashard.vllm_plugin.load.host_memory import affordable_buffers
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.patches.adapter_loading import attach_loader, stock_class
 from lorashard.vllm_plugin.patches.apply import broken_patches
+from lorashard.vllm_plugin.patches.data_parallel import DATA_PARALLEL
 from lorashard.vllm_plugin.patches.expert_rows import attach_rows
 from lorashard.vllm_plugin.patches.foreign import log_foreign_patches, refuse_displaced
 from lorashard.vllm_plugin.patches.rebalancing import EPLB
 from lorashard.vllm_plugin.patches.refusals import enforce
+from lorashard.vllm_plugin.patches.slot_agreement import attach_agreement, gather_over
 
 logger = logging.getLogger("vllm.lorashard")
 
@@ -55,15 +57,27 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
             refuse_displaced()
             log_foreign_patches()
             breaks = contract_breaks(self._adapter_manager, stock, broken_patches())
-            facts = module_facts(vllm_config, wrappers, breaks, broken_patches(EPLB))
+            facts = module_facts(
+                vllm_config, wrappers, breaks, broken_patches(EPLB), broken_patches(DATA_PARALLEL)
+            )
             enforce(find_refusals(facts))
             loader = attach_loader(self, stock)
             if facts.eplb and facts.eplb_obstacle in (None, NIXL_EPLB):
                 attach_rows(self._adapter_manager, loader)
+            if facts.data_parallel_size > 1 and not broken_patches(DATA_PARALLEL):
+                rank = int(vllm_config.parallel_config.data_parallel_rank)
+                attach_agreement(self, rank, facts.data_parallel_size, gather_over(_engines))
             _warm(loader, slot_bytes(self._adapter_manager))
         return wrapped
 
     return create_lora_manager
+
+
+def _engines() -> Any:
+    """The process group of the data-parallel engines on the CPU."""
+    from vllm.distributed.parallel_state import get_dp_group
+
+    return get_dp_group().cpu_group
 
 
 def _warm(loader: AdapterLoader, size: int) -> None:

@@ -8,6 +8,7 @@ from lorashard.vllm_plugin.patches import (
     adapter_adding,
     adapter_loading,
     adapter_packing,
+    data_parallel_table,
     engine_start,
     expert_parallel,
     fully_sharded,
@@ -350,4 +351,5 @@ PATCHES: tuple[Patch, ...] = (
              rebalancing.wrap_commit_maps_for_layer),
         )
     ),
+    *data_parallel_table.PATCHES,
 )  # fmt: skip

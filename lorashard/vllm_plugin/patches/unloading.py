@@ -13,6 +13,7 @@ from typing import Any
 from lorashard.vllm_plugin.engine.adapter_uses import AdapterUses
 from lorashard.vllm_plugin.engine.facts import has_lora_and_ep
 from lorashard.vllm_plugin.engine.prefix_versions import PrefixVersions
+from lorashard.vllm_plugin.patches.data_parallel import limit_adapters
 from lorashard.vllm_plugin.patches.reading_ahead import is_to_be_read
 
 _USES = "_lorashard_adapter_uses"  # an attribute of vLLM's Scheduler
@@ -45,7 +46,7 @@ def wrap_unload_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]
 
 
 def wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Scheduler.__init__: it notes which requests use which adapter.
+    """Scheduler.__init__: it notes which requests use which adapter, and how many it may use at once.
 
     Not the engine core's: vLLM loads the plugins inside of that.
     """
@@ -54,6 +55,7 @@ def wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, vllm_config, *args, **kwargs)
         if has_lora_and_ep(vllm_config):
             setattr(self, _USES, AdapterUses(self.requests, _prefix_versions))
+            limit_adapters(self, vllm_config)
 
     return init
 

@@ -21,6 +21,7 @@ HERE = Installation(
     entry_point=True, allowed=True, variables={}, switched_on=(), unknown=(), faults=(),
 )  # fmt: skip
 EP = EngineFlags(tensor_parallel_size=2, enable_expert_parallel=True)
+DP_RISK = "LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL"
 EPLB_RISK = "LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE"
 
 
@@ -60,7 +61,15 @@ def test_an_overridden_refusal_is_a_note_and_no_problem() -> None:
 
 def test_eplb_is_refused_where_its_patches_cannot_be_applied() -> None:
     missing = PatchState(
-        "vllm.x.y", "unsupported", "there is no function y", "", "", "", "0.24.0", None
+        "vllm.x.y",
+        "unsupported",
+        "there is no function y",
+        "",
+        "",
+        "",
+        "0.24.0",
+        None,
+        "--enable-eplb",
     )
     flags = replace(EP, enable_eplb=True)
     assert diagnose(HERE, [], flags, None, None).ok
@@ -68,6 +77,35 @@ def test_eplb_is_refused_where_its_patches_cannot_be_applied() -> None:
     assert refused.variable == EPLB_RISK
     assert "vllm.x.y: there is no function y." in refused.reason
     assert diagnose(HERE, [missing], EP, None, None).ok
+
+
+@pytest.mark.parametrize(
+    ("changes", "vllm", "named"),
+    [
+        ({}, "0.24.0", None),
+        ({"max_loras": 1}, "0.24.0", "--max-loras of at least"),
+        ({"enable_eplb": True}, "0.33.0", "--enable-eplb"),
+        ({"tensor_parallel_size": 2}, "0.33.0", "-tp above 1"),
+        ({}, "0.23.0", "vLLM 0.24.0 or later"),
+    ],
+)
+def test_data_parallelism_is_refused_where_engines_cannot_agree(
+    changes: dict[str, Any], vllm: str, named: str | None
+) -> None:
+    flags = EngineFlags(1, data_parallel_size=2, enable_expert_parallel=True, max_loras=2)
+    refusals = report(replace(flags, **changes), vllm=vllm).refusals
+    assert [r.variable for r in refusals] == ([DP_RISK] if named else [])
+    assert all(str(named) in r.reason for r in refusals)
+
+
+def test_data_parallelism_is_refused_where_its_patches_cannot_be_applied() -> None:
+    missing = PatchState(
+        "vllm.x.y", "unsupported", "no y", "", "", "", "0.24.0", None, "--data-parallel-size"
+    )
+    flags = EngineFlags(1, data_parallel_size=2, enable_expert_parallel=True, max_loras=2)
+    (refused,) = diagnose(HERE, [missing], flags, None, None).refusals
+    assert (refused.variable, "vllm.x.y: no y." in refused.reason) == (DP_RISK, True)
+    assert diagnose(HERE, [missing], replace(EP, enable_eplb=True), None, None).ok
 
 
 def test_an_adapters_outcome_and_summary_are_in_the_report(shards: SurveyedAdapter) -> None:

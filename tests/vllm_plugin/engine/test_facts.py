@@ -12,12 +12,25 @@ from typing import Any
 import pytest
 
 from lorashard.vllm_plugin.engine.facts import (
-    _moves_what_layers_say,
+    _source_has,
     config_facts,
     module_facts,
     reads_lora_context,
 )
-from lorashard.vllm_plugin.engine.guards import ELASTIC_EPLB, NIXL_EPLB, OLD_EPLB, EngineFacts
+from lorashard.vllm_plugin.engine.guards import (
+    ALL2ALL,
+    ELASTIC_ENGINES,
+    ELASTIC_EPLB,
+    EPLB_TOO,
+    MICROBATCHES,
+    NIXL_EPLB,
+    OLD_DATA_PARALLEL,
+    OLD_EPLB,
+    PIPELINES,
+    TENSOR_PARALLEL,
+    TOO_FEW_SLOTS,
+    EngineFacts,
+)
 
 
 def config(count: Any = None, **parallel: Any) -> Any:
@@ -88,7 +101,13 @@ def test_expert_parallelism_needs_its_flag_and_more_than_one_rank(
 
 def test_a_configuration_gives_its_sizes_and_the_experts_that_vllm_counts() -> None:
     facts = config_facts(config(128, data_parallel_size=4, enable_eplb=True))
-    assert facts == EngineFacts(True, data_parallel_size=4, eplb=True, num_experts=128)
+    assert facts == EngineFacts(
+        True,
+        data_parallel_size=4,
+        eplb=True,
+        data_parallel_obstacle=TENSOR_PARALLEL,
+        num_experts=128,
+    )
     assert config_facts(config()).num_experts is None
 
 
@@ -119,11 +138,53 @@ def test_a_vllm_whose_layers_do_not_say_what_eplb_moves_is_too_old(
     (tmp_path / "vllm/__init__.py").touch()
     runner.write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    _moves_what_layers_say.cache_clear()
+    _source_has.cache_clear()
     try:
         assert config_facts(config(enable_eplb=True)).eplb_obstacle == obstacle
     finally:
-        _moves_what_layers_say.cache_clear()
+        _source_has.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "obstacle"),
+    [
+        ({}, None),
+        ({"tensor_parallel_size": 2}, TENSOR_PARALLEL),
+        ({"pipeline_parallel_size": 2}, PIPELINES),
+        ({"all2all_backend": "deepep_low_latency"}, ALL2ALL),
+        ({"enable_dbo": True}, MICROBATCHES),
+        ({"ubatch_size": 2}, MICROBATCHES),
+        ({"enable_elastic_ep": True}, ELASTIC_ENGINES),
+        ({"enable_eplb": True}, EPLB_TOO),
+        ({"data_parallel_size": 3}, TOO_FEW_SLOTS),
+    ],
+)
+def test_why_engines_could_not_agree_on_slots_is_seen_in_the_configuration(
+    changes: dict[str, Any], obstacle: str | None
+) -> None:
+    engines = config(**{"tensor_parallel_size": 1, "data_parallel_size": 2} | changes)
+    engines.lora_config = SimpleNamespace(max_loras=2)
+    assert config_facts(engines).data_parallel_obstacle == obstacle
+
+
+def test_experts_that_get_others_tokens_quantised_are_too_old_for_data_parallelism(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    _source_has.cache_clear()
+    try:
+        facts = config_facts(config(tensor_parallel_size=1, data_parallel_size=2))
+    finally:
+        _source_has.cache_clear()
+    assert facts.data_parallel_obstacle == OLD_DATA_PARALLEL
+
+
+def test_a_patch_that_is_missing_is_an_obstacle_for_data_parallelism() -> None:
+    engines = config(128, tensor_parallel_size=1, data_parallel_size=2)
+    facts = module_facts(engines, {}, [], [], ["f: there is no f"])
+    assert "f: there is no f." in str(facts.data_parallel_obstacle)
 
 
 def test_a_patch_that_is_missing_is_an_obstacle_for_eplb() -> None:

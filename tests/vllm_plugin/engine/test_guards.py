@@ -13,6 +13,7 @@ from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.engine.guards import (
     NIXL_EPLB,
     RULES,
+    TOO_FEW_SLOTS,
     VARIABLES,
     EngineFacts,
     Refusal,
@@ -34,7 +35,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "Ranks come and go.",
     ),
     "LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL": (
-        {"data_parallel_size": 4},
+        {"data_parallel_size": 4, "data_parallel_obstacle": "Engines come and go."},
         "--data-parallel-size 4",
     ),
     "LORASHARD_RISK_UNKNOWN_VLLM": (
@@ -76,8 +77,9 @@ def test_what_is_not_known_yet_refuses_nothing() -> None:
 
 def test_what_the_configuration_alone_says_is_refused_before_a_model_is_loaded() -> None:
     known_early = EngineFacts(
-        expert_parallel=True, data_parallel_size=2, eplb=True, eplb_obstacle=NIXL_EPLB
-    )
+        expert_parallel=True, data_parallel_size=2, data_parallel_obstacle=TOO_FEW_SLOTS,
+        eplb=True, eplb_obstacle=NIXL_EPLB,
+    )  # fmt: skip
     assert len(find_refusals(known_early)) == 2
 
 

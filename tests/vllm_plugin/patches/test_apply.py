@@ -338,6 +338,15 @@ VLLM = {
             def create_lora_manager(self, model, vllm_config=None):
                 return model
 
+            def set_active_adapters(self, requests, mapping):
+                return None
+
+            def pin_adapter(self, adapter_id):
+                return True
+
+            def remove_adapter(self, adapter_id):
+                return True
+
         class LRUCacheWorkerLoRAManager(WorkerLoRAManager):
             def add_adapter(self, lora_request):
                 return True
@@ -360,6 +369,44 @@ VLLM = {
                 return True
 
             def create_dummy_lora(self, lora_id, rank, embedding_modules=None):
+                return None
+
+        class LRUCacheLoRAModelManager(LoRAModelManager):
+            def activate_adapter(self, lora_id):
+                return True
+    """,
+    "vllm/v1/worker/__init__.py": "", "vllm/v1/worker/gpu/__init__.py": "",
+    "vllm/v1/worker/dp_utils.py": """
+        def _run_ar(
+            should_ubatch, orig_num_tokens_per_ubatch, padded_num_tokens_per_ubatch, cudagraph_mode,
+            parallel_config,
+        ):
+            return None
+    """,
+    "vllm/v1/worker/gpu/dp_utils.py": """
+        def sync_cudagraph_and_dp_padding(
+            cudagraph_manager, desired_batch_desc, num_tokens, num_reqs, uniform_token_count,
+            dp_size, dp_rank, num_active_loras=0,
+        ):
+            return None
+    """,
+    "vllm/v1/worker/gpu/model_runner.py": """
+        def get_num_active_loras_for_dispatch(lora_config, lora_state, req_ids, dummy_run):
+            return 0
+    """,
+    "vllm/v1/worker/gpu_worker.py": """
+        class Worker:
+            def compile_or_warm_up_model(self):
+                return None
+    """,
+    "vllm/v1/worker/lora_model_runner_mixin.py": """
+        class LoRAModelRunnerMixin:
+            def maybe_dummy_run_with_lora(self, lora_config, num_scheduled_tokens):
+                return None
+    """,
+    "vllm/v1/cudagraph_dispatcher.py": """
+        class CudagraphDispatcher:
+            def dispatch(self, num_tokens, uniform_decode=False, has_lora=False):
                 return None
     """,
     "vllm/lora/layers/fused_moe.py": """
@@ -458,6 +505,9 @@ MODULES = (
     "vllm.v1.core.sched.scheduler", "vllm.v1.core.kv_cache_utils",
     "vllm.distributed.eplb.eplb_state", "vllm.distributed.eplb.async_worker",
     "vllm.model_executor.layers.fused_moe.runner.moe_runner",
+    "vllm.v1.worker.dp_utils", "vllm.v1.worker.gpu.dp_utils", "vllm.v1.worker.gpu.model_runner",
+    "vllm.v1.worker.gpu_worker", "vllm.v1.worker.lora_model_runner_mixin",
+    "vllm.v1.cudagraph_dispatcher",
 )
 
 def state():

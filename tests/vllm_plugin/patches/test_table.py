@@ -60,7 +60,7 @@ def test_every_replacement_is_in_the_table() -> None:
     from importlib import import_module
 
     names = (
-        "activation", "activations", "adapter_adding", "adapter_loading", "adapter_packing", "engine_start",
+        "activation", "activations", "adapter_adding", "adapter_loading", "adapter_packing", "data_parallel", "engine_start",
         "expert_parallel", "fully_sharded", "peft_patterns", "punica", "reading_ahead", "rebalancing", "unloading", "warm_up",
     )  # fmt: skip
     written: set[Any] = set()
