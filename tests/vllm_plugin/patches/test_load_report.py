@@ -120,7 +120,8 @@ def test_the_log_says_for_how_long_the_engine_waited_and_for_what(
 ) -> None:
     with caplog.at_level(logging.INFO, "vllm.lorashard"):
         report_adding("mine", 3, 0.006, (0.001, 0.0005))
-    assert caplog.messages == [
+    (message,) = caplog.messages
+    assert message == (
         "lorashard: adapter 'mine' (id 3): the engine waited 6.00 ms: 1.00 for the other ranks to "
         "have it, 0.50 for their end, 4.50 for what this rank did"
-    ]
+    )
