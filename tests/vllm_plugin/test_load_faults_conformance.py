@@ -38,4 +38,6 @@ answer(load_faults.run({ep_rank}, {str(tmp_path)!r}, {EVERY}))
     }
     # Reader threads share the work in another way each time, so not every line is always reached.
     assert all(tried["reached"] > 0.9 * tried["lines"] for tried in found.values())
-    assert all(tried["lines"] * EVERY > 900 for tried in found.values())
+    # What was read before takes few lines more to be added.
+    least = {case: 200 if case.startswith("read") else 900 for case in found}
+    assert all(tried["lines"] * EVERY > least[case] for case, tried in found.items())
