@@ -136,6 +136,7 @@ class Worker:
         model.num_local_physical_experts = self.num_local
         model.num_redundant_experts = num_redundant
         model.num_expert_groups = 1
+        model.get_expert_mapping = None  # no weights are loaded, those of redundant experts neither
         model.set_eplb_state = partial(MixtureOfExperts.set_eplb_state, model)
         self.state = eplb_state.EplbState(
             SimpleNamespace(**parallel, data_parallel_size=1), torch.device("cpu")
@@ -629,17 +630,24 @@ def published_maps(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
 
 
 def redundant_experts_without_weights(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
-    """A model whose list of experts to load knows only the logical ones is refused."""
+    """A model whose list of experts to load knows only the logical ones is refused, GLM-4-MoE's of 0.24 too."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     worker = _started(ep_rank, ep_size, folder, num_redundant=4)
     model, wrong = worker.manager.model, []
-    for num_listed in (0, 4):
-        listed = RoutedExperts.make_expert_params_mapping(
+
+    def listing(num_listed: int) -> Any:
+        return lambda: RoutedExperts.make_expert_params_mapping(
             model, "gate_proj", "down_proj", "up_proj", SIZES["num_experts"], num_listed
         )
-        model.get_expert_mapping = lambda listed=listed: listed
-        config = SimpleNamespace(model="tiny", compute_hash=lambda n=num_listed: str(n))
+
+    lists = [(0, listing(0)), (4, listing(4))]
+    del model.get_expert_mapping
+    if hasattr(model, "get_expert_mapping"):  # of Glm4MoeForCausalLM, until 0.25
+        lists.append((0, partial(type(model).get_expert_mapping, model)))
+    for num_listed, experts in lists:
+        model.get_expert_mapping = experts
+        config = SimpleNamespace(model="tiny", compute_hash=lambda of=experts: str(id(of)))
         model.expert_weights = []
         try:
             worker.state.add_model(model, config)
