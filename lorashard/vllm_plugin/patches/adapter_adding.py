@@ -60,7 +60,7 @@ def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             added = original(self, adapter_request)
             adding.agree()
             if agreement is not None:
-                agreement.note_added(adapter_request, was_loaded=was_due)
+                agreement.held.note_added(adapter_request, was_loaded=was_due)
         except Exception as err:
             if not adding.settle(err):
                 raise

@@ -24,7 +24,7 @@ from lorashard.vllm_plugin.patches.expert_rows import attach_rows
 from lorashard.vllm_plugin.patches.foreign import log_foreign_patches, refuse_displaced
 from lorashard.vllm_plugin.patches.rebalancing import EPLB
 from lorashard.vllm_plugin.patches.refusals import enforce
-from lorashard.vllm_plugin.patches.slot_agreement import attach_agreement, gather_over
+from lorashard.vllm_plugin.patches.slot_agreement import attach_agreement
 
 logger = logging.getLogger("vllm.lorashard")
 
@@ -66,18 +66,22 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
                 attach_rows(self._adapter_manager, loader)
             if facts.data_parallel_size > 1 and not broken_patches(DATA_PARALLEL):
                 rank = int(vllm_config.parallel_config.data_parallel_rank)
-                attach_agreement(self, rank, facts.data_parallel_size, gather_over(_engines))
+                attach_agreement(self, rank, facts.data_parallel_size, _gather)
             _warm(loader, slot_bytes(self._adapter_manager))
         return wrapped
 
     return create_lora_manager
 
 
-def _engines() -> Any:
-    """The process group of the data-parallel engines on the CPU."""
+def _gather(own: Any) -> list[Any]:
+    """What each data-parallel engine says, by rank."""
+    import torch.distributed as dist
     from vllm.distributed.parallel_state import get_dp_group
 
-    return get_dp_group().cpu_group
+    group = get_dp_group().cpu_group
+    heard: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(heard, own, group)
+    return heard
 
 
 def _warm(loader: AdapterLoader, size: int) -> None:

@@ -5,20 +5,17 @@ the exchange that all engines have before each step anyway (`data_parallel`), ea
 its own tokens want. All of them then write the union into the slots that `agreed_slots` gives out, each
 from its own host memory. Only a step in which some slot changes takes two small exchanges more: what
 every engine has of these adapters, and, before anybody computes, whether it has worked everywhere. An
-engine that lacks one loads it in between, from the path that another names.
+engine that lacks one loads it in between (`held_adapters`).
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lorashard.vllm_plugin.engine.agreed_slots import (
-    MOST_NUMBER,
     Adapter,
     Announcement,
     Placement,
@@ -26,7 +23,7 @@ from lorashard.vllm_plugin.engine.agreed_slots import (
     union_of,
 )
 from lorashard.vllm_plugin.load.agreement import describe
-from lorashard.vllm_plugin.patches.adapter_loading import attached_loader
+from lorashard.vllm_plugin.patches.held_adapters import HeldAdapters
 from lorashard.vllm_plugin.patches.lora_metadata import write_metadata
 
 logger = logging.getLogger("vllm.lorashard")
@@ -37,20 +34,6 @@ _TAKEN = -1  # no adapter's number
 
 # What one engine says to all, and hears from all, by data-parallel rank.
 Gather = Callable[[Any], Sequence[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """What an engine has of an adapter.
-
-    generation: how often an adapter of that number had been added as this one was; the highest is the
-    newest. version: of what is in host memory; None if nothing is. request: name and path of the last
-    request for it; None if there was none.
-    """
-
-    generation: int = 0
-    version: str | None = None
-    request: tuple[str, str] | None = None
 
 
 class SlotAgreement:
@@ -64,15 +47,12 @@ class SlotAgreement:
         self._gather = gather
         self.table = SlotTable.empty(self.num_slots)
         self.union: tuple[Adapter, ...] = ()
-        self._requests: dict[int, Any] = {}
-        self._num_added: dict[int, int] = {}
-        self._generations: dict[int, int] = {}  # of what is in host memory
-        self._versions: dict[int, str] = {}
+        self.held = HeldAdapters(worker_manager)
         self._written: dict[int, Any] = {}  # by slot, weakly
         self._wanted: tuple[Adapter, ...] = ()
         self._error = ""
         self._to_remove: set[int] = set()
-        self._is_fetching = self._is_writing = False
+        self._is_writing = False
         self._heard: Sequence[Announcement] | None = None  # what was agreed on last
         self._mapping: Any = None
         self.is_idle = False  # V2: in this step
@@ -93,18 +73,6 @@ class SlotAgreement:
         """Whether an adapter may be put into a slot now."""
         return self._is_writing or not self.is_serving
 
-    def note_added(self, request: Any, *, was_loaded: bool) -> None:
-        """An adapter has been added on this engine, into host memory."""
-        number = int(request.lora_int_id)
-        self._requests[number] = _plain(request)
-        if was_loaded:
-            loader = attached_loader(self._worker_manager)
-            report = loader.last_report if loader is not None else None
-            self._versions[number] = "" if report is None else report.compared
-            if not self._is_fetching:
-                self._num_added[number] = self._num_added.get(number, 0) + 1
-                self._generations[number] = self._num_added[number]
-
     def remove(self, number: int) -> bool:
         """Whether the removal of an adapter has to wait: until all engines are to remove it."""
         if not self.is_serving or number not in {a.number for a in self.table.adapters if a}:
@@ -121,24 +89,16 @@ class SlotAgreement:
         if number in self._to_remove:
             self._to_remove.discard(number)
             self._manager.remove_adapter(number)
-        known = self._requests.get(number)
-        there = number in self._worker_manager.list_adapters()
-        if there and known is not None and known.lora_name != request.lora_name:
-            raise ValueError(
-                f"lorashard: {request.lora_name!r} has the number {number}, which is that of "
-                f"{known.lora_name!r}. With data parallelism and several API servers, name all "
-                "adapters with --lora-modules, or start one API server (--api-server-count 1)."
-            )
+        if clash := self.held.name_clash(request):
+            raise ValueError(f"lorashard: {clash}")
 
     def want(self, requests: Iterable[Any]) -> None:
         """The adapters of this engine's tokens in the next step. Never raises."""
         self._error = ""
         wanted = {Adapter.of(int(r.lora_int_id), str(r.lora_name)): r for r in requests if r}
-        for adapter, request in wanted.items():
-            if adapter.number not in self._requests:
-                self._requests[adapter.number] = _plain(request)
-            if not 0 < adapter.number <= MOST_NUMBER:
-                self._error = f"{adapter.number} is not a number that lorashard can send"
+        for request in wanted.values():
+            self._error = self._error or self.held.name_clash(request)
+            self.held.note_used(request)
         if len(wanted) > self.num_slots:
             self._error = (
                 f"a step uses {len(wanted)} adapters, and there are {self.num_slots} slots"
@@ -244,12 +204,12 @@ class SlotAgreement:
         self, placements: Sequence[Placement], table: SlotTable, union: Collection[Adapter]
     ) -> None:
         """Fill slots. Raises on every engine if one of them fails."""
-        held = self._gather({p.adapter.number: self._holding(p.adapter.number) for p in placements})
+        numbers = [placement.adapter.number for placement in placements]
+        of_engines = self._gather({number: self.held.holding(number) for number in numbers})
         failure = ""
         try:
-            self._is_fetching = True
-            for placement in placements:
-                self._fetch(placement.adapter.number, [of[placement.adapter.number] for of in held])
+            for number in numbers:
+                self.held.fetch(number, [of[number] for of in of_engines], self.dp_rank)
             self._is_writing = True
             for placement in placements:
                 self._write_slot(placement)
@@ -260,9 +220,8 @@ class SlotAgreement:
             )
             failure = describe(err)
         finally:
-            self._is_fetching = self._is_writing = False
-        versions = {p.adapter.number: self._versions.get(p.adapter.number, "") for p in placements}
-        told = self._gather((failure, versions))
+            self._is_writing = False
+        told = self._gather((failure, {number: self.held.version(number) for number in numbers}))
         _raise_failure(told)
 
     def _difference(self, table: SlotTable, union: Collection[Adapter]) -> str:
@@ -274,44 +233,6 @@ class SlotAgreement:
             if adapter in union and adapter is not None and held[slot] != adapter.number
         ]
         return "; ".join(wrong)
-
-    def _holding(self, number: int) -> Holding:
-        request = self._requests.get(number)
-        is_there = number in self._manager.list_adapters()
-        return Holding(
-            self._generations.get(number, 0),
-            self._versions.get(number, "") if is_there else None,
-            None if request is None else (request.lora_name, request.lora_path),
-        )
-
-    def _fetch(self, number: int, held: Sequence[Holding]) -> None:
-        """Have an adapter in host memory, in the newest version. held: what each engine has of it."""
-        newest = max(of.generation for of in held)
-        of_newest = [of for of in held if of.generation == newest]
-        versions = {of.version for of in of_newest if of.version is not None}
-        own = held[self.dp_rank]
-        if own.generation == newest and own.version is not None and len(versions) == 1:
-            return
-        name_and_path = next((of.request for of in of_newest if of.request is not None), None)
-        if name_and_path is None:
-            raise ValueError(
-                f"adapter {number} is on another data-parallel engine, and it is not known from where"
-            )
-        request = self._request(number, *name_and_path)
-        logger.info(
-            "lorashard: adapter %s is loaded, as another data-parallel engine uses it", number
-        )
-        self._manager.remove_adapter(number)
-        self._worker_manager.add_adapter(request)
-        self._generations[number] = newest
-
-    def _request(self, number: int, name: str, path: str) -> Any:
-        known = self._requests.get(number)
-        if known is not None and (known.lora_name, known.lora_path) == (name, path):
-            return known
-        from vllm.lora.request import LoRARequest
-
-        return LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
 
     def _write_slot(self, placement: Placement) -> None:
         number = placement.adapter.number
@@ -327,15 +248,6 @@ class SlotAgreement:
             for slot in others:
                 slots[slot] = None
         self._written[placement.slot] = weakref.ref(self._manager.list_adapters()[number])
-
-
-def _plain(request: Any) -> Any:
-    """A request without what is said of one load of it."""
-    plain = copy.copy(request)
-    plain.base_model_name = None
-    if getattr(plain, "load_inplace", False):
-        plain.load_inplace = False
-    return plain
 
 
 def _raise_failure(told: Sequence[tuple[str, Mapping[int, str]]]) -> None:
@@ -384,16 +296,3 @@ def attached_agreement(manager: Any) -> SlotAgreement | None:
     """The agreement of a WorkerLoRAManager or a LoRAModelManager, if it has one."""
     agreement: SlotAgreement | None = getattr(manager, _AGREEMENT, None)
     return agreement
-
-
-def gather_over(group: Callable[[], Any]) -> Gather:
-    """An exchange of any values over a process group on the CPU, which is asked for as late as it is needed."""
-
-    def gather(own: Any) -> Collection[Any]:
-        import torch.distributed as dist
-
-        heard: list[Any] = [None] * dist.get_world_size(group())
-        dist.all_gather_object(heard, own, group())
-        return heard
-
-    return gather  # type: ignore[return-value]
