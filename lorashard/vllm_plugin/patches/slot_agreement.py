@@ -23,6 +23,7 @@ from lorashard.vllm_plugin.engine.agreed_slots import (
     union_of,
 )
 from lorashard.vllm_plugin.load.agreement import describe
+from lorashard.vllm_plugin.patches.adapter_loading import attached_loader
 from lorashard.vllm_plugin.patches.held_adapters import HeldAdapters
 from lorashard.vllm_plugin.patches.lora_metadata import write_metadata
 
