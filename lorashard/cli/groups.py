@@ -25,7 +25,10 @@ EXAMPLES = {
     ),
     "reshard": ("lorashard reshard my-adapter-ep8 --ep-size 4",),
     "inspect": ("lorashard inspect my-adapter", "lorashard inspect hf://owner/shards --json"),
-    "plan": ("lorashard plan my-adapter --ep-size 8 --max-loras 4",),
+    "plan": (
+        "lorashard plan my-adapter --ep-size 8 --max-loras 4",
+        "lorashard plan my-adapter --ep-size 8 --html plan.html",
+    ),
     "verify": (
         "lorashard verify my-adapter-ep8",
         "lorashard verify my-adapter-ep8 --against my-adapter",

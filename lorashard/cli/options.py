@@ -141,6 +141,15 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check and decide everything, but write nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+HtmlPage = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Also write a page with a map of the experts, for a browser; it needs nothing else.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
+
+if TYPE_CHECKING:
+    from lorashard.split.pipeline import PreparedSplit, SplitRequest
 
 
 def plan(
@@ -28,6 +33,7 @@ def plan(
     lora_b_layout: opt.LoraBLayout = None,
     orientation: opt.Orientation = None,
     allow_pickle: opt.AllowPickle = False,
+    html: opt.HtmlPage = None,
     as_json: opt.Json = False,
 ) -> None:
     """Show what a split would give each rank: experts, bytes, GPU buffers, host memory."""
@@ -46,6 +52,10 @@ def plan(
         dtype=dtype,
         allow_pickle=allow_pickle,
     )
+    if html is not None:
+        from lorashard.cli.page.files import check_page_target  # noqa: PLC0415
+
+        check_page_target(html)
     with prepared_split(locate(adapter), request) as prepared:
         lora_rank = max(module.lora_rank for module in prepared.layout.modules)
         summary = summarize_plan(
@@ -55,6 +65,8 @@ def plan(
             max_loras,
             max_lora_rank or lora_rank,
         )
+        if html is not None:
+            _write_page(html, adapter, summary, prepared, request)
     if as_json:
         render.print_json({"adapter": adapter, **summary})
         return
@@ -84,3 +96,25 @@ def plan(
         f"--max-lora-rank {summary['max_lora_rank']}, 16-bit. Host RAM (estimated): to load this "
         "adapter from its shard, and without lorashard."
     )
+
+
+def _write_page(
+    html: Path,
+    adapter: str,
+    summary: Mapping[str, Any],
+    prepared: PreparedSplit,
+    request: SplitRequest,
+) -> None:
+    from lorashard.cli.page.document import PagePart, make_page  # noqa: PLC0415
+    from lorashard.cli.page.files import write_page  # noqa: PLC0415
+    from lorashard.inspect.picture import experts_of_layout  # noqa: PLC0415
+
+    part = PagePart(
+        adapter,
+        summary,
+        experts_of_layout(prepared.layout, prepared.placement, request.stored_dtype),
+        prepared.notes,
+        source_bytes=prepared.source.index.file_size,
+    )
+    write_page(html, make_page("plan", [part]))
+    render.say(f"page written: {html}")

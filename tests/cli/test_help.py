@@ -21,8 +21,8 @@ ENGINE = (
 OPTIONS = {
     "split": (*PLACING, *READING, "--output", "-o", "--force", "--dry-run", "--json", "--quiet"),
     "verify": ("--against", "--allow-pickle", "--json", "--quiet"),
-    "inspect": (*READING, "--json"),
-    "plan": (*PLACING, *READING, "--max-loras", "--max-lora-rank", "--json"),
+    "inspect": (*READING, "--html", "--json"),
+    "plan": (*PLACING, *READING, "--max-loras", "--max-lora-rank", "--html", "--json"),
     "merge": ("--output", "-o", "--force", "--json", "--quiet"),
     "doctor": (*ENGINE, "--max-lora-rank", "--model", "--json"),
 }
