@@ -23,7 +23,8 @@ and where; `hint` says what to do next.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class LorashardError(Exception):
@@ -38,6 +39,21 @@ class LorashardError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what the error has become, as `__init__` takes other values than the message.
+
+        Errors cross processes: in Ray, a process pool, or PyTorch's data loader.
+        """
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[LorashardError], args: tuple[Any, ...], state: Mapping[str, Any]
+) -> LorashardError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class AdapterError(LorashardError):
