@@ -22,7 +22,7 @@ help: ## show this list
 demo: $(VENV)/.test ## make a small real MoE adapter, split it for EP 2, verify it, and show what is where
 	$(BIN)/python -m tests.demo
 
-test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron $(VENV)/.browser ## set up everything and run the tests (what CI runs)
+test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron $(VENV)/.ray $(VENV)/.browser ## set up everything and run the tests (what CI runs)
 	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 check: lint type test ## the tests, lint and types: run this before a review
@@ -98,6 +98,12 @@ $(VENV)/.megatron: $(VENV)/.test
 	rm -rf $(VENV)/megatron
 	$(PIP) --target $(VENV)/megatron --no-deps --group megatron-needs
 	$(PIP) --target $(VENV)/megatron --no-deps --only-binary :all: --python-version 3.12 --group megatron
+	touch $@
+
+# A local Ray cluster, for the recipe of batches: in a directory that only its tests import.
+$(VENV)/.ray: $(VENV)/.test
+	rm -rf $(VENV)/ray
+	$(PIP) --target $(VENV)/ray --group ray
 	touch $@
 
 # Its tests are skipped where there is no Chromium (`apt-get install chromium`).

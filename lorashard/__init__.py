@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorashard.shards.placement import Placement
     from lorashard.shards.tensors import ShardDirectory, TensorFile, open_shards
     from lorashard.split.batch import split_adapters
+    from lorashard.split.parts import Part
     from lorashard.split.pipeline import SplitRequest
     from lorashard.split.run import split_adapter
     from lorashard.transfer.pull import pull_shards
@@ -38,6 +39,7 @@ _HOMES = {
     "AdapterWriter": "publish.writer",
     "LayoutOptions": "adapter.options",
     "LorashardError": "errors",
+    "Part": "split.parts",
     "Placement": "shards.placement",
     "Publisher": "publish.publisher",
     "PublishCallback": "publish.trainer",
@@ -61,6 +63,7 @@ __all__ = [
     "AdapterWriter",
     "LayoutOptions",
     "LorashardError",
+    "Part",
     "Placement",
     "PublishCallback",
     "Publisher",

@@ -31,7 +31,7 @@ PURE = (
     "adapter.rank_evidence", "adapter.layout",
     "shards.names", "shards.placement", "shards.plan", "shards.manifest", "shards.manifest_parser",
     "shards.describe",
-    "writing.blocks", "reshard.moves", "split.cast_notes",
+    "writing.blocks", "reshard.moves", "split.cast_notes", "split.parts",
     "convert.target", "convert.peft_tensors", "convert.scaling", "convert.per_expert", "convert.fused",
     "convert.slots", "convert.peft_targets", "convert.peft_patterns", "convert.peft_config", "convert.notes",
     "convert.plan",

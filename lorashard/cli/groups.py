@@ -22,6 +22,7 @@ EXAMPLES = {
         "lorashard split my-adapter --ep-size 8",
         "lorashard split hf://owner/adapter --ep-size 8 -o shards",
         "lorashard split 'runs/*' --ep-size 8 -o all --resume",
+        "lorashard split --from - --part 0/4 --ep-size 8 -o all --resume",
     ),
     "reshard": ("lorashard reshard my-adapter-ep8 --ep-size 4",),
     "inspect": ("lorashard inspect my-adapter", "lorashard inspect hf://owner/shards --json"),

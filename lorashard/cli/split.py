@@ -65,6 +65,16 @@ def split(
             show_default=False,
         ),
     ] = None,
+    part: Annotated[
+        Optional[str],
+        typer.Option(
+            "--part",
+            metavar="I/N",
+            help="Split only part I of N of the adapters, from 0/N on: for N machines that are given the "
+            "same list.",
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="How many adapters to split at once.")
     ] = 2,
@@ -85,7 +95,9 @@ def split(
     quiet: opt.Quiet = False,
 ) -> None:
     """Split adapters into one file per expert-parallel rank."""
+    from lorashard.split.parts import parse_part  # noqa: PLC0415
     from lorashard.split.selection import (  # noqa: PLC0415
+        check_names_are_fixed,
         find_adapters,
         is_batch,
         plan_jobs,
@@ -107,8 +119,13 @@ def split(
     names = [*(adapters or ()), *(read_list(listed) if listed is not None else ())]
     if not names:
         raise AdapterError("No adapter is named.", hint="lorashard split ADAPTER --ep-size N")
-    batch = listed is not None or is_batch(names)
+    batch = listed is not None or part is not None or is_batch(names)
+    chosen = None if part is None else parse_part(part)
+    if chosen is not None:
+        check_names_are_fixed(names)
     jobs = plan_jobs(find_adapters(names), out, ep_size, batch=batch)
+    if chosen is not None:
+        jobs = chosen.of(jobs)
     if batch:
         gc.enable()  # free what one adapter leaves behind before the next
         _split_batch(

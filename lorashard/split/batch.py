@@ -14,9 +14,15 @@ from typing import Literal
 from lorashard.errors import AdapterError, LorashardError
 from lorashard.progress import Progress
 from lorashard.shards.directory import claims_to_be_shards
+from lorashard.split.parts import Part
 from lorashard.split.pipeline import SplitRequest
 from lorashard.split.run import SplitResult, SplitStatus, run_split
-from lorashard.split.selection import SplitJob, find_adapters, plan_jobs
+from lorashard.split.selection import (
+    SplitJob,
+    check_names_are_fixed,
+    find_adapters,
+    plan_jobs,
+)
 from lorashard.storage.parallel import Outcome, run_concurrently
 from lorashard.storage.remote import locate
 
@@ -47,6 +53,7 @@ def split_adapters(
     workers: int = 2,
     force: bool = False,
     resume: bool = False,
+    part: Part | None = None,
     finished: Callable[[AdapterOutcome], None] = lambda _: None,
 ) -> tuple[AdapterOutcome, ...]:
     """Split many adapters, `workers` at once; the outcome of each, in the order of the adapters.
@@ -55,14 +62,20 @@ def split_adapters(
     collections, hf://collections/owner/name. Shard directories among them are ignored.
     out: the directory for all of them, each as OUT/NAME-epN (OUT/epN-of-checkpoint-130);
     None: each beside its adapter.
-    force, resume: as `split_adapter` takes them. finished: called in this thread as each ends.
+    force, resume: as `split_adapter` takes them.
+    part: only this part of the adapters, on a machine of several that are given the same ones; then they
+    must be named, not found by patterns. finished: called in this thread as each ends.
     Raises AdapterError or ShardError if the adapters cannot be found or would get the same target;
     what goes wrong with one of them is in its outcome.
     """
-    found = find_adapters(os.fspath(adapter) for adapter in adapters)
+    names = [os.fspath(adapter) for adapter in adapters]
+    if part is not None:
+        check_names_are_fixed(names)
+    found = find_adapters(names)
     if not found:
         raise AdapterError("No adapter is named.", hint="Name one or more adapters.")
     jobs = plan_jobs(found, None if out is None else Path(out), request.ep_size, batch=True)
+    jobs = jobs if part is None else part.of(jobs)
     return split_jobs(jobs, request, workers=workers, force=force, resume=resume, finished=finished)
 
 

@@ -244,3 +244,48 @@ def test_a_line_of_a_list_that_is_not_utf_8_is_one_adapter(adapter: Path, tmp_pa
     done = run_cli("split", "--from", tmp_path / "list", "--ep-size", 2, "-o", tmp_path / "many")
     assert done.returncode == 3
     assert "1 split, 0 already there, 1 failed" in done.stderr
+
+
+def test_joined_parts_are_the_whole_run(runs: Path, tmp_path: Path) -> None:
+    """Five adapters, one of them broken, in one process and in three parts; twice, with --resume."""
+    for number in (3, 4):
+        save_adapter(runs / f"step-{number}", per_expert_tensors(seed=number))
+    names = [f"{runs}/step-{name}" for name in (0, 1, "broken", 2, 3)]
+    listed = tmp_path / "list.txt"
+    listed.write_text("# a comment\n" + "\n".join(names) + "\n\n")
+
+    def split(out: str, *options: object) -> tuple[int, list[dict[str, Any]]]:
+        done = run_cli(
+            "split", "--from", listed, "--ep-size", 2, "-o", tmp_path / out, "--json", *options
+        )
+        documents = json.loads(done.stdout.replace(f"{tmp_path}/{out}/", "OUT/"))
+        return done.returncode, documents
+
+    code, whole = split("whole")
+    for status in ("done", "skipped"):
+        parts = [split("parts", "--part", f"{index}/3", "--resume") for index in range(3)]
+        assert [part_code for part_code, _ in parts] == [0, 0, code]
+        assert [len(documents) for _, documents in parts] == [2, 2, 1]
+        joined = {item["adapter"]: item for _, documents in parts for item in documents}
+        expected = {
+            item["adapter"]: item | {"status": status if item["status"] == "done" else "failed"}
+            for item in whole
+        }
+        assert joined == expected
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_part_without_adapters_has_nothing_to_do(runs: Path, tmp_path: Path) -> None:
+    """More machines than adapters: not an error, or a job of Kubernetes would try it again."""
+    done = run_cli(
+        "split", runs / "step-0", "--part", "3/4", "--ep-size", 2, "-o", tmp_path / "out", "--json"
+    )
+    assert (done.returncode, json.loads(done.stdout)) == (0, [])
+    assert "0 split, 0 already there, 0 failed" in done.stderr
+
+
+def test_a_part_that_is_none_is_told_before_anything_is_done(runs: Path, tmp_path: Path) -> None:
+    done = run_cli("split", runs / "*", "--part", "4/4", "--ep-size", 2, "-o", tmp_path / "out")
+    assert done.returncode == 3
+    assert "There is no part 4/4." in done.stderr
+    assert not (tmp_path / "out").exists()
