@@ -14,7 +14,7 @@ COMPAT_TESTS := test_loading_conformance.py test_layers_conformance.py test_with
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check compat resolve gpu-test fmt lint type bench golden docs clean
+.PHONY: help demo test check compat resolve gpu-test fmt lint type bench golden docs site clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -22,7 +22,7 @@ help: ## show this list
 demo: $(VENV)/.test ## make a small real MoE adapter, split it for EP 2, verify it, and show what is where
 	$(BIN)/python -m tests.demo
 
-test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron $(VENV)/.ray $(VENV)/.browser ## set up everything and run the tests (what CI runs)
+test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron $(VENV)/.ray $(VENV)/.browser $(VENV)/.site ## set up everything and run the tests (what CI runs)
 	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 check: lint type test ## the tests, lint and types: run this before a review
@@ -58,8 +58,11 @@ golden: $(VENV)/.test ## rewrite the golden files of --json output; review the d
 docs: $(VENV)/.test ## rewrite the generated pages of docs/
 	$(BIN)/python -m tests.generate_docs
 
+site: $(VENV)/.site ## build the documentation as a site, strictly, into .site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+
 clean: ## remove the virtual environment and everything else that was made
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .demo .site .pytest_cache .mypy_cache .ruff_cache
 
 # torch goes first: once it is there, nothing pulls in another build of it.
 $(VENV)/.base: pyproject.toml
@@ -98,6 +101,10 @@ $(VENV)/.megatron: $(VENV)/.test
 	rm -rf $(VENV)/megatron
 	$(PIP) --target $(VENV)/megatron --no-deps --group megatron-needs
 	$(PIP) --target $(VENV)/megatron --no-deps --only-binary :all: --python-version 3.12 --group megatron
+	touch $@
+
+$(VENV)/.site: $(VENV)/.test
+	$(PIP) --group site
 	touch $@
 
 # A local Ray cluster, for the recipe of batches: in a directory that only its tests import.
