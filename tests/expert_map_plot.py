@@ -19,7 +19,7 @@ def draw() -> str:
     """The picture as SVG; experts 4 and 9 have half of the others' r."""
     sizes = tuple(0 if e in _UNTRAINED else 50 if e in _LESS else 100 for e in range(_EXPERTS))
     placed = linear_placement(_EXPERTS, _RANKS)
-    picture = map_of_ranks([ModuleExperts("", placed.ranks, sizes, frozenset(_UNTRAINED))])
+    picture = map_of_ranks([ModuleExperts("", placed.ranks, sizes, frozenset(_UNTRAINED))], _RANKS)
     width, height = _LEFT + _EXPERTS * _CELL + 16, _TOP + _RANKS * _STEP + 40
     parts = [
         f'<text x="{_LEFT + e * _CELL + _CELL / 2}" y="22" text-anchor="middle">{e}</text>'

@@ -57,10 +57,14 @@ class MapRow:
 
 @dataclass(frozen=True, slots=True)
 class ExpertMap:
-    """Experts (columns) by ranks or modules (rows). modules: those that it is about."""
+    """Experts (columns) by ranks or modules (rows).
+
+    modules: those that it is about. num_rows: how many there are; `rows` may be the first of them.
+    """
 
     modules: tuple[str, ...]
     num_experts: int
+    num_rows: int
     rows: tuple[MapRow, ...]
 
 
@@ -130,22 +134,23 @@ def experts_of_shards(manifest: Manifest) -> tuple[ModuleExperts, ...]:
     return tuple(modules)
 
 
-def map_of_ranks(modules: Sequence[ModuleExperts]) -> ExpertMap:
-    """Experts by ranks, with the bytes of all the modules together."""
+def map_of_ranks(modules: Sequence[ModuleExperts], most_rows: int) -> ExpertMap:
+    """Experts by the first `most_rows` ranks, with the bytes of all the modules together."""
     num_experts, ep_size = len(modules[0].trained_bytes), len(modules[0].ranks)
-    totals = [[0] * num_experts for _ in range(ep_size)]
-    times_here = [[0] * num_experts for _ in range(ep_size)]
-    times_trained = [[0] * num_experts for _ in range(ep_size)]
+    shown = range(min(ep_size, most_rows))
+    totals = [[0] * num_experts for _ in shown]
+    times_here = [[0] * num_experts for _ in shown]
+    times_trained = [[0] * num_experts for _ in shown]
     for module, count in _alike(modules):
-        for ep_rank, experts in enumerate(module.ranks):
-            for expert in experts:
+        for ep_rank in shown:
+            for expert in module.ranks[ep_rank]:
                 totals[ep_rank][expert] += module.trained_bytes[expert] * count
                 times_here[ep_rank][expert] += count
                 times_trained[ep_rank][expert] += 0 if expert in module.untrained else count
     most = max(map(max, totals), default=0)
     one_order = all(module.ranks == modules[0].ranks for module in modules)
     rows = []
-    for ep_rank in range(ep_size):
+    for ep_rank in shown:
         here, trained = times_here[ep_rank], times_trained[ep_rank]
         experts = tuple(expert for expert in range(num_experts) if here[expert])
         rows.append(
@@ -162,22 +167,23 @@ def map_of_ranks(modules: Sequence[ModuleExperts]) -> ExpertMap:
                 sum(totals[ep_rank]),
             )
         )
-    return ExpertMap(tuple(m.name for m in modules), num_experts, tuple(rows))
+    return ExpertMap(tuple(m.name for m in modules), num_experts, ep_size, tuple(rows))
 
 
-def maps_of_groups(modules: Sequence[ModuleExperts]) -> tuple[ExpertMap, ...]:
-    """A map of ranks for each group of modules that differ in nothing but their name."""
+def groups_of_modules(modules: Sequence[ModuleExperts]) -> tuple[tuple[ModuleExperts, ...], ...]:
+    """The modules in groups that differ in nothing but their name."""
     groups: dict[object, list[ModuleExperts]] = {}
     for module in modules:
         key = (module.ranks, module.trained_bytes, module.untrained)
         groups.setdefault(key, []).append(module)
-    return tuple(map(map_of_ranks, groups.values()))
+    return tuple(map(tuple, groups.values()))
 
 
-def map_of_modules(modules: Sequence[ModuleExperts]) -> ExpertMap:
-    """Experts by modules, a row for each run of modules that are alike."""
+def map_of_modules(modules: Sequence[ModuleExperts], most_rows: int) -> ExpertMap:
+    """Experts by modules, a row for each of the first `most_rows` runs of modules that are alike."""
     num_experts = len(modules[0].trained_bytes)
     most = max(max(module.trained_bytes) for module in modules)
+    runs = _alike(modules)
     rows = tuple(
         MapRow(
             module.name + (f" (+{count - 1})" if count > 1 else ""),
@@ -189,9 +195,9 @@ def map_of_modules(modules: Sequence[ModuleExperts]) -> ExpertMap:
             frozenset(),
             sum(module.trained_bytes) * count,
         )
-        for module, count in _alike(modules)
+        for module, count in runs[:most_rows]
     )
-    return ExpertMap(tuple(m.name for m in modules), num_experts, rows)
+    return ExpertMap(tuple(m.name for m in modules), num_experts, len(runs), rows)
 
 
 def _alike(modules: Iterable[ModuleExperts]) -> list[tuple[ModuleExperts, int]]:

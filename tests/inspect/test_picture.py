@@ -16,9 +16,9 @@ from lorashard.inspect.picture import (
     ModuleExperts,
     experts_of_layout,
     experts_of_shards,
+    groups_of_modules,
     map_of_modules,
     map_of_ranks,
-    maps_of_groups,
 )
 from lorashard.shards.placement import linear_placement
 from tests.adapters import LAYOUTS, Spec, build
@@ -82,7 +82,7 @@ def test_a_damaged_manifest_still_has_a_picture(tmp_path: Path):
 
 
 def test_a_rank_s_row_has_its_experts_and_no_others():
-    first, second = map_of_ranks([module()]).rows
+    first, second = map_of_ranks([module()], 9).rows
     assert (first.experts, second.experts) == ((0, 1), (2, 3))
     assert first.levels == (LEVELS, LEVELS, NOT_HERE, NOT_HERE)
     assert second.levels == (NOT_HERE, NOT_HERE, LEVELS, LEVELS)
@@ -90,41 +90,41 @@ def test_a_rank_s_row_has_its_experts_and_no_others():
 
 
 def test_shades_go_by_bytes():
-    (row,) = map_of_ranks([module(ranks=((0, 1, 2, 3),), sizes=(100, 20, 21, 1))]).rows
+    (row,) = map_of_ranks([module(ranks=((0, 1, 2, 3),), sizes=(100, 20, 21, 1))], 9).rows
     assert row.levels == (5, 1, 2, 1)
 
 
 def test_what_all_experts_share_leaves_them_trained():
     """Both factors shared: an expert has no bytes of its own, and is trained."""
-    (row,) = map_of_ranks([module(ranks=((0, 1, 2, 3),), sizes=(0, 0, 0, 0))]).rows
+    (row,) = map_of_ranks([module(ranks=((0, 1, 2, 3),), sizes=(0, 0, 0, 0))], 9).rows
     assert row.levels == (1, 1, 1, 1)
 
 
 def test_slot_order_is_kept_where_all_modules_have_it():
     swapped = ((3, 0), (1, 2))
-    assert map_of_ranks([module(ranks=swapped)] * 2).rows[0].experts == (3, 0)
-    either = map_of_ranks([module(ranks=swapped), module(ranks=((0, 1), (2, 3)))])
+    assert map_of_ranks([module(ranks=swapped)] * 2, 9).rows[0].experts == (3, 0)
+    either = map_of_ranks([module(ranks=swapped), module(ranks=((0, 1), (2, 3)))], 9)
     assert either.rows[0].experts == (0, 1, 3)
 
 
 def test_what_is_so_in_some_modules_only_is_partly_so():
     elsewhere = module("b", ranks=((0, 2), (1, 3)))
-    first, _ = map_of_ranks([module("a"), elsewhere]).rows
+    first, _ = map_of_ranks([module("a"), elsewhere], 9).rows
     assert first.partly == {1, 2}
     less = module("b", sizes=(0, 10, 10, 10), untrained=(0,))
-    first, _ = map_of_ranks([module("a"), less]).rows
+    first, _ = map_of_ranks([module("a"), less], 9).rows
     assert (first.partly, first.levels[0]) == ({0}, 3)
 
 
 def test_untrained_everywhere_is_not_partly_so():
-    first, _ = map_of_ranks([module(sizes=(0, 10, 10, 10), untrained=(0,))] * 2).rows
+    first, _ = map_of_ranks([module(sizes=(0, 10, 10, 10), untrained=(0,))] * 2, 9).rows
     assert (first.levels[0], first.partly) == (UNTRAINED, frozenset())
 
 
 def test_modules_that_differ_have_maps_of_their_own():
     less = module("b", sizes=(0, 10, 10, 10), untrained=(0,))
-    groups = maps_of_groups([module("a"), less, module("c")])
-    assert [group.modules for group in groups] == [("a", "c"), ("b",)]
+    groups = groups_of_modules([module("a"), less, module("c")])
+    assert [[one.name for one in group] for group in groups] == [["a", "c"], ["b"]]
 
 
 def test_runs_of_modules_that_are_alike_share_a_row():
@@ -133,6 +133,13 @@ def test_runs_of_modules_that_are_alike_share_a_row():
         module("b", ranks=()),
         module("c", ranks=(), sizes=(5, 1, 5, 5)),
     ]
-    rows = map_of_modules(modules).rows
+    rows = map_of_modules(modules, 9).rows
     assert [(row.name, row.trained_bytes) for row in rows] == [("a (+1)", 80), ("c", 16)]
     assert rows[1].levels == (3, 1, 3, 3)
+
+
+def test_a_map_of_very_many_ranks_has_the_first_of_them():
+    ranks = tuple((e,) if e < 4 else () for e in range(60_000))
+    picture = map_of_ranks([module(ranks=ranks)], 3)
+    assert (picture.num_rows, len(picture.rows)) == (60_000, 3)
+    assert picture.rows[2].experts == (2,)

@@ -13,14 +13,14 @@ from lorashard.cli.page.markup import Html, joined, name_of, tag
 from lorashard.cli.page.style import STYLE
 from lorashard.errors import LorashardError
 from lorashard.inspect.findings import ASSUMED_GATE_UP, Finding, findings_of, layers
-from lorashard.inspect.picture import ModuleExperts, map_of_modules, map_of_ranks, maps_of_groups
+from lorashard.inspect.picture import ModuleExperts, groups_of_modules, map_of_modules, map_of_ranks
 from lorashard.version import __version__
 
 # How a page of ours begins: a file that begins so may be replaced.
 BEGINNING = "<!doctype html>\n<!-- lorashard page -->\n"
 # Nothing is loaded, whatever a name in the adapter says; without scripts there is nothing to run.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_MOST_DETAIL_ROWS = 1024  # of the maps of single layers, so that a page stays small
+_MOST_MAP_CHARACTERS = 350_000  # a page stays small enough to be sent around
 _Cells = Sequence[str | Html]
 
 
@@ -158,30 +158,32 @@ def _maps(part: PagePart) -> Iterator[Html]:
         return
     yield tag("h2", "Where the experts are" if modules[0].ranks else "Which experts are trained")
     if not modules[0].ranks:
-        yield expert_map(map_of_modules(modules), "Experts by layers", "layer")
+        yield expert_map(map_of_modules(modules, MOST_ROWS), "Experts by layers", "layer")
         yield legend()
         return
     together = f", all {len(modules)} layers together" if len(modules) > 1 else ""
-    caption = f"Experts by ranks{together}"
-    yield expert_map(map_of_ranks(modules), caption, "")
+    whole = expert_map(map_of_ranks(modules, MOST_ROWS), f"Experts by ranks{together}", "")
+    yield whole
     yield legend()
-    groups = maps_of_groups(modules)
+    groups = groups_of_modules(modules)
     if len(groups) > 1:
-        yield _details(groups)
+        yield _details(groups, _MOST_MAP_CHARACTERS - len(whole))
 
 
-def _details(groups: Sequence[Any]) -> Html:
-    """A map for each group of layers that are alike, as many as a page has room for."""
-    room, drawn = _MOST_DETAIL_ROWS, []
+def _details(groups: Sequence[Sequence[ModuleExperts]], room: int) -> Html:
+    """A map for each group of layers that are alike. room: characters for all of them."""
+    drawn: list[Html] = []
     for group in groups:
-        room -= min(len(group.rows), MOST_ROWS)
+        others = f" and {len(group) - 1} more like it" if len(group) > 1 else ""
+        caption = f"{group[0].name}{others}"
+        picture = expert_map(map_of_ranks(group, MOST_ROWS), caption, "")
+        room -= len(picture)
         if room < 0:
             break
-        others = f" and {len(group.modules) - 1} more like it" if len(group.modules) > 1 else ""
-        drawn.append(expert_map(group, f"{group.modules[0]}{others}", ""))
+        drawn.append(picture)
     left_out = len(groups) - len(drawn)
     if left_out:
-        text = f"{left_out} more are not drawn, to keep the page small; --json has their placement."
+        text = f"{left_out} more are not drawn, to keep the page small; the expert map has them all, as has lorashard.json."
         drawn.append(tag("p", text, class_="quiet"))
     summary = tag("summary", f"Layer by layer: {len(groups)} groups of layers differ")
     return tag("details", summary, *drawn)

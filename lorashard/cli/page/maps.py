@@ -15,11 +15,10 @@ _STEPS = (1, 2, 4, 8, 10, 16, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512)
 
 
 def expert_map(picture: ExpertMap, caption: str, first_column: str) -> Html:
-    """A map, with at most `MOST_ROWS` rows, and its numbers beside it.
+    """A map, and its numbers beside it.
 
     first_column: what the names of rows are; empty for ranks, whose names say it.
     """
-    shown = picture.rows[:MOST_ROWS]
     head = tag(
         "tr",
         tag("th", first_column, scope="col"),
@@ -28,11 +27,11 @@ def expert_map(picture: ExpertMap, caption: str, first_column: str) -> Html:
         tag("th", "untrained", scope="col", class_="n"),
         tag("th", "bytes", scope="col", class_="n"),
     )
-    body = joined(_row(row, picture.num_experts) for row in shown)
-    left_out = len(picture.rows) - len(shown)
+    body = joined(_row(row, picture.num_experts) for row in picture.rows)
+    shown = len(picture.rows)
     more = (
-        tag("p", f"The first {len(shown)} of {len(picture.rows)} rows are shown.", class_="quiet")
-        if left_out
+        tag("p", f"The first {shown} of {picture.num_rows} rows are shown.", class_="quiet")
+        if shown < picture.num_rows
         else Html("")
     )
     table = tag(

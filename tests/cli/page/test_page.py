@@ -190,5 +190,7 @@ def test_what_a_page_has_no_room_for_is_said(tmp_path: Path) -> None:
         "ranks": ranks,
     }  # fmt: skip
     text = make_page("plan", [PagePart("a", summary, modules)])
-    assert text.count('<table class="map"') == 1 + 4
-    assert "2 more are not drawn" in text
+    drawn = text.count('<table class="map"') - 1
+    assert 0 < drawn < 6
+    assert f"{6 - drawn} more are not drawn" in text
+    assert len(text) < 500_000
