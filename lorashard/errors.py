@@ -10,6 +10,7 @@ and where; `hint` says what to do next.
         LayoutError                   the expert tensors do not fit together
           UnclearLayoutError          the adapter alone does not say how to read them
         NoExpertsError                nothing to split
+        MissingPackageError           reading it takes a package that is not installed
       PlacementError               4  experts and ranks do not fit together
       ShardError                   5  the shard directory cannot be written or trusted
         OutputExistsError             something is in the way of the target
@@ -83,6 +84,10 @@ class NoExpertsError(AdapterError):
             f"{os.fspath(path)}: no expert weights, so there is nothing to split.",
             hint="vLLM loads this adapter as it is, with expert parallelism too.",
         )
+
+
+class MissingPackageError(AdapterError):
+    """A package is not installed that only some adapters, places and options need."""
 
 
 class PlacementError(LorashardError):

@@ -16,7 +16,7 @@ IMPORTS = own_imports(PACKAGE, MODULES)
 
 # A package imports only what stands above its own line. Verbs do not import each other, but that
 # `push` proves what it uploads.
-GROUND = ({"version", "errors", "progress", "dtypes", "vllm_options"}, {"header"})
+GROUND = ({"version", "installing", "errors", "progress", "dtypes", "vllm_options"}, {"header"})
 CORE = ({"storage"}, {"adapter"}, {"shards"}, {"writing", "uploading"})
 VERBS = {"split", "merge", "reshard", "convert", "verify", "transfer", "inspect", "publish"}
 ORDER = (*GROUND, *CORE, {*VERBS, "vllm_plugin"}, {"cli"}, {"", "__main__"})

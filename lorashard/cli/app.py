@@ -26,7 +26,7 @@ from lorashard.cli import (
     verify,
 )
 from lorashard.cli.error_json import USAGE, error_json, json_of, where_of
-from lorashard.cli.groups import GROUPS, GroupedHelp, epilog_of
+from lorashard.cli.groups import GROUPS, GroupedHelp, epilog_of, more_in
 from lorashard.errors import AdapterError, LorashardError
 from lorashard.storage.system_errors import describe
 
@@ -43,7 +43,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: importing rich would take half of the time of `--help`
     help="Split LoRA adapters of Mixture-of-Experts models into one file per expert-parallel rank.",
-    epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 adapter, 4 placement, 5 shard.",
+    epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 adapter, 4 placement, 5 shard.\n\n"
+    + more_in("cli.md"),
 )
 
 

@@ -60,8 +60,8 @@ ExpertMap = Annotated[
     typer.Option(
         "--expert-map",
         metavar="FILE",
-        help="JSON: for each rank its global expert ids in slot order, or vLLM's expert_map. "
-        "See docs/format.md.",
+        help="JSON: the global expert ids of each rank in slot order, as in [[0, 2], [1, 3]], or "
+        "vLLM's expert_map. docs/format.md has all forms.",
         show_default=False,
     ),
 ]

@@ -23,6 +23,7 @@ from lorashard.shards.manifest import Manifest, ModuleInfo
 from lorashard.shards.names import REPLICATED_NAME, rank_file_name
 from lorashard.shards.placement import Placement
 from lorashard.storage.local import LocalFile
+from lorashard.storage.packages import import_package
 from lorashard.storage.remote import Location, local_copy
 
 if TYPE_CHECKING:
@@ -64,11 +65,12 @@ class TensorFile:
         return bytes(buffer)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, with torch. Raises KeyError for an unknown name."""
+        """A tensor. Raises KeyError for an unknown name, MissingPackageError without torch."""
         from safetensors import safe_open  # noqa: PLC0415
 
         if name not in self.entries:
             raise KeyError(name)
+        import_package("torch", "a tensor")
         with safe_open(self.path, "pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor

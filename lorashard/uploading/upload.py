@@ -19,7 +19,7 @@ from lorashard.adapter.config import (
     LoraConfig,
     parse_config,
 )
-from lorashard.adapter.notice import NOTICE, is_notice
+from lorashard.adapter.notice import NOTICE, NOTICES, is_notice, may_be_notice
 from lorashard.errors import AdapterError, OutputExistsError
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME
@@ -136,7 +136,7 @@ def _names_on_hub(api: Any, address: HubAddress, commit: str) -> frozenset[str]:
         sizes = {e.path.rpartition("/")[2]: getattr(e, "size", None) for e in tree}
     except EntryNotFoundError:
         return frozenset()
-    if sizes.get(WEIGHTS_NAME) == len(NOTICE):
+    if may_be_notice(sizes.get(WEIGHTS_NAME)):
         weights = address.within(WEIGHTS_NAME)
         if is_notice(Path(api.hf_hub_download(address.repo, weights, revision=commit))):
             del sizes[WEIGHTS_NAME]
@@ -186,8 +186,8 @@ def names_at(fs: Any, path: str) -> frozenset[str]:
         return frozenset()
     names = frozenset(entry.rstrip("/").rpartition("/")[2] for entry in entries)
     weights = f"{path}/{WEIGHTS_NAME}"
-    if WEIGHTS_NAME in names and fs.size(weights) == len(NOTICE):
-        return names - {WEIGHTS_NAME} if fs.cat_file(weights) == NOTICE else names
+    if WEIGHTS_NAME in names and may_be_notice(fs.size(weights)):
+        return names - {WEIGHTS_NAME} if fs.cat_file(weights) in NOTICES else names
     return names
 
 
