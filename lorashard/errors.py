@@ -160,8 +160,8 @@ class BatchError(LorashardError):
         errors: Sequence[LorashardError],
         count: int,
         *,
-        noun: str = "adapters",
-        hint: str = "The others are done; run it again with --resume to retry only these.",
+        noun: str,
+        hint: str,
     ) -> None:
         super().__init__(f"{len(errors)} of {count} {noun} failed.", hint=hint)
         self.errors = tuple(errors)

@@ -47,7 +47,7 @@ def merge_shards(
         raise ShardError(
             f"{located.place}: the values were cast to {located.manifest.dtype}, so the source "
             "cannot be restored bit for bit.",
-            hint="Split without --dtype to be able to merge.",
+            hint="Split without `dtype` to be able to merge.",
         )
     check_target(out, force=force, replaceable=is_plain_adapter)
     with local_shards(located) as directory:

@@ -23,7 +23,16 @@ PLUGIN = "vllm_plugin"
 
 # Left out of the picture: everything may import these, and they import next to nothing.
 GROUND = frozenset(
-    {"dtypes", "errors", "header", "installing", "progress", "version", "vllm_options"}
+    {
+        "dtypes",
+        "errors",
+        "header",
+        "installing",
+        "parameters",
+        "progress",
+        "version",
+        "vllm_options",
+    }
 )
 _FACES = frozenset({"", "__main__"})
 _WIDTH = 100

@@ -16,7 +16,10 @@ IMPORTS = own_imports(PACKAGE, MODULES)
 
 # A package imports only what stands above its own line. Verbs do not import each other, but that
 # `push` proves what it uploads.
-GROUND = ({"version", "installing", "errors", "progress", "dtypes", "vllm_options"}, {"header"})
+GROUND = (
+    {"version", "installing", "parameters", "errors", "progress", "dtypes", "vllm_options"},
+    {"header"},
+)
 CORE = ({"storage"}, {"adapter"}, {"shards"}, {"writing", "uploading"})
 VERBS = {"split", "merge", "reshard", "convert", "verify", "transfer", "inspect", "publish"}
 ORDER = (*GROUND, *CORE, {*VERBS, "vllm_plugin"}, {"cli"}, {"", "__main__"})
@@ -25,7 +28,7 @@ PLUGIN_ORDER = ({"settings", "metrics"}, {"engine"}, {"load"}, {"patches"}, {"do
 
 # What turns values into values, and never opens a file.
 PURE = (
-    "header", "dtypes", "vllm_options",
+    "header", "dtypes", "vllm_options", "parameters",
     "adapter.config", "adapter.keys", "adapter.options", "adapter.base_model", "adapter.fused_pairs",
     "adapter.name_patterns", "adapter.source_layout", "adapter.containers", "adapter.modules",
     "adapter.rank_evidence", "adapter.layout",

@@ -33,6 +33,13 @@ from lorashard.storage.system_errors import describe
 # Help is as wide as the terminal, until lines become hard to read.
 _MOST_COLUMNS = 120
 
+# Exit codes -> what is said. That of SIGINT is Typer's, for Ctrl-C.
+_STOPPED = {
+    128 + signal.SIGINT: "interrupted",
+    128 + signal.SIGTERM: "stopped by SIGTERM",
+    128 + signal.SIGHUP: "stopped by SIGHUP",
+}
+
 app = typer.Typer(
     cls=GroupedHelp,
     context_settings={
@@ -99,8 +106,8 @@ def main() -> NoReturn:
         finally:
             sys.stdout.flush()
     except SystemExit as err:
-        if err.code == 128 + signal.SIGINT:  # Typer's, for Ctrl-C
-            render.say("interrupted")
+        if err.code in _STOPPED:
+            render.say_interrupted(_STOPPED[err.code])
         # Typer has said on stderr what is wrong with the arguments, and exits while it handles that.
         if (wrong_usage := getattr(err.__context__, "format_message", None)) is not None:
             hint = "Add --help to see the options."

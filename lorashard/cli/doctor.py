@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
 from lorashard.errors import LorashardError, NotReadyError
+from lorashard.parameters import with_flags
 
 if TYPE_CHECKING:
     from lorashard.adapter.base_model import ModelFacts
@@ -66,7 +67,7 @@ def run_doctor(
     ignored = () if command is None else command.ignored
     if as_json:
         verdict = {"verdict": reach_verdict(report)}
-        render.print_json(verdict | asdict(report) | {"ignored": list(ignored)})
+        render.print_json(_with_flags(verdict | asdict(report)) | {"ignored": list(ignored)})
     else:
         _show(report, ignored, verbose=verbose)
     if not report.ok:
@@ -103,6 +104,15 @@ def _choose_adapter(command: VllmCommand, notes: list[str]) -> Path | None:
     return local[0] if local else None
 
 
+def _with_flags(document: Any) -> Any:
+    """A document with options in place of parameters in all of its texts."""
+    if isinstance(document, dict):
+        return {name: _with_flags(value) for name, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [_with_flags(value) for value in document]
+    return with_flags(document) if isinstance(document, str) else document
+
+
 def _lines(problem: str) -> list[str]:
     """What is wrong, and the hint, if there is one. Other newlines are of a name, and are escaped."""
     text, newline, hint = problem.rpartition("\n  ")
@@ -115,10 +125,10 @@ def _show(report: Report, ignored: Sequence[str], *, verbose: bool) -> None:
 
     render.print_line(describe_verdict(report))
     for problem in report.problems:
-        for line in _lines(f"problem: {problem.text}"):
+        for line in _lines(f"problem: {with_flags(problem.text)}"):
             render.print_line(line)
     for note in report.notes:
-        render.print_line(f"note: {note}")
+        render.print_line(f"note: {with_flags(note)}")
     render.print_line("")
     if verbose:
         _show_installation(report)
@@ -197,7 +207,7 @@ def _show_adapter(report: Report) -> None:
     facts += [f"{adapter.strategy} on {len(adapter.ranks)} ranks"] if adapter.ranks else []
     render.print_line(f"Adapter: {adapter.path}, {', '.join([adapter.kind, *facts])}")
     if report.outcome is not None:
-        render.print_line(f"  {report.outcome}")
+        render.print_line(f"  {with_flags(report.outcome)}")
 
 
 def doctor(

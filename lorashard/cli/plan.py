@@ -59,7 +59,7 @@ def plan(
         render.print_json({"adapter": adapter, **summary})
         return
     for note in prepared.notes:
-        render.say(f"note: {note}")
+        render.say_note(note)
     counted = render.COUNTED_FROM_R if summary["counted_from_r"] else ""
     render.print_table(
         f"{adapter}: {summary['num_experts']} experts{counted}, {summary['placement']} on "

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from lorashard.cli import bars, render
 from lorashard.cli import options as opt
-from lorashard.cli import render
 from lorashard.cli.several import look_at_each
 from lorashard.errors import LorashardError, ShardError, VerificationError
+from lorashard.parameters import with_flags
 
 if TYPE_CHECKING:
     from lorashard.shards.directory import LocatedShards
@@ -68,7 +69,7 @@ def _verify_one(
         sizes += [digest.size_bytes for digest in manifest.source.files.values()]
     elif proves_all:
         sizes.append(proof_bytes(manifest))
-    with render.progress_bar(f"verify {located.place.name}", sum(sizes), quiet=quiet) as bar:
+    with bars.progress_bar(f"verify {located.place.name}", sum(sizes), quiet=quiet) as bar:
         findings = verify_shards(
             located,
             against=against,
@@ -84,13 +85,13 @@ def _verify_one(
         "against": against,
         "ep_ranks": None if ep_ranks is None else list(ep_ranks),
         "placement_proven": placement_proven and not findings,
-        "findings": list(findings),
+        "findings": [with_flags(finding) for finding in findings],
     }
     if as_json:
         return document, _failure(shards, located, ep_ranks, findings) if findings else None
     if findings:
         for finding in findings:
-            render.print_line(finding)
+            render.print_line(with_flags(finding))
     elif not quiet:
         proven = "" if against is None else f", every value equal to {against}"
         if unproven_cast:

@@ -74,17 +74,27 @@ def split_jobs(
     force: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    note: Callable[[str], None] = lambda _: None,
+    started: Callable[[str, int], None] = lambda *_: None,
+    progress: Callable[[str, int], None] = lambda *_: None,
     finished: Callable[[AdapterOutcome], None] = lambda _: None,
 ) -> tuple[AdapterOutcome, ...]:
-    """Split the adapters of `jobs`. note: called in any thread, with the notes of all of them."""
+    """Split the adapters of `jobs`.
 
-    def work(job: SplitJob, progress: Progress) -> SplitResult | None:
+    started: called in any thread with an adapter and its size in bytes, before each pass over it.
+    progress: called in any thread with an adapter and its bytes that were done since the last call.
+    """
+
+    def work(job: SplitJob, check_cancelled: Progress) -> SplitResult | None:
         if claims_to_be_shards(locate(job.adapter)):
             return None
+
+        def advance(size_bytes: int) -> None:
+            check_cancelled(size_bytes)
+            progress(job.adapter, size_bytes)
+
         result = run_split(
             job.adapter, job.target, request, force=force, resume=resume, dry_run=dry_run,
-            note=note, progress=progress,
+            started=lambda size_bytes: started(job.adapter, size_bytes), progress=advance,
         )  # fmt: skip
         return replace(result, manifest=None)
 

@@ -156,9 +156,9 @@ def _notes(request: SplitRequest, detected: DetectedLayout) -> tuple[str, ...]:
     layout, notes = detected.layout, []
     if not layout.gate_up_known:
         notes.append(
-            "Neither the adapter nor --model says what the base model is (a local path does not tell); "
-            "gate and up rows are assumed to be concatenated (only gpt-oss interleaves them). Use "
-            "--model to make sure."
+            "Neither the adapter nor `model` says what the base model is (a local path does not tell); "
+            "gate and up rows are assumed to be concatenated (only gpt-oss interleaves them). "
+            "`model` makes sure."
         )
     if detected.facts is not None and request.expert_map is None:
         _, note = strategy_in_vllm(request.strategy, detected.facts)

@@ -162,7 +162,7 @@ def _to_url(
                 raise OutputExistsError(
                     place,
                     reason="exists",
-                    hint="--force replaces it. Or choose another place.",
+                    hint="`force=True` replaces it. Or choose another place.",
                 )
             fs.rm_file(f"{path}/{MANIFEST_NAME}")
         if not is_object_store(fs):  # it needs no folders, and s3fs would create a missing bucket

@@ -78,7 +78,7 @@ def verify_shards(
     if against is not None and ep_ranks is not None:
         raise ShardError(
             f"{located.place}: only the files of all ranks can be compared with the source.",
-            hint="Leave out the ranks, or --against.",
+            hint="Leave out `ep_ranks`, or `against`.",
         )
     manifest = located.manifest
     with local_shards(located, ep_ranks) as directory:

@@ -192,7 +192,7 @@ def _cast(data: memoryview, op: Rearrange, on_loss: Callable[[CastLoss], object]
         if len(too_large):
             raise LayoutError(
                 f"A value is too large for {op.dtype}: {float(too_large[0]):g}.",
-                hint="Use --dtype bfloat16 or float32, or leave --dtype out.",
+                hint="Use bfloat16 or float32 as `dtype`, or leave it out.",
             )
     num_kept = int(after.count_nonzero())
     if not num_kept:
@@ -200,7 +200,7 @@ def _cast(data: memoryview, op: Rearrange, on_loss: Callable[[CastLoss], object]
         if largest:
             raise LayoutError(
                 f"All values of a factor become 0 in {op.dtype}; the largest of them is {largest:g}.",
-                hint="Use --dtype bfloat16 or float32, or leave --dtype out.",
+                hint="Use bfloat16 or float32 as `dtype`, or leave it out.",
             )
     num_zeroed = 0
     if ELEMENT_SIZE[op.source_dtype] > 1:  # those of 8 bits fit into all others

@@ -360,7 +360,7 @@ def test_a_target_in_the_way_is_left_alone(shards: Path, tmp_path: Path) -> None
 
 def test_force_replaces_shards_by_what_is_made_of_them(shards: Path, tmp_path: Path) -> None:
     reshard_shards(shards, tmp_path / "wanted", 3)
-    with pytest.raises(ShardError, match="--force replaces it"):
+    with pytest.raises(ShardError, match="`force=True` replaces it"):
         reshard_shards(shards, shards, 3)
     reshard_shards(shards, shards, 3, force=True)
     assert contents(shards) == contents(tmp_path / "wanted")
