@@ -33,6 +33,7 @@ def push(
             "--force", help="Replace shards at a URL; on the Hub, a new commit always does."
         ),
     ] = False,
+    dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -55,12 +56,18 @@ def push(
     manifest = read_manifest(shards)
     total = sum(file.digest.size_bytes for file in manifest.files.values())
     with bars.progress_bar(f"check {shards.name}", total, quiet=quiet) as bar:
-        pushed = push_shards(shards, target, private=private, force=force, progress=bar.advance)
+        pushed = push_shards(
+            shards, target, private=private, force=force, dry_run=dry_run, progress=bar.advance
+        )
+    if pushed.removed:
+        gone = "would be removed" if dry_run else "removed"
+        render.say(f"note: {gone} there: {', '.join(pushed.removed)}", quiet=quiet)
     if pushed.kept_card:
         render.say(f"note: {CARD_NAME} there was edited; it is left as it is.", quiet=quiet)
     render.say(
         f"{shards}: {manifest.placement.ep_size} ranks, {render.size(total)} to {pushed.place}"
-        + (f" at {pushed.revision}" if pushed.revision else ""),
+        + (f" at {pushed.revision}" if pushed.revision else "")
+        + (" (dry run, nothing uploaded)" if dry_run else ""),
         quiet=quiet,
     )
     result = {
@@ -70,5 +77,6 @@ def push(
         "files": {name: (shards / name).stat().st_size for name in pushed.names},
         "removed": list(pushed.removed),
         "kept_card": pushed.kept_card,
+        "dry_run": dry_run,
     }
     render.print_result(result, pushed.place, as_json=as_json, quiet=quiet)

@@ -122,7 +122,7 @@ def _decide(
     placement = place_experts(old.layout, ep_size, strategy, explicit)
     plan = build_plan(old.layout, placement, old.manifest.dtype)
     size_bytes = sum(file.size_bytes for file in plan.files)
-    check_disk_space(out, size_bytes, hint="Free some space, or choose another place with `out`.")
+    check_disk_space(out, size_bytes)
     return old, placement, plan
 
 

@@ -19,6 +19,7 @@ from lorashard.split.pipeline import PreparedSplit, SplitRequest, prepared_split
 from lorashard.split.resume import find_finished_split
 from lorashard.storage.remote import locate
 from lorashard.storage.staging import check_target
+from lorashard.writing.disk_space import check_disk_space
 
 # "skipped": resume found the directory finished.
 SplitStatus = Literal["done", "skipped"]
@@ -107,6 +108,8 @@ def run_split(
             manifest = find_finished_split(out, prepared, request, progress)
         skipped = manifest is not None
         check_target(out, force=force or skipped, replaceable=holds_only_shards)
+        if manifest is None:
+            check_disk_space(out, sum(file.size_bytes for file in prepared.plan.files))
         if manifest is None and not dry_run:
             started(prepared.source.index.file_size)
             manifest = write_shards(
