@@ -15,6 +15,7 @@ and where; `hint` says what to do next.
       ShardError                   5  the shard directory cannot be written or trusted
         OutputExistsError             something is in the way of the target
         ManifestError                 lorashard.json is missing or damaged
+        PartialShardsError            it has the files of some ranks only
         VerificationError             the shards are not what the manifest or the source says
       ServerError                  1  servers do not answer, or did not take a version
       NotReadyError                5  doctor: something is broken, or would be refused
@@ -121,6 +122,10 @@ class ManifestError(ShardError):
             hint=hint or "Run `lorashard split` again, or copy the whole directory again.",
         )
         self.path = os.fspath(path)
+
+
+class PartialShardsError(ShardError):
+    """A directory has only some ranks' files, as `pull` leaves it, and all are needed."""
 
 
 class VerificationError(ShardError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,7 @@ def inspect(
     from lorashard.adapter.read import opened_adapter, read_layout  # noqa: PLC0415
     from lorashard.inspect.summary import summarize_adapter, summarize_shards  # noqa: PLC0415
     from lorashard.shards.directory import claims_to_be_shards, read_manifest  # noqa: PLC0415
+    from lorashard.shards.held import find_held_ranks  # noqa: PLC0415
     from lorashard.storage.remote import locate  # noqa: PLC0415
 
     options = opt.layout_options(
@@ -44,7 +46,10 @@ def inspect(
     def look(path: str) -> tuple[dict[str, Any], None]:
         place = locate(path)
         if claims_to_be_shards(place):
-            summary = summarize_shards(read_manifest(place))
+            manifest = read_manifest(place)
+            summary = summarize_shards(manifest)
+            held = find_held_ranks(manifest, place) if isinstance(place, Path) else None
+            summary["held_ranks"] = None if held is None else list(held)
         else:
             with opened_adapter(place, allow_pickle=allow_pickle) as source:
                 layout = read_layout(source, place, options, model).layout
@@ -95,10 +100,12 @@ def _show_shards(path: str, summary: Mapping[str, Any]) -> None:
     })  # fmt: skip
     files = iter(summary["files"].items())
     rows = [("replicated", "", "", *_file_row(next(files)))]
+    held = summary["held_ranks"]
     for ep_rank, experts in enumerate(placement["ranks"]):
-        rows.append(
-            (f"rank {ep_rank}", str(len(experts)), render.ids(experts), *_file_row(next(files)))
-        )
+        name, size = _file_row(next(files))
+        if held is not None and ep_rank not in held:
+            size += ", not here"
+        rows.append((f"rank {ep_rank}", str(len(experts)), render.ids(experts), name, size))
     render.print_line("")
     render.print_table("Files", ("", "experts", "ids", "file", "size"), rows)
     _show_modules(summary["modules"])

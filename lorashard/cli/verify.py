@@ -107,28 +107,24 @@ def _verify_one(
 def _failure(
     shards: str, located: LocatedShards, ep_ranks: Sequence[int] | None, findings: tuple[str, ...]
 ) -> ShardError:
-    from lorashard.verify.verify import find_held_ranks  # noqa: PLC0415
+    from lorashard.shards.held import find_held_ranks, find_partial  # noqa: PLC0415
 
     if ep_ranks is None and isinstance(located.place, Path):
         ep_size = located.manifest.placement.ep_size
         held = find_held_ranks(located.manifest, located.place)
-        if held and len(findings) == ep_size - len(held):  # one each, so nothing else is wrong
-            return _incomplete(shards, held, ep_size)
+        partial = find_partial(located.manifest, located.place)
+        # One finding for each absent file, so nothing else is wrong.
+        if partial is not None and len(findings) == ep_size - len(held):
+            partial.hint = (
+                f"After a `pull` of these ranks that is right, and {_options_for(held)} verifies it. "
+                "Otherwise copy the whole directory again."
+            )
+            return partial
     return VerificationError(shards, findings)
 
 
-def _incomplete(shards: str, held: tuple[int, ...], ep_size: int) -> ShardError:
-    """The error for a directory that has the files of some ranks, and those are right."""
+def _options_for(held: tuple[int, ...]) -> str:
     first, last = held[0], held[-1]
     if held == tuple(range(first, last + 1)) and len(held) > 1:
-        ranks = f"--node-ranks {first}-{last}"
-    else:
-        ranks = " ".join(f"--ep-rank {ep_rank}" for ep_rank in held)
-    num_absent = ep_size - len(held)
-    needing = f"ranks {render.ids(held)} need" if len(held) > 1 else f"rank {held[0]} needs"
-    noun = "file is" if num_absent == 1 else "files are"
-    return ShardError(
-        f"{shards}: {num_absent} of {ep_size} rank {noun} not here, only what {needing}.",
-        hint=f"After a `pull` of these ranks that is right, and {ranks} verifies it. Otherwise copy "
-        "the whole directory again.",
-    )
+        return f"--node-ranks {first}-{last}"
+    return " ".join(f"--ep-rank {ep_rank}" for ep_rank in held)

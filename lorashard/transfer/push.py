@@ -12,6 +12,7 @@ from pathlib import Path
 from lorashard.errors import VerificationError
 from lorashard.progress import Progress
 from lorashard.shards.directory import read_manifest
+from lorashard.shards.held import find_partial
 from lorashard.uploading.upload import Uploaded, upload_shards
 from lorashard.verify.verify import verify_shards
 
@@ -35,6 +36,8 @@ def push_shards(
     """
     shards = Path(shards)
     manifest = read_manifest(shards)
+    if (partial := find_partial(manifest, shards)) is not None:
+        raise partial
     if findings := verify_shards(shards, progress=progress):
         raise VerificationError(shards, findings)
     return upload_shards(shards, manifest, target, private=private, force=force, dry_run=dry_run)

@@ -266,7 +266,9 @@ def test_every_file_that_differs_is_a_finding(shards: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", [*FILES, "adapter_config.json", "lorashard.json"])
 def test_a_missing_file_is_named(shards: Path, name: str) -> None:
     (shards / name).unlink()
-    assert f"{shards / name}: " in refused(shards)
+    said = refused(shards)
+    assert str(shards) in said
+    assert name in said
 
 
 @pytest.mark.parametrize("name", FILES)
