@@ -21,14 +21,16 @@ from lorashard.parameters import with_flags
 
 if TYPE_CHECKING:
     from lorashard.adapter.base_model import ModelFacts
+    from lorashard.adapter.options import LayoutOptions
+    from lorashard.storage.remote import Location
     from lorashard.vllm_plugin.doctor.command import VllmCommand
     from lorashard.vllm_plugin.doctor.diagnosis import Report
-    from lorashard.vllm_plugin.doctor.findings import PatchState
+    from lorashard.vllm_plugin.doctor.findings import PatchState, SurveyedAdapter
     from lorashard.vllm_plugin.doctor.flags import EngineFlags
 
 
 def run_doctor(
-    path: Path | None,
+    path: str | None,
     flags: EngineFlags,
     model: str | None,
     command: VllmCommand | None,
@@ -39,15 +41,15 @@ def run_doctor(
     """Look, decide, print. Raises NotReadyError if anything is broken or would be refused."""
     from lorashard.adapter.base_model import merge_facts  # noqa: PLC0415
     from lorashard.adapter.options import LayoutOptions  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.adapter_survey import survey_adapter  # noqa: PLC0415
+    from lorashard.storage.remote import locate  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.diagnosis import diagnose  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.problems import lora_problems  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.survey import has_vllm, survey  # noqa: PLC0415
     from lorashard.vllm_plugin.doctor.verdict import reach_verdict  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.vllm_config import find_config_refusal  # noqa: PLC0415
 
     notes: list[str] = []
     facts = _read_model(model, command, notes)
+    is_chosen = path is None and command is not None
     if path is None and command is not None:
         path = _choose_adapter(command, notes)
     if has_vllm():
@@ -56,9 +58,12 @@ def run_doctor(
     adapter = None
     if path is not None:
         options = merge_facts(LayoutOptions(), facts)
-        adapter = survey_adapter(path, options, expert_parallel=flags.ep_size > 1)
-        refusal = find_config_refusal(path, is_shards=adapter.is_shard_directory)
-        adapter = replace(adapter, vllm_refusal=refusal)
+        try:
+            adapter = _survey(locate(path), options, expert_parallel=flags.ep_size > 1)
+        except LorashardError as err:
+            if not is_chosen:
+                raise
+            notes.append(f"{path} of --lora-modules was not looked at: {err.message}")
     report = diagnose(installation, patches, flags, facts, adapter)
     if command is not None:
         problems = (*report.problems, *lora_problems(enable_lora=command.enable_lora))
@@ -73,6 +78,23 @@ def run_doctor(
     if not report.ok:
         count = len(report.problems)
         raise NotReadyError("1 problem found." if count == 1 else f"{count} problems found.")
+
+
+def _survey(place: Location, options: LayoutOptions, *, expert_parallel: bool) -> SurveyedAdapter:
+    """What a place holds. Of a remote one, its headers are fetched."""
+    from lorashard.vllm_plugin.doctor.adapter_survey import survey_adapter  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.outline import local_outline  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.vllm_config import find_config_refusal  # noqa: PLC0415
+
+    with local_outline(place) as path:
+        adapter = survey_adapter(path, options, expert_parallel=expert_parallel)
+        refusal = find_config_refusal(path, is_shards=adapter.is_shard_directory)
+
+    def named(text: str | None) -> str | None:
+        return None if text is None else text.replace(str(path), str(place))
+
+    summary = replace(adapter.summary, path=str(place), error=named(adapter.summary.error))
+    return replace(adapter, summary=summary, vllm_refusal=named(refusal))
 
 
 def _read_model(
@@ -93,15 +115,18 @@ def _read_model(
         return None
 
 
-def _choose_adapter(command: VllmCommand, notes: list[str]) -> Path | None:
-    """The first local adapter of --lora-modules."""
-    local = [Path(name) for name in command.adapters if Path(name).exists()]
+def _choose_adapter(command: VllmCommand, notes: list[str]) -> str | None:
+    """The first local adapter of --lora-modules, or the first one on the Hub."""
+    from lorashard.storage.remote import is_remote  # noqa: PLC0415
+
+    local = [name for name in command.adapters if Path(name).exists()]
+    chosen = next(iter([*local, *filter(is_remote, command.adapters)]), None)
     notes += [
         f"{name} of --lora-modules was not looked at."
         for name in command.adapters
-        if local[:1] != [Path(name)]
+        if name != chosen
     ]
-    return local[0] if local else None
+    return chosen
 
 
 def _with_flags(document: Any) -> Any:
@@ -215,7 +240,7 @@ def doctor(
         Optional[list[str]],
         typer.Argument(
             metavar="ADAPTER_OR_SHARDS",
-            help="An adapter or a shard directory that is to be served; and, after --, the command "
+            help="An adapter or a shard directory, local or remote, that is to be served; and, after --, the command "
             "that starts vLLM, as it is. Both are optional.",
             show_default=False,
         ),
@@ -260,10 +285,10 @@ def doctor(
     run_doctor(path, flags, model, command, as_json=as_json, verbose=verbose)
 
 
-def _take_apart(words: list[str]) -> tuple[Path | None, list[str]]:
+def _take_apart(words: list[str]) -> tuple[str | None, list[str]]:
     """The adapter, if there is one, and the command. Click has dropped the `--` between them."""
     from lorashard.vllm_plugin.doctor.command import starts_command  # noqa: PLC0415
 
     if not words or starts_command(words):
         return None, words
-    return Path(words[0]), words[1:]
+    return words[0], words[1:]

@@ -37,6 +37,7 @@ EXAMPLES = {
     "doctor": (
         "lorashard doctor",
         "lorashard doctor my-adapter-ep8 -tp 8 --enable-expert-parallel",
+        "lorashard doctor s3://bucket/shards -tp 8 -ep",
         "lorashard doctor my-adapter-ep8 -- vllm serve MODEL --enable-lora -tp 8 -ep",
     ),
     "merge": ("lorashard merge my-adapter-ep8 -o my-adapter",),
