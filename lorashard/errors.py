@@ -15,6 +15,7 @@ and where; `hint` says what to do next.
       ShardError                   5  the shard directory cannot be written or trusted
         OutputExistsError             something is in the way of the target
         ManifestError                 lorashard.json is missing or damaged
+        UnknownTensorError            a shard file has no tensor of this name; also a KeyError
         PartialShardsError            it has the files of some ranks only
         VerificationError             the shards are not what the manifest or the source says
       ServerError                  1  servers do not answer, or did not take a version
@@ -122,6 +123,10 @@ class ManifestError(ShardError):
             hint=hint or "Run `lorashard split` again, or copy the whole directory again.",
         )
         self.path = os.fspath(path)
+
+
+class UnknownTensorError(ShardError, KeyError):
+    """A shard file has no tensor of this name."""
 
 
 class PartialShardsError(ShardError):

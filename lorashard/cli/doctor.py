@@ -5,128 +5,21 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.errors import LorashardError, NotReadyError
+from lorashard.errors import NotReadyError
 from lorashard.parameters import with_flags
 
 if TYPE_CHECKING:
-    from lorashard.adapter.base_model import ModelFacts
-    from lorashard.adapter.options import LayoutOptions
-    from lorashard.storage.remote import Location
-    from lorashard.vllm_plugin.doctor.command import VllmCommand
     from lorashard.vllm_plugin.doctor.diagnosis import Report
-    from lorashard.vllm_plugin.doctor.findings import PatchState, SurveyedAdapter
-    from lorashard.vllm_plugin.doctor.flags import EngineFlags
-
-
-def run_doctor(
-    path: str | None,
-    flags: EngineFlags,
-    model: str | None,
-    command: VllmCommand | None,
-    *,
-    as_json: bool,
-    verbose: bool,
-) -> None:
-    """Look, decide, print. Raises NotReadyError if anything is broken or would be refused."""
-    from lorashard.adapter.base_model import merge_facts  # noqa: PLC0415
-    from lorashard.adapter.options import LayoutOptions  # noqa: PLC0415
-    from lorashard.storage.remote import locate  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.diagnosis import diagnose  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.problems import lora_problems  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.survey import has_vllm, survey  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.verdict import reach_verdict  # noqa: PLC0415
-
-    notes: list[str] = []
-    facts = _read_model(model, command, notes)
-    is_chosen = path is None and command is not None
-    if path is None and command is not None:
-        path = _choose_adapter(command, notes)
-    if has_vllm():
-        render.say("importing vLLM ...")
-    installation, patches = survey()
-    adapter = None
-    if path is not None:
-        options = merge_facts(LayoutOptions(), facts)
-        try:
-            adapter = _survey(locate(path), options, expert_parallel=flags.ep_size > 1)
-        except LorashardError as err:
-            if not is_chosen:
-                raise
-            notes.append(f"{path} of --lora-modules was not looked at: {err.message}")
-    report = diagnose(installation, patches, flags, facts, adapter)
-    if command is not None:
-        problems = (*report.problems, *lora_problems(enable_lora=command.enable_lora))
-        found = (*report.notes, *command.notes, *notes)
-        report = replace(report, ok=not problems, problems=problems, notes=found)
-    ignored = () if command is None else command.ignored
-    if as_json:
-        verdict = {"verdict": reach_verdict(report)}
-        render.print_json(_with_flags(verdict | asdict(report)) | {"ignored": list(ignored)})
-    else:
-        _show(report, ignored, verbose=verbose)
-    if not report.ok:
-        count = len(report.problems)
-        raise NotReadyError("1 problem found." if count == 1 else f"{count} problems found.")
-
-
-def _survey(place: Location, options: LayoutOptions, *, expert_parallel: bool) -> SurveyedAdapter:
-    """What a place holds. Of a remote one, its headers are fetched."""
-    from lorashard.vllm_plugin.doctor.adapter_survey import survey_adapter  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.outline import local_outline  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.vllm_config import find_config_refusal  # noqa: PLC0415
-
-    with local_outline(place) as path:
-        adapter = survey_adapter(path, options, expert_parallel=expert_parallel)
-        refusal = find_config_refusal(path, is_shards=adapter.is_shard_directory)
-
-    def named(text: str | None) -> str | None:
-        return None if text is None else text.replace(str(path), str(place))
-
-    summary = replace(adapter.summary, path=str(place), error=named(adapter.summary.error))
-    return replace(adapter, summary=summary, vllm_refusal=named(refusal))
-
-
-def _read_model(
-    model: str | None, command: VllmCommand | None, notes: list[str]
-) -> ModelFacts | None:
-    """The facts of --model, or of the model that the command serves, where that can be read."""
-    from lorashard.adapter.read import read_model_facts  # noqa: PLC0415
-    from lorashard.storage.remote import locate  # noqa: PLC0415
-
-    if model is not None:
-        return read_model_facts(locate(model))
-    if command is None or command.model is None:
-        return None
-    try:
-        return read_model_facts(locate(command.model))
-    except LorashardError as err:
-        notes.append(f"The model was not looked at: {err.message}")
-        return None
-
-
-def _choose_adapter(command: VllmCommand, notes: list[str]) -> str | None:
-    """The first local adapter of --lora-modules, or the first one on the Hub."""
-    from lorashard.storage.remote import is_remote  # noqa: PLC0415
-
-    local = [name for name in command.adapters if Path(name).exists()]
-    chosen = next(iter([*local, *filter(is_remote, command.adapters)]), None)
-    notes += [
-        f"{name} of --lora-modules was not looked at."
-        for name in command.adapters
-        if name != chosen
-    ]
-    return chosen
+    from lorashard.vllm_plugin.doctor.findings import PatchState
 
 
 def _with_flags(document: Any) -> Any:
@@ -144,7 +37,7 @@ def _lines(problem: str) -> list[str]:
     return [text, f"  {hint}"] if newline else [hint]
 
 
-def _show(report: Report, ignored: Sequence[str], *, verbose: bool) -> None:
+def _show(report: Report, *, verbose: bool) -> None:
     """The verdict, what leads to it, and with -v all the rest."""
     from lorashard.vllm_plugin.doctor.verdict import describe_verdict  # noqa: PLC0415
 
@@ -162,10 +55,10 @@ def _show(report: Report, ignored: Sequence[str], *, verbose: bool) -> None:
         _show_summary(report)
     _show_engine(report, verbose=verbose)
     _show_adapter(report)
-    if verbose and ignored:
+    if verbose and report.ignored:
         render.print_line("")
         render.print_line("Ignored, since expert LoRA does not depend on it")
-        for words in ignored:
+        for words in report.ignored:
             render.print_line(f"  {words}")
 
 
@@ -264,10 +157,17 @@ def doctor(
     Run it in vLLM's own environment. The first line is the verdict: right; refused, if vLLM or the
     plugin would refuse it; or wrong, if the plugin would not work here. Exit code 5 unless it is right.
     """
-    from lorashard.vllm_plugin.doctor.command import parse_command  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.flags import EngineFlags  # noqa: PLC0415
+    from lorashard.reports.doctor import run_doctor  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.survey import has_vllm  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.verdict import reach_verdict  # noqa: PLC0415
 
-    flags = EngineFlags(
+    path, command = _take_apart(words or [])
+    if has_vllm():
+        render.say("importing vLLM ...")
+    report = run_doctor(
+        path,
+        command,
+        model=model,
         tensor_parallel_size=tensor_parallel_size,
         data_parallel_size=data_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
@@ -276,13 +176,13 @@ def doctor(
         expert_placement_strategy=expert_placement_strategy,
         max_lora_rank=max_lora_rank,
     )
-    path, command_words = _take_apart(words or [])
-    command = None
-    if command_words:
-        command = parse_command(command_words, flags)
-        flags = command.flags
-        os.environ.update(command.environment)
-    run_doctor(path, flags, model, command, as_json=as_json, verbose=verbose)
+    if as_json:
+        render.print_json(_with_flags({"verdict": reach_verdict(report)} | asdict(report)))
+    else:
+        _show(report, verbose=verbose)
+    if not report.ok:
+        count = len(report.problems)
+        raise NotReadyError("1 problem found." if count == 1 else f"{count} problems found.")
 
 
 def _take_apart(words: list[str]) -> tuple[str | None, list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,36 +29,25 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Show what adapters or shard directories hold; reads headers only."""
-    from lorashard.adapter.read import opened_adapter, read_layout  # noqa: PLC0415
-    from lorashard.inspect.summary import summarize_adapter, summarize_shards  # noqa: PLC0415
-    from lorashard.shards.directory import claims_to_be_shards, read_manifest  # noqa: PLC0415
-    from lorashard.shards.held import find_held_ranks  # noqa: PLC0415
-    from lorashard.storage.remote import locate  # noqa: PLC0415
+    from lorashard.reports.inspect import inspect_path  # noqa: PLC0415
 
-    options = opt.layout_options(
-        model=model,
-        num_experts=num_experts,
-        lora_b_layout=lora_b_layout,
-        orientation=orientation,
-    )
+    opt.refuse_two_counts(model, num_experts)
 
     def look(path: str) -> tuple[dict[str, Any], None]:
-        place = locate(path)
-        if claims_to_be_shards(place):
-            manifest = read_manifest(place)
-            summary = summarize_shards(manifest)
-            held = find_held_ranks(manifest, place) if isinstance(place, Path) else None
-            summary["held_ranks"] = None if held is None else list(held)
-        else:
-            with opened_adapter(place, allow_pickle=allow_pickle) as source:
-                layout = read_layout(source, place, options, model).layout
-                summary = summarize_adapter(source.index.config, source.index.tensors, layout)
+        summary = inspect_path(
+            path,
+            model=model,
+            num_experts=num_experts,
+            lora_b_layout=lora_b_layout,
+            orientation=orientation,
+            allow_pickle=allow_pickle,
+        )
         if not as_json:
             if path is not paths[0]:
                 render.print_line("")
             show = _show_shards if summary["kind"] == "shards" else _show_adapter
             show(path, summary)
-        return {"path": path, **summary}, None
+        return summary, None
 
     look_at_each(paths, look, key="path", as_json=as_json)
 

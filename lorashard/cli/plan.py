@@ -8,6 +8,7 @@ import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
+from lorashard.parameters import with_flags
 
 
 def plan(
@@ -31,9 +32,7 @@ def plan(
     as_json: opt.Json = False,
 ) -> None:
     """Show what a split would give each rank: experts, bytes, GPU buffers, host memory."""
-    from lorashard.inspect.summary import summarize_plan  # noqa: PLC0415
-    from lorashard.split.pipeline import prepared_split  # noqa: PLC0415
-    from lorashard.storage.remote import locate  # noqa: PLC0415
+    from lorashard.reports.plan import plan_split  # noqa: PLC0415
 
     request = opt.split_request(
         ep_size=ep_size,
@@ -46,19 +45,12 @@ def plan(
         dtype=dtype,
         allow_pickle=allow_pickle,
     )
-    with prepared_split(locate(adapter), request) as prepared:
-        lora_rank = max(module.lora_rank for module in prepared.layout.modules)
-        summary = summarize_plan(
-            prepared.layout,
-            prepared.placement,
-            prepared.plan,
-            max_loras,
-            max_lora_rank or lora_rank,
-        )
+    summary = plan_split(adapter, request, max_loras=max_loras, max_lora_rank=max_lora_rank)
     if as_json:
-        render.print_json({"adapter": adapter, **summary})
+        notes = [with_flags(note) for note in summary["notes"]]
+        render.print_json(summary | {"notes": notes})
         return
-    for note in prepared.notes:
+    for note in summary["notes"]:
         render.say_note(note)
     counted = render.COUNTED_FROM_R if summary["counted_from_r"] else ""
     render.print_table(

@@ -16,6 +16,7 @@ from lorashard.errors import ShardError
 from lorashard.publish.peft_models import process_group, save_sharded
 from lorashard.publish.versions import version_name
 from lorashard.publish.wrapped import unwrap_peft_model
+from lorashard.shards.expert_map import ExpertMap
 from lorashard.storage.packages import import_package
 from lorashard.vllm_options import Strategy
 
@@ -65,7 +66,7 @@ class PublishCallback(TrainerCallback):
         name: str | None = None,
         publish: Callable[[int], object] | None = None,
         strategy: Strategy = "linear",
-        expert_map: Path | None = None,
+        expert_map: ExpertMap | None = None,
         options: LayoutOptions = _DEFAULT_OPTIONS,
         adapter_name: str = "default",
         force: bool = False,

@@ -180,6 +180,8 @@ _FORMS = (
 
 
 def _check_counts(num_experts: int, ep_size: int) -> None:
+    if not isinstance(ep_size, int):
+        raise PlacementError(f"ep_size is {ep_size!r}; it must be a whole number.")
     if ep_size < 1:
         raise PlacementError(f"ep_size is {ep_size}; it must be at least 1.")
     if ep_size > MAX_EP_SIZE:
