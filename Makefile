@@ -1,5 +1,6 @@
 # `make demo` and `make test` set up everything they need in .venv, a virtual environment of this
-# checkout. The other targets are for development: `make help`.
+# checkout: for the demo lorashard alone, for the tests 3 GB. The other targets are for development:
+# `make help`.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
@@ -19,10 +20,10 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.test ## make a small real MoE adapter, split it for EP 2, verify it, and show what is where
+demo: $(VENV)/.core ## split a small real MoE adapter for EP 2, verify it, merge it back, and show what is where
 	$(BIN)/python -m tests.demo
 
-test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron $(VENV)/.ray $(VENV)/.browser $(VENV)/.site ## set up everything and run the tests (what CI runs)
+test: $(VENV)/.test $(VENV)/.bare $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron $(VENV)/.ray $(VENV)/.browser $(VENV)/.site ## set up everything and run the tests (what CI runs)
 	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 check: lint type test ## the tests, lint and types: run this before a review
@@ -64,12 +65,22 @@ site: $(VENV)/.site ## build the documentation as a site, strictly, into .site
 clean: ## remove the virtual environment and everything else that was made
 	rm -rf $(VENV) .demo .site .pytest_cache .mypy_cache .ruff_cache
 
-# torch goes first: once it is there, nothing pulls in another build of it.
-$(VENV)/.base: pyproject.toml
+# lorashard and what it cannot do without.
+$(VENV)/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+# torch goes before what needs it: once it is there, nothing pulls in another build of it.
+$(VENV)/.base: $(VENV)/.core
 	$(PIP) --upgrade "pip>=25.1"
 	$(PIP) "$(TORCH)"
-	$(PIP) --editable .
+	touch $@
+
+# What `pip install .` installs, in an environment of its own: the tests run it without torch.
+$(VENV)/.bare: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)/bare
+	$(VENV)/bare/bin/python -m pip install --quiet --disable-pip-version-check .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base

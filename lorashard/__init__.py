@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from lorashard.publish.publisher import Publisher
     from lorashard.publish.trainer import PublishCallback
     from lorashard.publish.writer import AdapterWriter
+    from lorashard.reports.doctor import run_doctor
+    from lorashard.reports.inspect import inspect_path
+    from lorashard.reports.plan import plan_split
     from lorashard.reshard.reshard import reshard_shards
     from lorashard.shards.placement import Placement
     from lorashard.shards.tensors import ShardDirectory, TensorFile, open_shards
@@ -47,11 +50,14 @@ _HOMES = {
     "SplitRequest": "split.pipeline",
     "TensorFile": "shards.tensors",
     "convert_shards": "convert.convert",
+    "inspect_path": "reports.inspect",
     "merge_shards": "merge",
     "open_shards": "shards.tensors",
+    "plan_split": "reports.plan",
     "pull_shards": "transfer.pull",
     "push_shards": "transfer.push",
     "reshard_shards": "reshard.reshard",
+    "run_doctor": "reports.doctor",
     "save_megatron": "publish.megatron",
     "save_sharded": "publish.peft_models",
     "split_adapter": "split.run",
@@ -72,11 +78,14 @@ __all__ = [
     "TensorFile",
     "__version__",
     "convert_shards",
+    "inspect_path",
     "merge_shards",
     "open_shards",
+    "plan_split",
     "pull_shards",
     "push_shards",
     "reshard_shards",
+    "run_doctor",
     "save_megatron",
     "save_sharded",
     "split_adapter",

@@ -1,6 +1,7 @@
 """docs/messages.md: every message that lorashard's code can raise, with what to do, read from the code itself.
 
-A message is the first argument of an error class; what is filled in is shown as `…`. Where the text is put together
+A message is the first argument of an error class; what is filled in is shown as `…`, and a parameter as
+the option that the command line makes of it. Where the text is put together
 elsewhere, the message is not listed.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorashard import errors
+from lorashard.parameters import with_flags
 
 _CLASSES = {
     name: kind
@@ -76,7 +78,8 @@ def messages(package: Path) -> Iterator[Message]:
             if isinstance(node, ast.Call) and (name := _class_name(node.func)):
                 text = reader.text_of(node, name)
                 if text and len(text.replace("…", "")) >= _SHORTEST:
-                    yield Message(parts[0], text, reader.hint_of(node, name))
+                    hint = with_flags(reader.hint_of(node, name))
+                    yield Message(parts[0], with_flags(text), hint)
 
 
 def _class_name(function: ast.expr) -> str | None:

@@ -16,16 +16,19 @@ IMPORTS = own_imports(PACKAGE, MODULES)
 
 # A package imports only what stands above its own line. Verbs do not import each other, but that
 # `push` proves what it uploads.
-GROUND = ({"version", "errors", "progress", "dtypes", "vllm_options"}, {"header"})
+GROUND = (
+    {"version", "installing", "parameters", "errors", "progress", "dtypes", "vllm_options"},
+    {"header"},
+)
 CORE = ({"storage"}, {"adapter"}, {"shards"}, {"writing", "uploading"})
 VERBS = {"split", "merge", "reshard", "convert", "verify", "transfer", "inspect", "publish"}
-ORDER = (*GROUND, *CORE, {*VERBS, "vllm_plugin"}, {"cli"}, {"", "__main__"})
+ORDER = (*GROUND, *CORE, {*VERBS, "vllm_plugin"}, {"reports"}, {"cli"}, {"", "__main__"})
 EXCEPTIONS = {("transfer.push", "verify.verify")}
 PLUGIN_ORDER = ({"settings", "metrics"}, {"engine"}, {"load"}, {"patches"}, {"doctor"})
 
 # What turns values into values, and never opens a file.
 PURE = (
-    "header", "dtypes", "vllm_options",
+    "header", "dtypes", "vllm_options", "parameters",
     "adapter.config", "adapter.keys", "adapter.options", "adapter.base_model", "adapter.fused_pairs",
     "adapter.name_patterns", "adapter.source_layout", "adapter.containers", "adapter.modules",
     "adapter.rank_evidence", "adapter.layout",
@@ -89,7 +92,7 @@ def test_no_folder_has_a_circle(within: str) -> None:
 
 def test_the_core_imports_neither_vllm_nor_the_plugin() -> None:
     for module, path in MODULES.items():
-        if not module.startswith(("vllm_plugin", "cli")):
+        if not module.startswith(("vllm_plugin", "cli", "reports.doctor")):
             assert not {n for n in imports(path) if n.partition(".")[0] == "vllm"}, module
             assert not {n for n in IMPORTS[module] if n.startswith("vllm_plugin")}, module
 

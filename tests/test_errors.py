@@ -22,14 +22,17 @@ EXAMPLES = (
     errors.LayoutError("what", hint="do"),
     errors.UnclearLayoutError("what", hint="do"),
     errors.NoExpertsError("adapter"),
+    errors.MissingPackageError("what", hint="do"),
     errors.PlacementError("what"),
     errors.ShardError("what"),
     errors.OutputExistsError("out", reason="exists", hint="do"),
     errors.ManifestError("shards", "reason"),
+    errors.UnknownTensorError("what", hint="do"),
+    errors.PartialShardsError("what", hint="do"),
     errors.VerificationError("shards", ("one", "two")),
     errors.ServerError("what", errors=[errors.ShardError("inner", hint="do")]),
     errors.NotReadyError("what"),
-    errors.BatchError([errors.PlacementError("inner")], 3),
+    errors.BatchError([errors.PlacementError("inner")], 3, noun="adapters", hint="do"),
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from lorashard import SplitRequest, split_adapter
 from lorashard.errors import LorashardError
+from lorashard.parameters import with_flags
 from tests.messages_page import Message, make_page, messages
 from tests.tiny import REPO, per_expert_tensors, save_adapter, save_config, save_header
 
@@ -39,8 +40,8 @@ def test_a_message_of_real_input_is_listed_with_its_hint(tmp_path: Path, write) 
     write(tmp_path / "adapter")
     with pytest.raises(LorashardError) as caught:
         split_adapter(tmp_path / "adapter", tmp_path / "out", SplitRequest(2))
-    fitting = [m for m in FOUND if fits(m.text, caught.value.message)]
-    assert [m for m in fitting if fits(m.hint, caught.value.hint or "")], caught.value
+    message, hint = with_flags(caught.value.message), with_flags(caught.value.hint or "")
+    assert [m for m in FOUND if fits(m.text, message) and fits(m.hint, hint)], caught.value
 
 
 def fits(listed: str, text: str) -> bool:

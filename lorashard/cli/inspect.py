@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorashard.adapter.options import LayoutOptions
 from lorashard.cli import options as opt
 from lorashard.cli import render
 from lorashard.cli.several import look_at_each
@@ -37,47 +38,30 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Show what adapters or shard directories hold; reads headers only."""
-    from lorashard.adapter.read import opened_adapter, read_layout  # noqa: PLC0415
-    from lorashard.inspect.picture import experts_of_layout, experts_of_shards  # noqa: PLC0415
-    from lorashard.inspect.summary import summarize_adapter, summarize_shards  # noqa: PLC0415
-    from lorashard.shards.directory import claims_to_be_shards, read_manifest  # noqa: PLC0415
-    from lorashard.storage.remote import locate  # noqa: PLC0415
+    from lorashard.reports.inspect import examine_path  # noqa: PLC0415
 
-    options = opt.layout_options(
-        model=model,
-        num_experts=num_experts,
-        lora_b_layout=lora_b_layout,
-        orientation=orientation,
+    opt.refuse_two_counts(model, num_experts)
+    options = LayoutOptions(
+        num_experts=num_experts, lora_b_layout=lora_b_layout, orientation=orientation
     )
 
     parts: list[PagePart | LorashardError] = []
 
     def look(path: str) -> tuple[dict[str, Any], None]:
         try:
-            return look_at(path), None
+            found = examine_path(path, options, model=model, allow_pickle=allow_pickle)
         except LorashardError as err:
             parts.append(err)
             raise
-
-    def look_at(path: str) -> dict[str, Any]:
-        place = locate(path)
-        if claims_to_be_shards(place):
-            manifest = read_manifest(place)
-            summary = summarize_shards(manifest)
-            if html is not None:
-                parts.append(_page_part(path, summary, experts_of_shards(manifest)))
-        else:
-            with opened_adapter(place, allow_pickle=allow_pickle) as source:
-                layout = read_layout(source, place, options, model).layout
-                summary = summarize_adapter(source.index.config, source.index.tensors, layout)
-                if html is not None:
-                    parts.append(_page_part(path, summary, experts_of_layout(layout)))
+        summary = found.document
+        if html is not None:
+            parts.append(_page_part(path, summary, found.experts()))
         if not as_json:
             if path is not paths[0]:
                 render.print_line("")
             show = _show_shards if summary["kind"] == "shards" else _show_adapter
             show(path, summary)
-        return {"path": path, **summary}
+        return summary, None
 
     with _page_at_the_end(html, parts):
         look_at_each(paths, look, key="path", as_json=as_json)
@@ -148,10 +132,12 @@ def _show_shards(path: str, summary: Mapping[str, Any]) -> None:
     })  # fmt: skip
     files = iter(summary["files"].items())
     rows = [("replicated", "", "", *_file_row(next(files)))]
+    held = summary["held_ranks"]
     for ep_rank, experts in enumerate(placement["ranks"]):
-        rows.append(
-            (f"rank {ep_rank}", str(len(experts)), render.ids(experts), *_file_row(next(files)))
-        )
+        name, size = _file_row(next(files))
+        if held is not None and ep_rank not in held:
+            size += ", not here"
+        rows.append((f"rank {ep_rank}", str(len(experts)), render.ids(experts), name, size))
     render.print_line("")
     render.print_table("Files", ("", "experts", "ids", "file", "size"), rows)
     _show_modules(summary["modules"])

@@ -60,8 +60,8 @@ ExpertMap = Annotated[
     typer.Option(
         "--expert-map",
         metavar="FILE",
-        help="JSON: for each rank its global expert ids in slot order, or vLLM's expert_map. "
-        "See docs/format.md.",
+        help="JSON: the global expert ids of each rank in slot order, as in [[0, 2], [1, 3]], or "
+        "vLLM's expert_map. docs/format.md has all forms.",
         show_default=False,
     ),
 ]
@@ -161,6 +161,14 @@ def refuse_two_placements(placement: Strategy, expert_map: Path | None) -> None:
         )
 
 
+def refuse_two_counts(model: str | None, num_experts: int | None) -> None:
+    """Raise AdapterError if both options give the number of experts."""
+    if num_experts is not None and model is not None:
+        raise AdapterError(
+            "--model and --num-experts both give the number of experts.", hint="Use one of them."
+        )
+
+
 def layout_options(
     *,
     model: str | None,
@@ -169,10 +177,7 @@ def layout_options(
     orientation: layout_facts.Orientation | None,
 ) -> layout_facts.LayoutOptions:
     """What the options say about an adapter's layout. Raises AdapterError if they clash."""
-    if num_experts is not None and model is not None:
-        raise AdapterError(
-            "--model and --num-experts both give the number of experts.", hint="Use one of them."
-        )
+    refuse_two_counts(model, num_experts)
     return layout_facts.LayoutOptions(
         num_experts=num_experts, lora_b_layout=lora_b_layout, orientation=orientation
     )

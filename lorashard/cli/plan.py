@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
+from lorashard.parameters import with_flags
 
 if TYPE_CHECKING:
-    from lorashard.split.pipeline import PreparedSplit, SplitRequest
+    from lorashard.reports.plan import PlannedSplit
 
 
 def plan(
@@ -37,9 +37,7 @@ def plan(
     as_json: opt.Json = False,
 ) -> None:
     """Show what a split would give each rank: experts, bytes, GPU buffers, host memory."""
-    from lorashard.inspect.summary import summarize_plan  # noqa: PLC0415
-    from lorashard.split.pipeline import prepared_split  # noqa: PLC0415
-    from lorashard.storage.remote import locate  # noqa: PLC0415
+    from lorashard.reports.plan import examine_split  # noqa: PLC0415
 
     request = opt.split_request(
         ep_size=ep_size,
@@ -56,22 +54,16 @@ def plan(
         from lorashard.cli.page.files import check_page_target  # noqa: PLC0415
 
         check_page_target(html)
-    with prepared_split(locate(adapter), request) as prepared:
-        lora_rank = max(module.lora_rank for module in prepared.layout.modules)
-        summary = summarize_plan(
-            prepared.layout,
-            prepared.placement,
-            prepared.plan,
-            max_loras,
-            max_lora_rank or lora_rank,
-        )
-        if html is not None:
-            _write_page(html, adapter, summary, prepared, request)
+    planned = examine_split(adapter, request, max_loras, max_lora_rank)
+    summary = planned.document
+    if html is not None:
+        _write_page(html, adapter, planned)
     if as_json:
-        render.print_json({"adapter": adapter, **summary})
+        notes = [with_flags(note) for note in summary["notes"]]
+        render.print_json(summary | {"notes": notes})
         return
-    for note in prepared.notes:
-        render.say(f"note: {note}")
+    for note in summary["notes"]:
+        render.say_note(note)
     counted = render.COUNTED_FROM_R if summary["counted_from_r"] else ""
     render.print_table(
         f"{adapter}: {summary['num_experts']} experts{counted}, {summary['placement']} on "
@@ -98,23 +90,13 @@ def plan(
     )
 
 
-def _write_page(
-    html: Path,
-    adapter: str,
-    summary: Mapping[str, Any],
-    prepared: PreparedSplit,
-    request: SplitRequest,
-) -> None:
+def _write_page(html: Path, adapter: str, planned: PlannedSplit) -> None:
     from lorashard.cli.page.document import PagePart, make_page  # noqa: PLC0415
     from lorashard.cli.page.files import write_page  # noqa: PLC0415
-    from lorashard.inspect.picture import experts_of_layout  # noqa: PLC0415
 
+    notes = tuple(with_flags(note) for note in planned.document["notes"])
     part = PagePart(
-        adapter,
-        summary,
-        experts_of_layout(prepared.layout, prepared.placement, request.stored_dtype),
-        prepared.notes,
-        source_bytes=prepared.source.index.file_size,
+        adapter, planned.document, planned.experts(), notes, source_bytes=planned.source_bytes
     )
     write_page(html, make_page("plan", [part]))
     render.say(f"page written: {html}")

@@ -86,7 +86,7 @@ def read_list(file: TextIO) -> tuple[str, ...]:
     if len(text) > _MAX_LIST_CHARACTERS:
         raise AdapterError(
             f"{file.name}: more than {_MAX_LIST_CHARACTERS} characters are no list of adapters.",
-            hint="--from reads a text file with one adapter per line.",
+            hint="A list is a text file with one adapter per line.",
         )
     # A NUL is in no name, and no pattern can have one.
     names = (line.strip().replace("\0", "\\0") for line in text.split("\n"))
@@ -112,7 +112,7 @@ def plan_jobs(
         if target in jobs:
             raise ShardError(
                 f"{jobs[target].adapter} and {adapter} would both be written to {target}.",
-                hint="Run them one by one, each with its own -o.",
+                hint="Run them one by one, each with its own `out`.",
             )
         jobs[target] = SplitJob(adapter, target)
     return tuple(jobs.values())

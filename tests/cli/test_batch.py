@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tests.tiny import (
     run_cli,
     save_adapter,
     save_config,
+    save_fused,
     save_pickled,
 )
 
@@ -49,9 +51,34 @@ def test_a_failure_is_told_and_the_rest_is_done(runs: Path, tmp_path: Path) -> N
     assert done.returncode == 3
     assert sorted(os.listdir(tmp_path / "out")) == [f"step-{n}-ep2" for n in range(3)]
     assert "3 split, 0 already there, 1 failed\n" in done.stderr
-    assert f"failed: {runs}/step-broken" in done.stderr
-    assert "no adapter_model.safetensors" in done.stderr
+    (error,) = re.findall("^error: (.*adapter_model.*)$", done.stderr, re.MULTILINE)
+    assert error.startswith(f"{runs}/step-broken: no adapter_model.safetensors")
+    assert f"  failed: {error}\n" in done.stderr
+    hint = "Run it again with --resume to retry only those that failed."
+    assert done.stderr.endswith(f"error: 1 of 4 adapters failed.\n  {hint}\n")
     assert sorted(done.stdout.split()) == [f"{tmp_path}/out/step-{n}-ep2" for n in range(3)]
+
+
+def test_an_error_without_a_name_gets_that_of_its_adapter(runs: Path, tmp_path: Path) -> None:
+    tensors = {n: t for n, t in per_expert_tensors().items() if ".experts.0." not in n}
+    save_adapter(runs / "step-partial", tensors)
+    named = (runs / "step-partial", runs / "step-broken")
+    done = run_cli("split", *named, "--ep-size", 2, "-o", tmp_path / "out")
+    assert f"error: {named[0]}: The adapter trains experts 1, 2, 3 and does not say" in done.stderr
+    assert f"  failed: {named[0]}: The adapter trains experts" in done.stderr
+    assert done.stderr.endswith(
+        "error: 2 of 2 adapters failed.\n  None was split; the messages above say why.\n"
+    )
+
+
+def test_a_note_about_many_is_said_once(runs: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        save_fused(runs / f"step-{number}", base_model_name_or_path="/local/model")
+    names = [runs / f"step-{number}" for number in range(3)]
+    done = run_cli("split", *names, "--ep-size", 2, "-o", tmp_path / "out")
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"note: {names[0]} and 2 more: Neither the adapter nor --model says")
 
 
 def test_json_has_them_all_in_the_order_named(runs: Path, tmp_path: Path) -> None:
