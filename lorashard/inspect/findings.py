@@ -10,10 +10,6 @@ from typing import Literal
 from lorashard.inspect.picture import ModuleExperts
 from lorashard.shards.placement import Ranks
 
-ASSUMED_GATE_UP = (
-    "Neither the adapter nor --model says what the base model is; gate and up rows are assumed to be "
-    "concatenated."
-)
 _MOST_UNEQUAL = 1.1
 
 

@@ -12,7 +12,7 @@ from lorashard.cli.page.maps import MOST_ROWS, expert_map, legend, scrollable
 from lorashard.cli.page.markup import Html, joined, name_of, tag
 from lorashard.cli.page.style import STYLE
 from lorashard.errors import LorashardError
-from lorashard.inspect.findings import ASSUMED_GATE_UP, Finding, findings_of, layers
+from lorashard.inspect.findings import Finding, findings_of, layers
 from lorashard.inspect.picture import ModuleExperts, groups_of_modules, map_of_modules, map_of_ranks
 from lorashard.version import __version__
 
@@ -21,6 +21,10 @@ BEGINNING = "<!doctype html>\n<!-- lorashard page -->\n"
 # Nothing is loaded, whatever a name in the adapter says; without scripts there is nothing to run.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _MOST_MAP_CHARACTERS = 350_000  # a page stays small enough to be sent around
+_ASSUMED_GATE_UP = (
+    "Neither the adapter nor --model says what the base model is; gate and up rows are assumed to be "
+    "concatenated."
+)
 _Cells = Sequence[str | Html]
 
 
@@ -93,7 +97,7 @@ def _said(part: PagePart) -> Iterator[Finding]:
     if summary.get("counted_from_r"):
         yield Finding("note", "The number of experts is counted from r; --model checks it.")
     if not summary.get("gate_up_known", True):
-        yield Finding("note", ASSUMED_GATE_UP)
+        yield Finding("note", _ASSUMED_GATE_UP)
     if summary.get("dtype_cast"):
         yield Finding(
             "note", f"The values were cast to {summary['dtype_cast']}: `merge` is impossible."
