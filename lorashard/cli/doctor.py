@@ -144,7 +144,9 @@ def doctor(
     enable_eplb: opt.EnableEplb = False,
     fully_sharded_loras: opt.FullyShardedLoras = False,
     expert_placement_strategy: opt.ExpertPlacementStrategy = "linear",
-    max_lora_rank: Annotated[int, typer.Option(min=1, help="vLLM's --max-lora-rank.")] = 16,
+    max_lora_rank: Annotated[
+        int, typer.Option(metavar="R", min=1, help="vLLM's --max-lora-rank.")
+    ] = 16,
     model: opt.Model = None,
     verbose: Annotated[
         bool,

@@ -37,11 +37,19 @@ SeveralShards = Annotated[
 ]
 EpSize = Annotated[
     int,
-    typer.Option("--ep-size", min=1, help="Number of expert-parallel ranks.", show_default=False),
+    typer.Option(
+        "--ep-size", metavar="N", min=1, help="Number of expert-parallel ranks.", show_default=False
+    ),
 ]
 EpRank = Annotated[
     Optional[list[int]],
-    typer.Option("--ep-rank", min=0, help="The number of a rank; repeatable.", show_default=False),
+    typer.Option(
+        "--ep-rank",
+        metavar="K",
+        min=0,
+        help="The number of a rank; repeatable.",
+        show_default=False,
+    ),
 ]
 NodeRanks = Annotated[
     Optional[str],
@@ -78,6 +86,7 @@ NumExperts = Annotated[
     Optional[int],
     typer.Option(
         "--num-experts",
+        metavar="E",
         min=1,
         help="Number of experts, for an adapter that trains only some of them; or use --model.",
         show_default=False,
@@ -113,10 +122,15 @@ AllowPickle = Annotated[
 ]
 TensorParallelSize = Annotated[
     int,
-    typer.Option("-tp", "--tensor-parallel-size", min=1, help="vLLM's --tensor-parallel-size."),
+    typer.Option(
+        "-tp", "--tensor-parallel-size", metavar="N", min=1, help="vLLM's --tensor-parallel-size."
+    ),
 ]
 DataParallelSize = Annotated[
-    int, typer.Option("-dp", "--data-parallel-size", min=1, help="vLLM's --data-parallel-size.")
+    int,
+    typer.Option(
+        "-dp", "--data-parallel-size", metavar="N", min=1, help="vLLM's --data-parallel-size."
+    ),
 ]
 EnableExpertParallel = Annotated[
     bool,

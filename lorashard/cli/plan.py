@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 def plan(
     adapter: opt.Adapter,
     ep_size: opt.EpSize,
-    max_loras: Annotated[int, typer.Option(min=1, help="vLLM's --max-loras.")] = 1,
+    max_loras: Annotated[int, typer.Option(metavar="N", min=1, help="vLLM's --max-loras.")] = 1,
     max_lora_rank: Annotated[
         Optional[int],
         typer.Option(
-            min=1, help="vLLM's --max-lora-rank. [default: the adapter's]", show_default=False
+            metavar="R",
+            min=1,
+            help="vLLM's --max-lora-rank. [default: the adapter's]",
+            show_default=False,
         ),
     ] = None,
     placement: opt.Placement = "linear",

@@ -55,7 +55,8 @@ def push(
     render.if_interrupted(lambda: state)
     manifest = read_manifest(shards)
     total = sum(file.digest.size_bytes for file in manifest.files.values())
-    with bars.progress_bar(f"check {shards.name}", total, quiet=quiet) as bar:
+    label, passes = ("check", 1) if is_on_hub(target) or dry_run else ("push", 2)
+    with bars.progress_bar(f"{label} {shards.name}", passes * total, quiet=quiet) as bar:
         pushed = push_shards(
             shards, target, private=private, force=force, dry_run=dry_run, progress=bar.advance
         )

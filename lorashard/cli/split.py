@@ -76,7 +76,8 @@ def split(
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", min=1, help="How many adapters to split at once.")
+        int,
+        typer.Option("--workers", metavar="N", min=1, help="How many adapters to split at once."),
     ] = 2,
     resume: Annotated[
         bool,
@@ -247,7 +248,8 @@ def _say_notes(outcomes: Sequence[AdapterOutcome], *, quiet: bool) -> None:
 
 def _about(adapter: str, text: str) -> str:
     """The text with the adapter's name before it, if it does not name it."""
-    return text if adapter in text else f"{adapter}: {text}"
+    is_named = text.startswith((f"{adapter}:", f"{adapter}/", f"{adapter} "))
+    return text if is_named else f"{adapter}: {text}"
 
 
 def _say_result(result: SplitResult, *, quiet: bool) -> None:

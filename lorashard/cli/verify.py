@@ -96,7 +96,8 @@ def _verify_one(
         proven = "" if against is None else f", every value equal to {against}"
         if unproven_cast:
             proven = " (values were cast: only --against proves which expert each one is of)"
-        checked = "" if ep_ranks is None else f", ranks {render.ids(ep_ranks)} checked"
+        noun = "rank" if ep_ranks is not None and len(ep_ranks) == 1 else "ranks"
+        checked = "" if ep_ranks is None else f", {noun} {render.ids(ep_ranks)} checked"
         render.print_line(
             f"{shards}: ok, {placement.num_experts} experts on {placement.ep_size} ranks"
             f"{proven}{checked}"

@@ -203,5 +203,6 @@ def _notes(request: SplitRequest, detected: DetectedLayout) -> tuple[str, ...]:
         notes += [note] if note else []
     if layout.num_experts < request.ep_size:
         empty = request.ep_size - layout.num_experts
-        notes.append(f"{empty} of {request.ep_size} ranks hold no expert.")
+        hold = "holds" if empty == 1 else "hold"
+        notes.append(f"{empty} of {request.ep_size} ranks {hold} no expert.")
     return tuple(notes)

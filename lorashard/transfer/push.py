@@ -31,7 +31,8 @@ def push_shards(
     target: hf://owner/name[@branch][/folder], created if it does not exist, or another URL.
     private: make a repository that is created private. force: replace shards at a URL; on the Hub
     the history keeps the old ones. dry_run: prove the directory, look at the target, upload nothing.
-    progress: called with bytes checked since the last call.
+    progress: called with the bytes done since the last call: those checked, then those uploaded; to
+    the Hub only those checked, since huggingface_hub shows its own.
     Raises ShardError, or AdapterError for a place that does not answer or refuses access.
     """
     shards = Path(shards)
@@ -40,4 +41,6 @@ def push_shards(
         raise partial
     if findings := verify_shards(shards, progress=progress):
         raise VerificationError(shards, findings)
-    return upload_shards(shards, manifest, target, private=private, force=force, dry_run=dry_run)
+    return upload_shards(
+        shards, manifest, target, private=private, force=force, dry_run=dry_run, progress=progress
+    )

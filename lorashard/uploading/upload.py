@@ -21,9 +21,10 @@ from lorashard.adapter.config import (
 )
 from lorashard.adapter.notice import NOTICE, NOTICES, is_notice, may_be_notice
 from lorashard.errors import AdapterError, OutputExistsError
+from lorashard.progress import Progress
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME
-from lorashard.storage.drivers import is_object_store
+from lorashard.storage.drivers import is_object_store, put_counted
 from lorashard.storage.hub import HubAddress, looks_like_hub_id, parse_address, translating_errors
 from lorashard.storage.remote import RemoteFolder, open_url
 from lorashard.storage.small_files import read_small_file
@@ -66,12 +67,15 @@ def upload_shards(
     private: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    progress: Progress = lambda _: None,
 ) -> Uploaded:
     """Upload the shard directory `shards`, which has been checked, with a model card.
 
     target: hf://owner/name[@branch][/folder], created if it does not exist, or another URL.
     private: make a repository that is created private. force: replace shards at a URL; on the Hub
     the history keeps the old ones. dry_run: only look at the target, and say what would be done.
+    progress: called with the bytes of shard files that were uploaded since the last call; for the Hub
+    huggingface_hub shows its own.
     Raises ShardError, or AdapterError for a place that does not answer or refuses access.
     """
     config = parse_config(read_small_file(shards, CONFIG_NAME), str(shards / CONFIG_NAME))
@@ -80,7 +84,8 @@ def upload_shards(
         return _to_hub(shards, manifest, config, address, private=private, dry_run=dry_run)
     if "://" not in target:
         raise AdapterError(f"{target}: neither hf://owner/name nor another URL.")
-    return _to_url(shards, manifest, config, target.rstrip("/"), force=force, dry_run=dry_run)
+    place = target.rstrip("/")
+    return _to_url(shards, manifest, config, place, progress, force=force, dry_run=dry_run)
 
 
 def is_on_hub(target: str) -> bool:
@@ -178,6 +183,7 @@ def _to_url(
     manifest: Manifest,
     config: LoraConfig,
     place: str,
+    progress: Progress,
     *,
     force: bool,
     dry_run: bool,
@@ -204,7 +210,8 @@ def _to_url(
         if not is_object_store(fs):  # it needs no folders, and s3fs would create a missing bucket
             fs.makedirs(path, exist_ok=True)
         for name in upload.names[:-1]:
-            fs.put_file(str(shards / name), f"{path}/{name}")
+            counted = progress if name in manifest.files else lambda _: None
+            put_counted(fs, shards / name, f"{path}/{name}", counted)
         fs.pipe_file(f"{path}/{WEIGHTS_NAME}", NOTICE)
         if upload.card is not None:
             fs.pipe_file(f"{path}/{CARD_NAME}", upload.card.encode())

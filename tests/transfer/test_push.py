@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lorashard import push_shards, verify_shards
 from lorashard.uploading.card import is_untouched
 from tests.hub_server import HubServer
 from tests.tiny import (
@@ -252,6 +253,17 @@ def test_a_dry_run_elsewhere_refuses_what_a_push_would_refuse(
     assert contents(there) == before
     (shards / RANK_FILES[0]).write_bytes(b"damaged")
     assert push(hub, shards, there.as_uri(), "--dry-run", "--force").returncode == 5
+
+
+def test_an_upload_counts_each_byte_once(shards: Path, tmp_path: Path) -> None:
+    total = sum((shards / name).stat().st_size for name in ("replicated.safetensors", *RANK_FILES))
+    for target in (tmp_path / "there").as_uri(), "memory://there":
+        done: list[int] = []
+        push_shards(shards, target, progress=done.append)
+        assert sum(done) >= 2 * total  # checked (some bytes twice, for the placement) and uploaded
+        again: list[int] = []
+        verify_shards(shards, progress=again.append)
+        assert sum(done) - sum(again) == total
 
 
 def test_a_full_disk_elsewhere_is_called_so(shards: Path, tmp_path: Path) -> None:
