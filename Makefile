@@ -1,5 +1,6 @@
 # `make demo` and `make test` set up everything they need in .venv, a virtual environment of this
-# checkout. The other targets are for development: `make help`.
+# checkout: for the demo lorashard alone, for the tests 3 GB. The other targets are for development:
+# `make help`.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
@@ -14,15 +15,15 @@ COMPAT_TESTS := test_loading_conformance.py test_layers_conformance.py test_with
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check compat resolve gpu-test fmt lint type bench golden docs clean
+.PHONY: help demo test check compat resolve gpu-test fmt lint type bench golden docs site clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.test ## make a small real MoE adapter, split it for EP 2, verify it, and show what is where
+demo: $(VENV)/.core ## split a small real MoE adapter for EP 2, verify it, merge it back, and show what is where
 	$(BIN)/python -m tests.demo
 
-test: $(VENV)/.test $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron ## set up everything and run the tests (what CI runs)
+test: $(VENV)/.test $(VENV)/.bare $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron $(VENV)/.ray $(VENV)/.browser $(VENV)/.site ## set up everything and run the tests (what CI runs)
 	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 check: lint type test ## the tests, lint and types: run this before a review
@@ -58,15 +59,28 @@ golden: $(VENV)/.test ## rewrite the golden files of --json output; review the d
 docs: $(VENV)/.test ## rewrite the generated pages of docs/
 	$(BIN)/python -m tests.generate_docs
 
-clean: ## remove the virtual environment and everything else that was made
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache
+site: $(VENV)/.site ## build the documentation as a site, strictly, into .site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
-# torch goes first: once it is there, nothing pulls in another build of it.
-$(VENV)/.base: pyproject.toml
+clean: ## remove the virtual environment and everything else that was made
+	rm -rf $(VENV) .demo .site .pytest_cache .mypy_cache .ruff_cache
+
+# lorashard and what it cannot do without.
+$(VENV)/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+# torch goes before what needs it: once it is there, nothing pulls in another build of it.
+$(VENV)/.base: $(VENV)/.core
 	$(PIP) --upgrade "pip>=25.1"
 	$(PIP) "$(TORCH)"
-	$(PIP) --editable .
+	touch $@
+
+# What `pip install .` installs, in an environment of its own: the tests run it without torch.
+$(VENV)/.bare: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)/bare
+	$(VENV)/bare/bin/python -m pip install --quiet --disable-pip-version-check .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
@@ -98,6 +112,21 @@ $(VENV)/.megatron: $(VENV)/.test
 	rm -rf $(VENV)/megatron
 	$(PIP) --target $(VENV)/megatron --no-deps --group megatron-needs
 	$(PIP) --target $(VENV)/megatron --no-deps --only-binary :all: --python-version 3.12 --group megatron
+	touch $@
+
+$(VENV)/.site: $(VENV)/.test
+	$(PIP) --group site
+	touch $@
+
+# A local Ray cluster, for the recipe of batches: in a directory that only its tests import.
+$(VENV)/.ray: $(VENV)/.test
+	rm -rf $(VENV)/ray
+	$(PIP) --target $(VENV)/ray --group ray
+	touch $@
+
+# Its tests are skipped where there is no Chromium (`apt-get install chromium`).
+$(VENV)/.browser: $(VENV)/.test
+	$(PIP) --group browser
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.base

@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from lorashard.publish.publisher import Publisher
     from lorashard.publish.trainer import PublishCallback
     from lorashard.publish.writer import AdapterWriter
+    from lorashard.reports.doctor import run_doctor
+    from lorashard.reports.inspect import inspect_path
+    from lorashard.reports.plan import plan_split
     from lorashard.reshard.reshard import reshard_shards
     from lorashard.shards.placement import Placement
     from lorashard.shards.tensors import ShardDirectory, TensorFile, open_shards
     from lorashard.split.batch import split_adapters
+    from lorashard.split.parts import Part
     from lorashard.split.pipeline import SplitRequest
     from lorashard.split.run import split_adapter
     from lorashard.transfer.pull import pull_shards
@@ -38,6 +42,7 @@ _HOMES = {
     "AdapterWriter": "publish.writer",
     "LayoutOptions": "adapter.options",
     "LorashardError": "errors",
+    "Part": "split.parts",
     "Placement": "shards.placement",
     "Publisher": "publish.publisher",
     "PublishCallback": "publish.trainer",
@@ -45,11 +50,14 @@ _HOMES = {
     "SplitRequest": "split.pipeline",
     "TensorFile": "shards.tensors",
     "convert_shards": "convert.convert",
+    "inspect_path": "reports.inspect",
     "merge_shards": "merge",
     "open_shards": "shards.tensors",
+    "plan_split": "reports.plan",
     "pull_shards": "transfer.pull",
     "push_shards": "transfer.push",
     "reshard_shards": "reshard.reshard",
+    "run_doctor": "reports.doctor",
     "save_megatron": "publish.megatron",
     "save_sharded": "publish.peft_models",
     "split_adapter": "split.run",
@@ -61,6 +69,7 @@ __all__ = [
     "AdapterWriter",
     "LayoutOptions",
     "LorashardError",
+    "Part",
     "Placement",
     "PublishCallback",
     "Publisher",
@@ -69,11 +78,14 @@ __all__ = [
     "TensorFile",
     "__version__",
     "convert_shards",
+    "inspect_path",
     "merge_shards",
     "open_shards",
+    "plan_split",
     "pull_shards",
     "push_shards",
     "reshard_shards",
+    "run_doctor",
     "save_megatron",
     "save_sharded",
     "split_adapter",

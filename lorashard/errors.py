@@ -10,10 +10,13 @@ and where; `hint` says what to do next.
         LayoutError                   the expert tensors do not fit together
           UnclearLayoutError          the adapter alone does not say how to read them
         NoExpertsError                nothing to split
+        MissingPackageError           reading it takes a package that is not installed
       PlacementError               4  experts and ranks do not fit together
       ShardError                   5  the shard directory cannot be written or trusted
         OutputExistsError             something is in the way of the target
         ManifestError                 lorashard.json is missing or damaged
+        UnknownTensorError            a shard file has no tensor of this name; also a KeyError
+        PartialShardsError            it has the files of some ranks only
         VerificationError             the shards are not what the manifest or the source says
       ServerError                  1  servers do not answer, or did not take a version
       NotReadyError                5  doctor: something is broken, or would be refused
@@ -23,7 +26,8 @@ and where; `hint` says what to do next.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class LorashardError(Exception):
@@ -38,6 +42,21 @@ class LorashardError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what the error has become, as `__init__` takes other values than the message.
+
+        Errors cross processes: in Ray, a process pool, or PyTorch's data loader.
+        """
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[LorashardError], args: tuple[Any, ...], state: Mapping[str, Any]
+) -> LorashardError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class AdapterError(LorashardError):
@@ -85,6 +104,10 @@ class NoExpertsError(AdapterError):
         )
 
 
+class MissingPackageError(AdapterError):
+    """A package is not installed that only some adapters, places and options need."""
+
+
 class PlacementError(LorashardError):
     """Experts and expert-parallel ranks do not fit together."""
 
@@ -116,6 +139,14 @@ class ManifestError(ShardError):
             hint=hint or "Run `lorashard split` again, or copy the whole directory again.",
         )
         self.path = os.fspath(path)
+
+
+class UnknownTensorError(ShardError, KeyError):
+    """A shard file has no tensor of this name."""
+
+
+class PartialShardsError(ShardError):
+    """A directory has only some ranks' files, as `pull` leaves it, and all are needed."""
 
 
 class VerificationError(ShardError):
@@ -155,8 +186,8 @@ class BatchError(LorashardError):
         errors: Sequence[LorashardError],
         count: int,
         *,
-        noun: str = "adapters",
-        hint: str = "The others are done; run it again with --resume to retry only these.",
+        noun: str,
+        hint: str,
     ) -> None:
         super().__init__(f"{len(errors)} of {count} {noun} failed.", hint=hint)
         self.errors = tuple(errors)

@@ -25,6 +25,7 @@ from lorashard.shards.manifest import Manifest
 from lorashard.shards.replan import CheckedShards, check_shards
 from lorashard.storage.local import SequentialWriter, write_new
 from lorashard.storage.staging import check_target, staged_directory
+from lorashard.writing.disk_space import check_disk_space
 from lorashard.writing.restore import restore_source
 
 
@@ -47,9 +48,10 @@ def merge_shards(
         raise ShardError(
             f"{located.place}: the values were cast to {located.manifest.dtype}, so the source "
             "cannot be restored bit for bit.",
-            hint="Split without --dtype to be able to merge.",
+            hint="Split without `dtype` to be able to merge.",
         )
     check_target(out, force=force, replaceable=is_plain_adapter)
+    check_disk_space(out, located.manifest.source.files[WEIGHTS_NAME].size_bytes)
     with local_shards(located) as directory:
         checked = check_shards(LocatedShards(directory, located.manifest))
         _write_adapter(checked, out, force=force, progress=progress)

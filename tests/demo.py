@@ -1,6 +1,8 @@
 """A small real MoE adapter, split, verified, inspected, planned and merged back.
 
-python -m tests.demo        everything it makes is in .demo
+python -m tests.demo                   needs lorashard alone; everything it makes is in .demo
+python -m tests.demo --make-adapter    makes the adapter anew, in tests/demo_data: with torch,
+                                       transformers and PEFT
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "demo_data"  # what make_adapter makes
 DEMO = Path(".demo")  # relative to ROOT, so that the command lines below can be copied
 ADAPTER, SHARDS, RESTORED = DEMO / "adapter", DEMO / "adapter-ep2", DEMO / "restored"
 
@@ -21,8 +24,13 @@ ADAPTER, SHARDS, RESTORED = DEMO / "adapter", DEMO / "adapter-ep2", DEMO / "rest
 def main() -> None:
     os.chdir(ROOT)
     shutil.rmtree(DEMO, ignore_errors=True)
-    print("A random Qwen3-MoE (2 layers, 8 experts) with a LoRA on attention and all experts.")
-    make_adapter(DEMO / "model", ADAPTER)
+    if sys.argv[1:] == ["--make-adapter"]:
+        make_adapter(DEMO / "model", ADAPTER)
+        shutil.copytree(DEMO, DATA, dirs_exist_ok=True)
+        return
+    print("A random Qwen3-MoE (2 layers, 8 experts) with a LoRA on attention and all experts, as")
+    print("PEFT saved it.")
+    shutil.copytree(DATA, DEMO)
     run("split", ADAPTER, "--ep-size", "2", "-o", SHARDS)
     run("verify", SHARDS, "--against", ADAPTER)
     run("inspect", SHARDS)

@@ -16,26 +16,30 @@ IMPORTS = own_imports(PACKAGE, MODULES)
 
 # A package imports only what stands above its own line. Verbs do not import each other, but that
 # `push` proves what it uploads.
-GROUND = ({"version", "errors", "progress", "dtypes", "vllm_options"}, {"header"})
+GROUND = (
+    {"version", "installing", "parameters", "errors", "progress", "dtypes", "vllm_options"},
+    {"header"},
+)
 CORE = ({"storage"}, {"adapter"}, {"shards"}, {"writing", "uploading"})
 VERBS = {"split", "merge", "reshard", "convert", "verify", "transfer", "inspect", "publish"}
-ORDER = (*GROUND, *CORE, {*VERBS, "vllm_plugin"}, {"cli"}, {"", "__main__"})
+ORDER = (*GROUND, *CORE, {*VERBS, "vllm_plugin"}, {"reports"}, {"cli"}, {"", "__main__"})
 EXCEPTIONS = {("transfer.push", "verify.verify")}
 PLUGIN_ORDER = ({"settings", "metrics"}, {"engine"}, {"load"}, {"patches"}, {"doctor"})
 
 # What turns values into values, and never opens a file.
 PURE = (
-    "header", "dtypes", "vllm_options",
+    "header", "dtypes", "vllm_options", "parameters",
     "adapter.config", "adapter.keys", "adapter.options", "adapter.base_model", "adapter.fused_pairs",
     "adapter.name_patterns", "adapter.source_layout", "adapter.containers", "adapter.modules",
     "adapter.rank_evidence", "adapter.layout",
     "shards.names", "shards.placement", "shards.plan", "shards.manifest", "shards.manifest_parser",
     "shards.describe",
-    "writing.blocks", "reshard.moves", "split.cast_notes",
+    "writing.blocks", "reshard.moves", "split.cast_notes", "split.parts",
     "convert.target", "convert.peft_tensors", "convert.scaling", "convert.per_expert", "convert.fused",
     "convert.slots", "convert.peft_targets", "convert.peft_patterns", "convert.peft_config", "convert.notes",
     "convert.plan",
-    "inspect.summary", "inspect.memory",
+    "inspect.summary", "inspect.memory", "inspect.picture", "inspect.findings",
+    "cli.page.markup", "cli.page.maps", "cli.page.load_path", "cli.page.document", "cli.page.style",
     "publish.parts", "publish.gathered", "publish.places", "publish.versions",
     "vllm_plugin.engine.agreed_slots", "vllm_plugin.engine.expert_maps", "vllm_plugin.engine.guards", "vllm_plugin.load.assembly", "vllm_plugin.load.reads",
     "vllm_plugin.load.rearrangements", "vllm_plugin.load.plain_plan",
@@ -88,7 +92,7 @@ def test_no_folder_has_a_circle(within: str) -> None:
 
 def test_the_core_imports_neither_vllm_nor_the_plugin() -> None:
     for module, path in MODULES.items():
-        if not module.startswith(("vllm_plugin", "cli")):
+        if not module.startswith(("vllm_plugin", "cli", "reports.doctor")):
             assert not {n for n in imports(path) if n.partition(".")[0] == "vllm"}, module
             assert not {n for n in IMPORTS[module] if n.startswith("vllm_plugin")}, module
 

@@ -44,7 +44,18 @@ def run_examples(page: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    "name", ["architecture.md", "cli.md", "errors.md", "gpu.md", "releases.md"]
+    "name",
+    [
+        "architecture.md",
+        "cli.md",
+        "errors.md",
+        "gpu.md",
+        "releases.md",
+        "answers.svg",
+        "loads.svg",
+        "messages.md",
+        "expert-map.svg",
+    ],
 )
 def test_generated_page_is_fresh(name):
     assert (ROOT / "docs" / name).read_text() == pages()[name], "run `make docs`"

@@ -107,7 +107,7 @@ def test_a_target_in_the_way_is_replaced_only_if_it_is_an_adapter_and_forced(
 ) -> None:
     other = save_fused(tmp_path / "other")
     before = contents(other)
-    with pytest.raises(ShardError, match="--force replaces it"):
+    with pytest.raises(ShardError, match="`force=True` replaces it"):
         merge_shards(shards, other)
     assert contents(other) == before
     merge_shards(shards, other, force=True)

@@ -90,7 +90,7 @@ def parse_model_config(config: Mapping[str, Any], where: str) -> ModelFacts:
     if num_experts is None:
         raise AdapterError(
             f"{where}: no expert count ({', '.join(_EXPERT_COUNT_KEYS)}).",
-            hint="Is this the base model of the adapter? --num-experts gives the count directly.",
+            hint="Is this the base model of the adapter? `num_experts` gives the count directly.",
         )
     model_type = str(text.get("model_type") or config.get("model_type") or "")
     return ModelFacts(
@@ -112,8 +112,8 @@ def merge_facts(options: LayoutOptions, facts: ModelFacts | None) -> LayoutOptio
         return options
     if options.num_experts not in (None, facts.num_experts):
         raise AdapterError(
-            f"--num-experts is {options.num_experts}, the model has {facts.num_experts} experts.",
-            hint="Leave --num-experts out when --model is given.",
+            f"`num_experts` is {options.num_experts}, the model has {facts.num_experts} experts.",
+            hint="Leave `num_experts` out when `model` is given.",
         )
     return replace(
         options,

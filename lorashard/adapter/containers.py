@@ -250,7 +250,7 @@ def _fused(
                 f"{pair.lora_a.name}: adapter_config.json says moe_rank_scaling, so r={config.lora_rank} "
                 "is not the r of experts, which is r // num_experts_per_tok of the model.",
                 hint="State it in rank_pattern, with the key "
-                f'"{".".join(name.removesuffix(".weight").split(".")[-2:])}", and give --model.',
+                f'"{".".join(name.removesuffix(".weight").split(".")[-2:])}", and give `model`.',
             )
         lora_a, lora_b = _fused_factors(
             pair, name, reading.orientation, lora_b_layout, config.rank_of(name)
@@ -304,7 +304,7 @@ def _lora_b_layout(module: str, config: LoraConfig, options: LayoutOptions) -> L
     marker, chosen = config.lora_b_layout, options.lora_b_layout
     if marker and chosen and marker != chosen:
         raise LayoutError(
-            f"{module}: adapter_config.json says lora_B_layout={marker}, --lora-b-layout says "
+            f"{module}: adapter_config.json says lora_B_layout={marker}, `lora_b_layout` says "
             f"{chosen}.",
             hint="Leave the option out to follow the adapter.",
         )
@@ -314,7 +314,7 @@ def _lora_b_layout(module: str, config: LoraConfig, options: LayoutOptions) -> L
         raise LayoutError(
             f"{module}: the columns of the fused lora_B can be in two orders, and "
             "adapter_config.json, which PEFT did not write, does not say which.",
-            hint="Give --lora-b-layout: rank_major is PEFT's order, grouped_by_expert is "
+            hint="Give `lora_b_layout`: rank_major is PEFT's order, grouped_by_expert is "
             "Megatron-Bridge's and older Unsloth's.",
         )
     return "rank_major"

@@ -107,7 +107,7 @@ def read_fused(
         raise LayoutError(
             f"{module}: {shapes} can be read as {' or '.join(map(str, readings))}, which "
             f"contradicts {', '.join(f'{name} {v}' for name, v in stated.items() if v)}.",
-            hint="Is --model the base model of this adapter?",
+            hint="Is `model` the base model of this adapter?",
         )
     # Other tensors may break a tie, but not overrule: experts can be narrower than attention.
     if len(matching) > 1:
@@ -116,7 +116,7 @@ def read_fused(
         listed = "; or ".join(map(str, matching))
         raise UnclearLayoutError(
             f"{module}: {shapes} can be read in more than one way: {listed}.",
-            hint="Give --model MODEL_DIR (its config.json has the hidden size), or --orientation.",
+            hint="Give `model=MODEL_DIR` (its config.json has the hidden size), or `orientation`.",
         )
     return matching[0]
 

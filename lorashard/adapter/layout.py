@@ -246,7 +246,7 @@ def _count_experts(
             raise LayoutError(
                 f"{factor.entry.name} has expert {factor.experts[-1]}, but the model has "
                 f"{num_experts} experts.",
-                hint="Is --model the base model of this adapter? If the model has two banks of experts "
+                hint="Is `model` the base model of this adapter? If the model has two banks of experts "
                 "in one list (ERNIE-4.5-VL: text, then vision), lorashard does not read them.",
             )
     if num_experts > MAX_EXPERTS or (router_rows is not None and num_experts > router_rows):
@@ -269,7 +269,7 @@ def _count_trained(factors: Sequence[SourceFactor], router_rows: int | None) -> 
         raise UnclearLayoutError(
             f"The adapter trains experts {listed} and does not say how many there are"
             + (f" (its router chooses from {router_rows})." if router_rows else "."),
-            hint="Give --model MODEL_DIR or --num-experts N.",
+            hint="Give `model=MODEL_DIR` or `num_experts=N`.",
         )
     return len(trained)
 
@@ -287,6 +287,6 @@ def _stated_count(factors: Sequence[SourceFactor], known: int | None) -> int | N
         (count_a, name_a), (count_b, name_b) = list(stated.items())[:2]
         raise LayoutError(
             f"{name_a} holds {count_a} experts, {name_b} {count_b}.",
-            hint="Is --model the base model, and do r and rank_pattern match the file?",
+            hint="Is `model` the base model, and do r and rank_pattern match the file?",
         )
     return next(iter(stated), None)

@@ -16,8 +16,8 @@ from lorashard.adapter.tensor_file import TensorFile
 from lorashard.errors import AdapterError
 from lorashard.header import GIT_LFS_POINTER
 from lorashard.storage.local import open_regular, watch_file
+from lorashard.storage.packages import import_package
 from lorashard.storage.small_files import is_git_lfs_pointer
-from lorashard.storage.torch_import import import_torch
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class PickledTensors(TensorFile):
 
 
 def _load(path: Path) -> Mapping[str, torch.Tensor]:
-    torch = import_torch("reading a pickle")
+    torch = import_package("torch", "reading a pickle")
     try:
         file = os.fdopen(open_regular(path), "rb")
     except OSError as err:

@@ -16,7 +16,7 @@ from lorashard.errors import LayoutError, UnclearLayoutError
 from lorashard.header import TensorEntry
 
 _CHECK_R = (
-    "Give --model MODEL_DIR, which has the number of experts. If that is another one, the config "
+    "Give `model=MODEL_DIR`, which has the number of experts. If that is another one, the config "
     "does not belong to this file (some tools write it from the tensors' shapes): take r and "
     "lora_alpha from the training run."
 )

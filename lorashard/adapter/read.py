@@ -270,9 +270,9 @@ def _no_weights(place: Location) -> AdapterError:
         return UnsupportedAdapterError(
             f"{PICKLE_NAME} (a pickle)",
             str(place),
-            hint="Download it, for example with `hf download`, and see --allow-pickle."
+            hint="Download it, for example with `hf download`, and see `allow_pickle`."
             if is_remote
-            else "--allow-pickle reads it with torch.load(weights_only=True).",
+            else "`allow_pickle=True` reads it with torch.load(weights_only=True).",
         )
     if within := _folders_with_weights(place):
         return AdapterError(

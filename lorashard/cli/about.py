@@ -13,6 +13,7 @@ from typing import Any
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
+from lorashard.installing import documentation
 from lorashard.version import __version__
 
 _PACKAGES = (
@@ -54,6 +55,7 @@ def describe_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     """The facts. Imports none of the packages. gpus: as the NVIDIA driver names them."""
     return {
         "lorashard": __version__,
+        "documentation": str(documentation()),
         "python": f"{platform.python_version()}, {sys.executable}",
         "platform": platform.platform(),
         "cores": os.cpu_count(),

@@ -26,12 +26,19 @@ from lorashard.cli import (
     verify,
 )
 from lorashard.cli.error_json import USAGE, error_json, json_of, where_of
-from lorashard.cli.groups import GROUPS, GroupedHelp, epilog_of
+from lorashard.cli.groups import GROUPS, GroupedHelp, epilog_of, more_in
 from lorashard.errors import AdapterError, LorashardError
 from lorashard.storage.system_errors import describe
 
 # Help is as wide as the terminal, until lines become hard to read.
 _MOST_COLUMNS = 120
+
+# Exit codes -> what is said. That of SIGINT is Typer's, for Ctrl-C.
+_STOPPED = {
+    128 + signal.SIGINT: "interrupted",
+    128 + signal.SIGTERM: "stopped by SIGTERM",
+    128 + signal.SIGHUP: "stopped by SIGHUP",
+}
 
 app = typer.Typer(
     cls=GroupedHelp,
@@ -43,7 +50,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: importing rich would take half of the time of `--help`
     help="Split LoRA adapters of Mixture-of-Experts models into one file per expert-parallel rank.",
-    epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 adapter, 4 placement, 5 shard.",
+    epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 adapter, 4 placement, 5 shard.\n\n"
+    + more_in("cli.md"),
 )
 
 
@@ -98,8 +106,8 @@ def main() -> NoReturn:
         finally:
             sys.stdout.flush()
     except SystemExit as err:
-        if err.code == 128 + signal.SIGINT:  # Typer's, for Ctrl-C
-            render.say("interrupted")
+        if err.code in _STOPPED:
+            render.say_interrupted(_STOPPED[err.code])
         # Typer has said on stderr what is wrong with the arguments, and exits while it handles that.
         if (wrong_usage := getattr(err.__context__, "format_message", None)) is not None:
             hint = "Add --help to see the options."

@@ -7,8 +7,9 @@ from typing import Annotated, Optional
 import typer
 
 from lorashard.adapter.options import ExpertLayout, Orientation
+from lorashard.cli import bars, render
 from lorashard.cli import options as opt
-from lorashard.cli import render
+from lorashard.parameters import with_flags
 
 
 def convert(
@@ -46,6 +47,7 @@ def convert(
     )
     from lorashard.storage.staging import check_target  # noqa: PLC0415
 
+    render.if_interrupted(lambda: f"{out} is as it was.")
     check_target(out, force=force, replaceable=is_plain_adapter)
     located = locate_shards(shards)
     with local_shards(located) as directory:
@@ -53,9 +55,9 @@ def convert(
         prepared = prepare_conversion(local, layout, model=model, orientation=orientation)
         conversion = prepared.conversion
         for note in conversion.notes:
-            render.say(f"note: {note}", quiet=quiet)
+            render.say_note(note, quiet=quiet)
         label = f"convert {located.place.name}"
-        with render.progress_bar(label, prepared.progress_bytes, quiet=quiet) as bar:
+        with bars.progress_bar(label, prepared.progress_bytes, quiet=quiet) as bar:
             write_conversion(prepared, out, force=force, progress=bar.advance)
     num_experts = located.manifest.placement.num_experts
     num_modules = len(located.manifest.modules)
@@ -71,6 +73,6 @@ def convert(
         "num_experts": num_experts,
         "num_modules": num_modules,
         "size": conversion.size_bytes,
-        "notes": list(conversion.notes),
+        "notes": [with_flags(note) for note in conversion.notes],
     }
     render.print_result(result, out, as_json=as_json, quiet=quiet)

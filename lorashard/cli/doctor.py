@@ -5,102 +5,30 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.errors import LorashardError, NotReadyError
+from lorashard.errors import NotReadyError
+from lorashard.parameters import with_flags
 
 if TYPE_CHECKING:
-    from lorashard.adapter.base_model import ModelFacts
-    from lorashard.vllm_plugin.doctor.command import VllmCommand
     from lorashard.vllm_plugin.doctor.diagnosis import Report
     from lorashard.vllm_plugin.doctor.findings import PatchState
-    from lorashard.vllm_plugin.doctor.flags import EngineFlags
 
 
-def run_doctor(
-    path: Path | None,
-    flags: EngineFlags,
-    model: str | None,
-    command: VllmCommand | None,
-    *,
-    as_json: bool,
-    verbose: bool,
-) -> None:
-    """Look, decide, print. Raises NotReadyError if anything is broken or would be refused."""
-    from lorashard.adapter.base_model import merge_facts  # noqa: PLC0415
-    from lorashard.adapter.options import LayoutOptions  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.adapter_survey import survey_adapter  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.diagnosis import diagnose  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.problems import lora_problems  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.survey import has_vllm, survey  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.verdict import reach_verdict  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.vllm_config import find_config_refusal  # noqa: PLC0415
-
-    notes: list[str] = []
-    facts = _read_model(model, command, notes)
-    if path is None and command is not None:
-        path = _choose_adapter(command, notes)
-    if has_vllm():
-        render.say("importing vLLM ...")
-    installation, patches = survey()
-    adapter = None
-    if path is not None:
-        options = merge_facts(LayoutOptions(), facts)
-        adapter = survey_adapter(path, options, expert_parallel=flags.ep_size > 1)
-        refusal = find_config_refusal(path, is_shards=adapter.is_shard_directory)
-        adapter = replace(adapter, vllm_refusal=refusal)
-    report = diagnose(installation, patches, flags, facts, adapter)
-    if command is not None:
-        problems = (*report.problems, *lora_problems(enable_lora=command.enable_lora))
-        found = (*report.notes, *command.notes, *notes)
-        report = replace(report, ok=not problems, problems=problems, notes=found)
-    ignored = () if command is None else command.ignored
-    if as_json:
-        verdict = {"verdict": reach_verdict(report)}
-        render.print_json(verdict | asdict(report) | {"ignored": list(ignored)})
-    else:
-        _show(report, ignored, verbose=verbose)
-    if not report.ok:
-        count = len(report.problems)
-        raise NotReadyError("1 problem found." if count == 1 else f"{count} problems found.")
-
-
-def _read_model(
-    model: str | None, command: VllmCommand | None, notes: list[str]
-) -> ModelFacts | None:
-    """The facts of --model, or of the model that the command serves, where that can be read."""
-    from lorashard.adapter.read import read_model_facts  # noqa: PLC0415
-    from lorashard.storage.remote import locate  # noqa: PLC0415
-
-    if model is not None:
-        return read_model_facts(locate(model))
-    if command is None or command.model is None:
-        return None
-    try:
-        return read_model_facts(locate(command.model))
-    except LorashardError as err:
-        notes.append(f"The model was not looked at: {err.message}")
-        return None
-
-
-def _choose_adapter(command: VllmCommand, notes: list[str]) -> Path | None:
-    """The first local adapter of --lora-modules."""
-    local = [Path(name) for name in command.adapters if Path(name).exists()]
-    notes += [
-        f"{name} of --lora-modules was not looked at."
-        for name in command.adapters
-        if local[:1] != [Path(name)]
-    ]
-    return local[0] if local else None
+def _with_flags(document: Any) -> Any:
+    """A document with options in place of parameters in all of its texts."""
+    if isinstance(document, dict):
+        return {name: _with_flags(value) for name, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [_with_flags(value) for value in document]
+    return with_flags(document) if isinstance(document, str) else document
 
 
 def _lines(problem: str) -> list[str]:
@@ -109,16 +37,16 @@ def _lines(problem: str) -> list[str]:
     return [text, f"  {hint}"] if newline else [hint]
 
 
-def _show(report: Report, ignored: Sequence[str], *, verbose: bool) -> None:
+def _show(report: Report, *, verbose: bool) -> None:
     """The verdict, what leads to it, and with -v all the rest."""
     from lorashard.vllm_plugin.doctor.verdict import describe_verdict  # noqa: PLC0415
 
     render.print_line(describe_verdict(report))
     for problem in report.problems:
-        for line in _lines(f"problem: {problem.text}"):
+        for line in _lines(f"problem: {with_flags(problem.text)}"):
             render.print_line(line)
     for note in report.notes:
-        render.print_line(f"note: {note}")
+        render.print_line(f"note: {with_flags(note)}")
     render.print_line("")
     if verbose:
         _show_installation(report)
@@ -127,10 +55,10 @@ def _show(report: Report, ignored: Sequence[str], *, verbose: bool) -> None:
         _show_summary(report)
     _show_engine(report, verbose=verbose)
     _show_adapter(report)
-    if verbose and ignored:
+    if verbose and report.ignored:
         render.print_line("")
         render.print_line("Ignored, since expert LoRA does not depend on it")
-        for words in ignored:
+        for words in report.ignored:
             render.print_line(f"  {words}")
 
 
@@ -197,7 +125,7 @@ def _show_adapter(report: Report) -> None:
     facts += [f"{adapter.strategy} on {len(adapter.ranks)} ranks"] if adapter.ranks else []
     render.print_line(f"Adapter: {adapter.path}, {', '.join([adapter.kind, *facts])}")
     if report.outcome is not None:
-        render.print_line(f"  {report.outcome}")
+        render.print_line(f"  {with_flags(report.outcome)}")
 
 
 def doctor(
@@ -205,7 +133,7 @@ def doctor(
         Optional[list[str]],
         typer.Argument(
             metavar="ADAPTER_OR_SHARDS",
-            help="An adapter or a shard directory that is to be served; and, after --, the command "
+            help="An adapter or a shard directory, local or remote, that is to be served; and, after --, the command "
             "that starts vLLM, as it is. Both are optional.",
             show_default=False,
         ),
@@ -216,8 +144,12 @@ def doctor(
     enable_eplb: opt.EnableEplb = False,
     fully_sharded_loras: opt.FullyShardedLoras = False,
     expert_placement_strategy: opt.ExpertPlacementStrategy = "linear",
-    max_lora_rank: Annotated[int, typer.Option(min=1, help="vLLM's --max-lora-rank.")] = 16,
-    max_loras: Annotated[int, typer.Option(min=1, help="vLLM's --max-loras.")] = 1,
+    max_lora_rank: Annotated[
+        int, typer.Option(metavar="R", min=1, help="vLLM's --max-lora-rank.")
+    ] = 16,
+    max_loras: Annotated[
+        int, typer.Option(metavar="N", min=1, help="vLLM's --max-loras.")
+    ] = 1,
     model: opt.Model = None,
     verbose: Annotated[
         bool,
@@ -230,10 +162,17 @@ def doctor(
     Run it in vLLM's own environment. The first line is the verdict: right; refused, if vLLM or the
     plugin would refuse it; or wrong, if the plugin would not work here. Exit code 5 unless it is right.
     """
-    from lorashard.vllm_plugin.doctor.command import parse_command  # noqa: PLC0415
-    from lorashard.vllm_plugin.doctor.flags import EngineFlags  # noqa: PLC0415
+    from lorashard.reports.doctor import run_doctor  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.survey import has_vllm  # noqa: PLC0415
+    from lorashard.vllm_plugin.doctor.verdict import reach_verdict  # noqa: PLC0415
 
-    flags = EngineFlags(
+    path, command = _take_apart(words or [])
+    if has_vllm():
+        render.say("importing vLLM ...")
+    report = run_doctor(
+        path,
+        command,
+        model=model,
         tensor_parallel_size=tensor_parallel_size,
         data_parallel_size=data_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
@@ -243,19 +182,19 @@ def doctor(
         max_lora_rank=max_lora_rank,
         max_loras=max_loras,
     )
-    path, command_words = _take_apart(words or [])
-    command = None
-    if command_words:
-        command = parse_command(command_words, flags)
-        flags = command.flags
-        os.environ.update(command.environment)
-    run_doctor(path, flags, model, command, as_json=as_json, verbose=verbose)
+    if as_json:
+        render.print_json(_with_flags({"verdict": reach_verdict(report)} | asdict(report)))
+    else:
+        _show(report, verbose=verbose)
+    if not report.ok:
+        count = len(report.problems)
+        raise NotReadyError("1 problem found." if count == 1 else f"{count} problems found.")
 
 
-def _take_apart(words: list[str]) -> tuple[Path | None, list[str]]:
+def _take_apart(words: list[str]) -> tuple[str | None, list[str]]:
     """The adapter, if there is one, and the command. Click has dropped the `--` between them."""
     from lorashard.vllm_plugin.doctor.command import starts_command  # noqa: PLC0415
 
     if not words or starts_command(words):
         return None, words
-    return Path(words[0]), words[1:]
+    return words[0], words[1:]

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from lorashard.errors import LorashardError
+from lorashard.parameters import with_flags
 from lorashard.storage.system_errors import hint_of
 
 USAGE = "UsageError"
@@ -14,10 +15,10 @@ USAGE = "UsageError"
 def error_json(
     kind: str, message: str, hint: str | None, exit_code: int, where: str | None = None
 ) -> dict[str, Any]:
-    """The fields. kind: the name of the class. where: the path or name that it is about."""
+    """The fields, with options in place of parameters. kind: the name of the class. where: the path or name that it is about."""
     return {
-        "error": message,
-        "hint": hint,
+        "error": with_flags(message),
+        "hint": None if hint is None else with_flags(hint),
         "exit_code": exit_code,
         "kind": kind,
         "where": where,

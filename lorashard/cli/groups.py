@@ -9,6 +9,8 @@ from typing import Any
 
 from typer.core import TyperGroup
 
+from lorashard.installing import documentation
+
 # Each group of commands, by the title that it has in `--help`, in this order.
 GROUPS = {
     "Make shards": ("split", "reshard"),
@@ -22,10 +24,14 @@ EXAMPLES = {
         "lorashard split my-adapter --ep-size 8",
         "lorashard split hf://owner/adapter --ep-size 8 -o shards",
         "lorashard split 'runs/*' --ep-size 8 -o all --resume",
+        "lorashard split --from - --part 0/4 --ep-size 8 -o all --resume",
     ),
     "reshard": ("lorashard reshard my-adapter-ep8 --ep-size 4",),
     "inspect": ("lorashard inspect my-adapter", "lorashard inspect hf://owner/shards --json"),
-    "plan": ("lorashard plan my-adapter --ep-size 8 --max-loras 4",),
+    "plan": (
+        "lorashard plan my-adapter --ep-size 8 --max-loras 4",
+        "lorashard plan my-adapter --ep-size 8 --html plan.html",
+    ),
     "verify": (
         "lorashard verify my-adapter-ep8",
         "lorashard verify my-adapter-ep8 --against my-adapter",
@@ -35,6 +41,7 @@ EXAMPLES = {
     "doctor": (
         "lorashard doctor",
         "lorashard doctor my-adapter-ep8 -tp 8 --enable-expert-parallel",
+        "lorashard doctor s3://bucket/shards -tp 8 -ep",
         "lorashard doctor my-adapter-ep8 -- vllm serve MODEL --enable-lora -tp 8 -ep",
     ),
     "merge": ("lorashard merge my-adapter-ep8 -o my-adapter",),
@@ -52,11 +59,17 @@ EXAMPLES = {
 }
 
 
-def epilog_of(command: str) -> str | None:
-    """The examples of a command, as they stand at the end of its help."""
+def epilog_of(command: str) -> str:
+    """The end of a command's help: examples, and where to read more."""
     lines = "\n".join(f"  {example}" for example in EXAMPLES[command])
     # \b: the lines are not to be joined.
-    return f"\b\nExamples:\n{lines}" if lines else None
+    examples = f"\b\nExamples:\n{lines}\n\n" if lines else ""
+    return f"{examples}{more_in('cli.md')}"
+
+
+def more_in(page: str) -> str:
+    """The line of a help that says where a page of the documentation is on this machine."""
+    return f"\b\nMore: {documentation() / page}"
 
 
 class GroupedHelp(TyperGroup):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorashard.adapter.options import LayoutOptions
 from lorashard.cli import options as opt
 from lorashard.cli import render
 from lorashard.cli.several import look_at_each
+from lorashard.errors import LorashardError
+
+if TYPE_CHECKING:
+    from lorashard.cli.page.document import PagePart
+    from lorashard.inspect.picture import ModuleExperts
 
 
 def inspect(
@@ -26,37 +34,66 @@ def inspect(
     lora_b_layout: opt.LoraBLayout = None,
     orientation: opt.Orientation = None,
     allow_pickle: opt.AllowPickle = False,
+    html: opt.HtmlPage = None,
     as_json: opt.Json = False,
 ) -> None:
     """Show what adapters or shard directories hold; reads headers only."""
-    from lorashard.adapter.read import opened_adapter, read_layout  # noqa: PLC0415
-    from lorashard.inspect.summary import summarize_adapter, summarize_shards  # noqa: PLC0415
-    from lorashard.shards.directory import claims_to_be_shards, read_manifest  # noqa: PLC0415
-    from lorashard.storage.remote import locate  # noqa: PLC0415
+    from lorashard.reports.inspect import examine_path  # noqa: PLC0415
 
-    options = opt.layout_options(
-        model=model,
-        num_experts=num_experts,
-        lora_b_layout=lora_b_layout,
-        orientation=orientation,
+    opt.refuse_two_counts(model, num_experts)
+    options = LayoutOptions(
+        num_experts=num_experts, lora_b_layout=lora_b_layout, orientation=orientation
     )
 
+    parts: list[PagePart | LorashardError] = []
+
     def look(path: str) -> tuple[dict[str, Any], None]:
-        place = locate(path)
-        if claims_to_be_shards(place):
-            summary = summarize_shards(read_manifest(place))
-        else:
-            with opened_adapter(place, allow_pickle=allow_pickle) as source:
-                layout = read_layout(source, place, options, model).layout
-                summary = summarize_adapter(source.index.config, source.index.tensors, layout)
+        try:
+            found = examine_path(path, options, model=model, allow_pickle=allow_pickle)
+        except LorashardError as err:
+            parts.append(err)
+            raise
+        summary = found.document
+        if html is not None:
+            parts.append(_page_part(path, summary, found.experts()))
         if not as_json:
             if path is not paths[0]:
                 render.print_line("")
             show = _show_shards if summary["kind"] == "shards" else _show_adapter
             show(path, summary)
-        return {"path": path, **summary}, None
+        return summary, None
 
-    look_at_each(paths, look, key="path", as_json=as_json)
+    with _page_at_the_end(html, parts):
+        look_at_each(paths, look, key="path", as_json=as_json)
+
+
+@contextmanager
+def _page_at_the_end(
+    html: Path | None, parts: Sequence[PagePart | LorashardError]
+) -> Iterator[None]:
+    """Write the page of what the block adds to `parts`, also if some paths fail in it."""
+    if html is None:
+        yield
+        return
+    from lorashard.cli.page.document import make_page  # noqa: PLC0415
+    from lorashard.cli.page.files import check_page_target, write_page  # noqa: PLC0415
+
+    check_page_target(html)
+    try:
+        yield
+    finally:
+        if any(not isinstance(part, LorashardError) for part in parts):
+            write_page(html, make_page("inspect", parts))
+            render.say(f"page written: {html}")
+
+
+def _page_part(
+    path: str, summary: Mapping[str, Any], experts: tuple[ModuleExperts, ...]
+) -> PagePart:
+    from lorashard.cli.page.document import PagePart  # noqa: PLC0415
+
+    table = (_MODULE_COLUMNS, *_module_rows(summary["modules"]))
+    return PagePart(path, summary, experts, module_table=table)
 
 
 def _show_adapter(path: str, summary: Mapping[str, Any]) -> None:
@@ -95,10 +132,12 @@ def _show_shards(path: str, summary: Mapping[str, Any]) -> None:
     })  # fmt: skip
     files = iter(summary["files"].items())
     rows = [("replicated", "", "", *_file_row(next(files)))]
+    held = summary["held_ranks"]
     for ep_rank, experts in enumerate(placement["ranks"]):
-        rows.append(
-            (f"rank {ep_rank}", str(len(experts)), render.ids(experts), *_file_row(next(files)))
-        )
+        name, size = _file_row(next(files))
+        if held is not None and ep_rank not in held:
+            size += ", not here"
+        rows.append((f"rank {ep_rank}", str(len(experts)), render.ids(experts), name, size))
     render.print_line("")
     render.print_table("Files", ("", "experts", "ids", "file", "size"), rows)
     _show_modules(summary["modules"])
@@ -108,7 +147,15 @@ def _file_row(item: tuple[str, Mapping[str, Any]]) -> tuple[str, str]:
     return item[0], render.size(item[1]["bytes"])
 
 
+_MODULE_COLUMNS = ("module", "alike", "layout", "gate/up", "r", "scaling", "untrained experts")
+
+
 def _show_modules(modules: Mapping[str, Mapping[str, Any]]) -> None:
+    render.print_line("")
+    render.print_table("Expert modules", _MODULE_COLUMNS, _module_rows(modules))
+
+
+def _module_rows(modules: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """One row for each run of modules that differ in nothing but their name."""
     rows: list[tuple[str, Mapping[str, Any], int]] = []
     for name, module in modules.items():
@@ -116,23 +163,18 @@ def _show_modules(modules: Mapping[str, Mapping[str, Any]]) -> None:
             rows[-1] = (rows[-1][0], module, rows[-1][2] + 1)
         else:
             rows.append((name, module, 1))
-    render.print_line("")
-    render.print_table(
-        "Expert modules",
-        ("module", "alike", "layout", "gate/up", "r", "scaling", "untrained experts"),
-        [
-            (
-                name,
-                f"+{count - 1}" if count > 1 else "",
-                module["source_layout"],
-                module["gate_up"],
-                _ranks(module),
-                _scalings(module["scaling"]),
-                render.ids(module["absent_experts"]),
-            )
-            for name, module, count in rows
-        ],
-    )
+    return [
+        (
+            name,
+            f"+{count - 1}" if count > 1 else "",
+            module["source_layout"],
+            module["gate_up"],
+            _ranks(module),
+            _scalings(module["scaling"]),
+            render.ids(module["absent_experts"]),
+        )
+        for name, module, count in rows
+    ]
 
 
 def _ranks(module: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lorashard.cli import bars, render
 from lorashard.cli import options as opt
-from lorashard.cli import render
 
 
 def merge(
@@ -21,8 +21,9 @@ def merge(
 
     located = locate_shards(shards)
     weights = located.manifest.source.files[WEIGHTS_NAME]
+    render.if_interrupted(lambda: f"{out} is as it was.")
     label = f"merge {located.place.name}"
-    with render.progress_bar(label, weights.size_bytes, quiet=quiet) as bar:
+    with bars.progress_bar(label, weights.size_bytes, quiet=quiet) as bar:
         manifest = merge_shards(located, out, force=force, progress=bar.advance)
     if source_was_pickled(manifest):
         render.say(

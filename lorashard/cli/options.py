@@ -37,11 +37,19 @@ SeveralShards = Annotated[
 ]
 EpSize = Annotated[
     int,
-    typer.Option("--ep-size", min=1, help="Number of expert-parallel ranks.", show_default=False),
+    typer.Option(
+        "--ep-size", metavar="N", min=1, help="Number of expert-parallel ranks.", show_default=False
+    ),
 ]
 EpRank = Annotated[
     Optional[list[int]],
-    typer.Option("--ep-rank", min=0, help="The number of a rank; repeatable.", show_default=False),
+    typer.Option(
+        "--ep-rank",
+        metavar="K",
+        min=0,
+        help="The number of a rank; repeatable.",
+        show_default=False,
+    ),
 ]
 NodeRanks = Annotated[
     Optional[str],
@@ -60,8 +68,8 @@ ExpertMap = Annotated[
     typer.Option(
         "--expert-map",
         metavar="FILE",
-        help="JSON: for each rank its global expert ids in slot order, or vLLM's expert_map. "
-        "See docs/format.md.",
+        help="JSON: the global expert ids of each rank in slot order, as in [[0, 2], [1, 3]], or "
+        "vLLM's expert_map. docs/format.md has all forms.",
         show_default=False,
     ),
 ]
@@ -78,6 +86,7 @@ NumExperts = Annotated[
     Optional[int],
     typer.Option(
         "--num-experts",
+        metavar="E",
         min=1,
         help="Number of experts, for an adapter that trains only some of them; or use --model.",
         show_default=False,
@@ -113,10 +122,15 @@ AllowPickle = Annotated[
 ]
 TensorParallelSize = Annotated[
     int,
-    typer.Option("-tp", "--tensor-parallel-size", min=1, help="vLLM's --tensor-parallel-size."),
+    typer.Option(
+        "-tp", "--tensor-parallel-size", metavar="N", min=1, help="vLLM's --tensor-parallel-size."
+    ),
 ]
 DataParallelSize = Annotated[
-    int, typer.Option("-dp", "--data-parallel-size", min=1, help="vLLM's --data-parallel-size.")
+    int,
+    typer.Option(
+        "-dp", "--data-parallel-size", metavar="N", min=1, help="vLLM's --data-parallel-size."
+    ),
 ]
 EnableExpertParallel = Annotated[
     bool,
@@ -141,6 +155,15 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check and decide everything, but write nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+HtmlPage = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Also write a page with a map of the experts, for a browser; it needs nothing else.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 
 
@@ -152,6 +175,14 @@ def refuse_two_placements(placement: Strategy, expert_map: Path | None) -> None:
         )
 
 
+def refuse_two_counts(model: str | None, num_experts: int | None) -> None:
+    """Raise AdapterError if both options give the number of experts."""
+    if num_experts is not None and model is not None:
+        raise AdapterError(
+            "--model and --num-experts both give the number of experts.", hint="Use one of them."
+        )
+
+
 def layout_options(
     *,
     model: str | None,
@@ -160,10 +191,7 @@ def layout_options(
     orientation: layout_facts.Orientation | None,
 ) -> layout_facts.LayoutOptions:
     """What the options say about an adapter's layout. Raises AdapterError if they clash."""
-    if num_experts is not None and model is not None:
-        raise AdapterError(
-            "--model and --num-experts both give the number of experts.", hint="Use one of them."
-        )
+    refuse_two_counts(model, num_experts)
     return layout_facts.LayoutOptions(
         num_experts=num_experts, lora_b_layout=lora_b_layout, orientation=orientation
     )

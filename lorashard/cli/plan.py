@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
+from lorashard.parameters import with_flags
+
+if TYPE_CHECKING:
+    from lorashard.reports.plan import PlannedSplit
 
 
 def plan(
     adapter: opt.Adapter,
     ep_size: opt.EpSize,
-    max_loras: Annotated[int, typer.Option(min=1, help="vLLM's --max-loras.")] = 1,
+    max_loras: Annotated[int, typer.Option(metavar="N", min=1, help="vLLM's --max-loras.")] = 1,
     max_lora_rank: Annotated[
         Optional[int],
         typer.Option(
-            min=1, help="vLLM's --max-lora-rank. [default: the adapter's]", show_default=False
+            metavar="R",
+            min=1,
+            help="vLLM's --max-lora-rank. [default: the adapter's]",
+            show_default=False,
         ),
     ] = None,
     placement: opt.Placement = "linear",
@@ -28,12 +36,11 @@ def plan(
     lora_b_layout: opt.LoraBLayout = None,
     orientation: opt.Orientation = None,
     allow_pickle: opt.AllowPickle = False,
+    html: opt.HtmlPage = None,
     as_json: opt.Json = False,
 ) -> None:
     """Show what a split would give each rank: experts, bytes, GPU buffers, host memory."""
-    from lorashard.inspect.summary import summarize_plan  # noqa: PLC0415
-    from lorashard.split.pipeline import prepared_split  # noqa: PLC0415
-    from lorashard.storage.remote import locate  # noqa: PLC0415
+    from lorashard.reports.plan import examine_split  # noqa: PLC0415
 
     request = opt.split_request(
         ep_size=ep_size,
@@ -46,20 +53,20 @@ def plan(
         dtype=dtype,
         allow_pickle=allow_pickle,
     )
-    with prepared_split(locate(adapter), request) as prepared:
-        lora_rank = max(module.lora_rank for module in prepared.layout.modules)
-        summary = summarize_plan(
-            prepared.layout,
-            prepared.placement,
-            prepared.plan,
-            max_loras,
-            max_lora_rank or lora_rank,
-        )
+    if html is not None:
+        from lorashard.cli.page.files import check_page_target  # noqa: PLC0415
+
+        check_page_target(html)
+    planned = examine_split(adapter, request, max_loras, max_lora_rank)
+    summary = planned.document
+    if html is not None:
+        _write_page(html, adapter, planned)
     if as_json:
-        render.print_json({"adapter": adapter, **summary})
+        notes = [with_flags(note) for note in summary["notes"]]
+        render.print_json(summary | {"notes": notes})
         return
-    for note in prepared.notes:
-        render.say(f"note: {note}")
+    for note in summary["notes"]:
+        render.say_note(note)
     counted = render.COUNTED_FROM_R if summary["counted_from_r"] else ""
     render.print_table(
         f"{adapter}: {summary['num_experts']} experts{counted}, {summary['placement']} on "
@@ -84,3 +91,15 @@ def plan(
         f"--max-lora-rank {summary['max_lora_rank']}, 16-bit. Host RAM (estimated): to load this "
         "adapter from its shard, and without lorashard."
     )
+
+
+def _write_page(html: Path, adapter: str, planned: PlannedSplit) -> None:
+    from lorashard.cli.page.document import PagePart, make_page  # noqa: PLC0415
+    from lorashard.cli.page.files import write_page  # noqa: PLC0415
+
+    notes = tuple(with_flags(note) for note in planned.document["notes"])
+    part = PagePart(
+        adapter, planned.document, planned.experts(), notes, source_bytes=planned.source_bytes
+    )
+    write_page(html, make_page("plan", [part]))
+    render.say(f"page written: {html}")

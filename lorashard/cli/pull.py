@@ -7,8 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from lorashard.cli import bars, render
 from lorashard.cli import options as opt
-from lorashard.cli import render
 from lorashard.errors import PlacementError
 
 
@@ -57,7 +57,10 @@ def pull(
         sizes = {name: digest.size_bytes for name, digest in files.items()}
     total = sum(sizes.values())
     if not dry_run:
-        with render.progress_bar(f"pull {source.name}", total, quiet=quiet) as bar:
+        render.if_interrupted(
+            lambda: "what was fetched is kept, and the same command goes on from there."
+        )
+        with bars.progress_bar(f"pull {source.name}", total, quiet=quiet) as bar:
             pull_shards(found, target, ep_ranks, force=force, progress=bar.advance)
         sizes[MANIFEST_NAME] = (target / MANIFEST_NAME).stat().st_size
     experts = sorted({e for k in ep_ranks for e in manifest.placement.ranks[k]})

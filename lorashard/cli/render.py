@@ -1,6 +1,6 @@
 """What commands print: data on stdout, talk on stderr, colours only on a terminal.
 
-In: values. Out: lines, tables, JSON, progress bars. rich and json are imported where they are used,
+In: values. Out: lines, tables, JSON. rich and json are imported where they are used,
 so that `lorashard --help` starts at once.
 """
 
@@ -9,19 +9,16 @@ from __future__ import annotations
 import io
 import os
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorashard.errors import LorashardError
+from lorashard.parameters import with_flags
 
-SHOW_PROGRESS_AFTER_S = 1.0
-SAY_PROGRESS_EVERY_S = 10.0  # where there is no terminal, as in the log of a job
 COUNTED_FROM_R = " (counted from r; --model checks it)"
 _LEAST_WIDTH = 80
+_INTERRUPTED: list[Callable[[], str]] = []  # what to say if the command is stopped
 _PRINTED: list[str] = []  # the kinds of documents that are on stdout: one is all that may be
 
 
@@ -116,11 +113,27 @@ def say(text: str, *, quiet: bool = False) -> None:
         sys.stderr.write(printable(text) + "\n")
 
 
+def if_interrupted(say_what: Callable[[], str]) -> None:
+    """From now on, this is said if the command is stopped: what is done, and how to go on."""
+    _INTERRUPTED[:] = [say_what]
+
+
+def say_interrupted(how: str) -> None:
+    """Say that the command was stopped. how: interrupted, for Ctrl-C."""
+    say("; ".join([how, *(say_what() for say_what in _INTERRUPTED)]))
+
+
 def say_error(message: str, hint: str | None) -> None:
     """Say what is wrong, and on a line of its own what to do."""
     say(f"error: {message}")
     if hint is not None:
         say(f"  {hint}")
+
+
+def say_note(text: str, *, about: str | None = None, quiet: bool = False) -> None:
+    """Say something that the core has noticed. about: the adapter, where there are several."""
+    where = "" if about is None else f"{about}: "
+    say(f"note: {where}{with_flags(text)}", quiet=quiet)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -152,134 +165,6 @@ def print_facts(facts: Mapping[str, str]) -> None:
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         print_line(f"{name:<{width}}  {value}")
-
-
-class ByteBar:
-    """Counts the bytes done; this one does not show them."""
-
-    def advance(self, size_bytes: int) -> None:
-        """Count some more bytes."""
-
-    def restart(self, total_bytes: int) -> None:
-        """Begin to count from zero, up to `total_bytes`."""
-
-
-class _Clock:
-    """Says when it is time for another line."""
-
-    def __init__(self) -> None:
-        self._started = self._last = time.monotonic()
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def is_due(self) -> bool:
-        now = time.monotonic()
-        if now - self._last < SAY_PROGRESS_EVERY_S:
-            return False
-        self._last = now
-        return True
-
-
-class _ByteLines(ByteBar):
-    """Says from time to time how far the work is."""
-
-    def __init__(self, label: str, total_bytes: int) -> None:
-        self._label, self._clock, self._lock = label, _Clock(), threading.Lock()
-        self.restart(total_bytes)
-
-    def restart(self, total_bytes: int) -> None:
-        self._total, self._done, self._since = total_bytes, 0, self._clock.seconds()
-
-    def advance(self, size_bytes: int) -> None:
-        with self._lock:  # threads report
-            self._done += size_bytes
-            if not self._clock.is_due():
-                return
-            speed = self._done / max(self._clock.seconds() - self._since, 1e-9)
-            of = f" of {size(self._total)}" if self._total else ""
-            say(f"{self._label}: {size(self._done)}{of}, {size(int(speed))}/s")
-
-
-@contextmanager
-def progress_bar(label: str, total_bytes: int = 0, *, quiet: bool) -> Iterator[ByteBar]:
-    """Yield a bar to report bytes to; it appears on stderr once the work has taken a second.
-
-    Without a terminal, a line every ten seconds.
-    """
-    if quiet:
-        yield ByteBar()
-        return
-    if not sys.stderr.isatty():
-        yield _ByteLines(label, total_bytes)
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    shown = Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-        TransferSpeedColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
-    )  # fmt: skip
-    task = shown.add_task(label, total=total_bytes)
-    started = time.monotonic()
-
-    class ShownBar(ByteBar):
-        def advance(self, size_bytes: int) -> None:
-            late = time.monotonic() - started > SHOW_PROGRESS_AFTER_S
-            if late and not shown.live.is_started:
-                shown.start()
-            shown.advance(task, size_bytes)
-
-        def restart(self, total_bytes: int) -> None:
-            shown.reset(task, total=total_bytes)
-
-    try:
-        yield ShownBar()
-    finally:
-        shown.stop()
-
-
-@contextmanager
-def count_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts things done; shows a bar on stderr from the start.
-
-    Without a terminal, a line at most every ten seconds.
-    """
-    if quiet:
-        yield lambda _: None
-        return
-    if not sys.stderr.isatty():
-        yield _count_lines(label, total)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(
-        *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda number: bar.advance(task, number)
-
-
-def _count_lines(label: str, total: int) -> Callable[[int], None]:
-    clock, done = _Clock(), 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += number
-        if clock.is_due():
-            say(f"{label}: {done} of {total}")
-
-    return advance
 
 
 def size(num_bytes: int) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lorashard.cli import bars, render
 from lorashard.cli import options as opt
-from lorashard.cli import render
 
 if TYPE_CHECKING:
     from lorashard.storage.remote import Location
@@ -53,9 +53,10 @@ def reshard(
             located, target, ep_size, strategy=placement, expert_map=expert_map, force=force
         )
     else:
+        render.if_interrupted(lambda: f"{target} is as it was.")
         total = sum(file.digest.size_bytes for file in located.manifest.files.values())
         total += proof_bytes(located.manifest)
-        with render.progress_bar(f"reshard {place.name}", total, quiet=quiet) as bar:
+        with bars.progress_bar(f"reshard {place.name}", total, quiet=quiet) as bar:
             manifest = reshard_shards(
                 located,
                 target,

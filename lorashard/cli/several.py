@@ -31,7 +31,8 @@ def look_at_each(paths: Sequence[str], look: Look, *, key: str, as_json: bool) -
         if error is not None:
             errors.append(error)
             if len(paths) > 1:
-                render.say_error(error.message, error.hint)
+                shown = json_of(error)
+                render.say_error(shown["error"], shown["hint"])
     if as_json:
         render.print_json(documents if len(paths) > 1 else documents[0])
     if errors and len(paths) == 1:

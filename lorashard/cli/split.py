@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from lorashard.cli import bars, render
 from lorashard.cli import options as opt
-from lorashard.cli import render
 from lorashard.cli.error_json import json_of
 from lorashard.errors import AdapterError, BatchError
-from lorashard.storage.system_errors import hint_of
+from lorashard.parameters import with_flags
 
 if TYPE_CHECKING:
     from lorashard.split.batch import AdapterOutcome
@@ -65,8 +65,19 @@ def split(
             show_default=False,
         ),
     ] = None,
+    part: Annotated[
+        Optional[str],
+        typer.Option(
+            "--part",
+            metavar="I/N",
+            help="Split only part I of N of the adapters, from 0/N on: for N machines that are given the "
+            "same list.",
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", min=1, help="How many adapters to split at once.")
+        int,
+        typer.Option("--workers", metavar="N", min=1, help="How many adapters to split at once."),
     ] = 2,
     resume: Annotated[
         bool,
@@ -85,7 +96,9 @@ def split(
     quiet: opt.Quiet = False,
 ) -> None:
     """Split adapters into one file per expert-parallel rank."""
+    from lorashard.split.parts import parse_part  # noqa: PLC0415
     from lorashard.split.selection import (  # noqa: PLC0415
+        check_names_are_fixed,
         find_adapters,
         is_batch,
         plan_jobs,
@@ -107,8 +120,13 @@ def split(
     names = [*(adapters or ()), *(read_list(listed) if listed is not None else ())]
     if not names:
         raise AdapterError("No adapter is named.", hint="lorashard split ADAPTER --ep-size N")
-    batch = listed is not None or is_batch(names)
+    batch = listed is not None or part is not None or is_batch(names)
+    chosen = None if part is None else parse_part(part)
+    if chosen is not None:
+        check_names_are_fixed(names)
     jobs = plan_jobs(find_adapters(names), out, ep_size, batch=batch)
+    if chosen is not None:
+        jobs = chosen.of(jobs)
     if batch:
         gc.enable()  # free what one adapter leaves behind before the next
         _split_batch(
@@ -134,7 +152,8 @@ def _split_one(
 ) -> None:
     from lorashard.split.run import run_split  # noqa: PLC0415
 
-    with render.progress_bar(f"split {Path(job.adapter).name}", quiet=quiet) as bar:
+    render.if_interrupted(lambda: f"{job.target} is as it was.")
+    with bars.progress_bar(f"split {Path(job.adapter).name}", quiet=quiet) as bar:
         result = run_split(
             job.adapter,
             job.target,
@@ -142,7 +161,7 @@ def _split_one(
             force=force,
             resume=resume,
             dry_run=dry_run,
-            note=lambda text: render.say(f"note: {text}", quiet=quiet),
+            note=lambda text: render.say_note(text, quiet=quiet),
             started=bar.restart,
             progress=bar.advance,
         )
@@ -164,12 +183,19 @@ def _split_batch(
     """Split all of them; report failures at the end. Raises BatchError if there are any."""
     from lorashard.split.batch import split_jobs  # noqa: PLC0415
 
-    with render.count_bar("split", len(jobs), quiet=quiet) as advance:
+    with bars.batch_bar("split", len(jobs), quiet=quiet) as bar:
+        render.if_interrupted(
+            lambda: (
+                f"{bar.count.num_finished} of {len(jobs)} adapters are finished. The same command "
+                "with --resume does the rest."
+            )
+        )
 
         def finished(outcome: AdapterOutcome) -> None:
-            advance(1)
+            bar.finish(outcome.adapter)
             if outcome.error is not None:
-                render.say_error(outcome.error.message, hint_of(outcome.error))
+                shown = json_of(outcome.error)
+                render.say_error(_about(outcome.adapter, shown["error"]), shown["hint"])
             elif outcome.result is not None:
                 _say_result(outcome.result, quiet=quiet)
                 if not (as_json or quiet):
@@ -182,9 +208,11 @@ def _split_batch(
             force=force,
             resume=resume,
             dry_run=dry_run,
-            note=lambda text: render.say(f"note: {text}", quiet=quiet),
+            started=bar.start,
+            progress=bar.advance,
             finished=finished,
         )
+    _say_notes(outcomes, quiet=quiet)
     if as_json:
         render.print_json([_outcome_json(outcome) for outcome in outcomes])
     counts = Counter(outcome.status for outcome in outcomes)
@@ -197,10 +225,31 @@ def _split_batch(
     errors = []
     for outcome in outcomes:
         if outcome.error is not None:
-            render.say(f"  failed: {outcome.adapter}", quiet=quiet)
+            reason = with_flags(outcome.error.message)
+            render.say(f"  failed: {_about(outcome.adapter, reason)}", quiet=quiet)
             errors.append(outcome.error)
     if errors:
-        raise BatchError(errors, len(outcomes))
+        again = "Run it again with --resume to retry only those that failed."
+        all_failed = "None was split; the messages above say why."
+        hint = all_failed if len(errors) == len(outcomes) else again
+        raise BatchError(errors, len(outcomes), noun="adapters", hint=hint)
+
+
+def _say_notes(outcomes: Sequence[AdapterOutcome], *, quiet: bool) -> None:
+    """Each note once, with the adapters that it is about."""
+    about: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        for note in outcome.result.notes if outcome.result is not None else ():
+            about.setdefault(note, []).append(outcome.adapter)
+    for note, adapters in about.items():
+        others = f" and {len(adapters) - 1} more" if len(adapters) > 1 else ""
+        render.say_note(note, about=adapters[0] + others, quiet=quiet)
+
+
+def _about(adapter: str, text: str) -> str:
+    """The text with the adapter's name before it, if it does not name it."""
+    is_named = text.startswith((f"{adapter}:", f"{adapter}/", f"{adapter} "))
+    return text if is_named else f"{adapter}: {text}"
 
 
 def _say_result(result: SplitResult, *, quiet: bool) -> None:
@@ -232,7 +281,7 @@ def _result_json(result: SplitResult) -> dict[str, Any]:
         "ep_size": result.placement.ep_size,
         "ranks": [list(experts) for experts in result.placement.ranks],
         "files": dict(result.file_sizes),
-        "notes": list(result.notes),
+        "notes": [with_flags(note) for note in result.notes],
     }
 
 

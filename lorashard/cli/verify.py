@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from lorashard.cli import bars, render
 from lorashard.cli import options as opt
-from lorashard.cli import render
 from lorashard.cli.several import look_at_each
 from lorashard.errors import LorashardError, ShardError, VerificationError
+from lorashard.parameters import with_flags
 
 if TYPE_CHECKING:
     from lorashard.shards.directory import LocatedShards
@@ -68,7 +69,7 @@ def _verify_one(
         sizes += [digest.size_bytes for digest in manifest.source.files.values()]
     elif proves_all:
         sizes.append(proof_bytes(manifest))
-    with render.progress_bar(f"verify {located.place.name}", sum(sizes), quiet=quiet) as bar:
+    with bars.progress_bar(f"verify {located.place.name}", sum(sizes), quiet=quiet) as bar:
         findings = verify_shards(
             located,
             against=against,
@@ -84,18 +85,19 @@ def _verify_one(
         "against": against,
         "ep_ranks": None if ep_ranks is None else list(ep_ranks),
         "placement_proven": placement_proven and not findings,
-        "findings": list(findings),
+        "findings": [with_flags(finding) for finding in findings],
     }
     if as_json:
         return document, _failure(shards, located, ep_ranks, findings) if findings else None
     if findings:
         for finding in findings:
-            render.print_line(finding)
+            render.print_line(with_flags(finding))
     elif not quiet:
         proven = "" if against is None else f", every value equal to {against}"
         if unproven_cast:
             proven = " (values were cast: only --against proves which expert each one is of)"
-        checked = "" if ep_ranks is None else f", ranks {render.ids(ep_ranks)} checked"
+        noun = "rank" if ep_ranks is not None and len(ep_ranks) == 1 else "ranks"
+        checked = "" if ep_ranks is None else f", {noun} {render.ids(ep_ranks)} checked"
         render.print_line(
             f"{shards}: ok, {placement.num_experts} experts on {placement.ep_size} ranks"
             f"{proven}{checked}"
@@ -106,28 +108,24 @@ def _verify_one(
 def _failure(
     shards: str, located: LocatedShards, ep_ranks: Sequence[int] | None, findings: tuple[str, ...]
 ) -> ShardError:
-    from lorashard.verify.verify import find_held_ranks  # noqa: PLC0415
+    from lorashard.shards.held import find_held_ranks, find_partial  # noqa: PLC0415
 
     if ep_ranks is None and isinstance(located.place, Path):
         ep_size = located.manifest.placement.ep_size
         held = find_held_ranks(located.manifest, located.place)
-        if held and len(findings) == ep_size - len(held):  # one each, so nothing else is wrong
-            return _incomplete(shards, held, ep_size)
+        partial = find_partial(located.manifest, located.place)
+        # One finding for each absent file, so nothing else is wrong.
+        if partial is not None and len(findings) == ep_size - len(held):
+            partial.hint = (
+                f"After a `pull` of these ranks that is right, and {_options_for(held)} verifies it. "
+                "Otherwise copy the whole directory again."
+            )
+            return partial
     return VerificationError(shards, findings)
 
 
-def _incomplete(shards: str, held: tuple[int, ...], ep_size: int) -> ShardError:
-    """The error for a directory that has the files of some ranks, and those are right."""
+def _options_for(held: tuple[int, ...]) -> str:
     first, last = held[0], held[-1]
     if held == tuple(range(first, last + 1)) and len(held) > 1:
-        ranks = f"--node-ranks {first}-{last}"
-    else:
-        ranks = " ".join(f"--ep-rank {ep_rank}" for ep_rank in held)
-    num_absent = ep_size - len(held)
-    needing = f"ranks {render.ids(held)} need" if len(held) > 1 else f"rank {held[0]} needs"
-    noun = "file is" if num_absent == 1 else "files are"
-    return ShardError(
-        f"{shards}: {num_absent} of {ep_size} rank {noun} not here, only what {needing}.",
-        hint=f"After a `pull` of these ranks that is right, and {ranks} verifies it. Otherwise copy "
-        "the whole directory again.",
-    )
+        return f"--node-ranks {first}-{last}"
+    return " ".join(f"--ep-rank {ep_rank}" for ep_rank in held)

@@ -49,6 +49,7 @@ from lorashard.storage.parallel import cancellable_pool, one_ahead, result_of
 from lorashard.storage.remote import Location, RemoteFile, locate
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.writing.blocks import BLOCK_BYTES
+from lorashard.writing.disk_space import check_disk_space
 from lorashard.writing.restore import describe_misplaced, proof_bytes
 
 _CHECKERS = 3  # one proves the placement, the others digest a file each
@@ -142,8 +143,10 @@ def write_conversion(
 ) -> None:
     """Carry out a prepared conversion, and check the shards meanwhile.
 
-    Raises VerificationError if they are not what `split` wrote; then `out` does not appear.
+    Raises VerificationError if they are not what `split` wrote, ShardError if the disk has no room;
+    then `out` does not appear.
     """
+    check_disk_space(out, prepared.conversion.size_bytes)
     with staged_directory(
         out, last=CONFIG_NAME, force=force, replaceable=is_plain_adapter
     ) as staging:

@@ -23,7 +23,7 @@ from lorashard.convert.scaling import find_rank_with_alpha
 from lorashard.convert.target import PeftTarget
 from lorashard.errors import LayoutError
 
-_GIVE_MODEL = "Give --model MODEL_DIR, whose config.json says it."
+_GIVE_MODEL = "Give `model=MODEL_DIR`, whose config.json says it."
 _HALVES: tuple[Projection, Projection] = ("gate_proj", "up_proj")
 
 
@@ -149,7 +149,7 @@ def _check_halves(
             raise LayoutError(
                 f"{module.name}: gate_proj and up_proj are {' and '.join(dtypes)}, and one tensor "
                 "cannot hold both.",
-                hint="Convert to per_expert, or split again with --dtype.",
+                hint="Convert to per_expert, or split again with `dtype`.",
             )
 
 
@@ -158,7 +158,7 @@ def _check_gate_up(module: ExpertModule, target: PeftTarget) -> None:
     if target.gate_up == "none":
         raise LayoutError(
             f"{module.name}: has gate_proj, but the base model's experts have no gate.",
-            hint="Is --model the base model of this adapter?",
+            hint="Is `model` the base model of this adapter?",
         )
     if target.gate_up not in ("concatenated", "interleaved"):
         raise LayoutError(

@@ -88,14 +88,14 @@ def _check_gate_up(module: ExpertModule, target: PeftTarget) -> None:
     if target.gate_up == "none":
         raise LayoutError(
             f"{module.name}: has gate_up_proj, but the base model's experts have no gate.",
-            hint="Is --model the base model of this adapter?",
+            hint="Is `model` the base model of this adapter?",
         )
     if target.gate_up not in ("concatenated", "interleaved"):
         raise LayoutError(
             f"{module.name}: it is not known which rows of gate_up_proj are gate's and which are "
             "up's.",
             hint="Its config names no base model on the Hub whose order is known (a local path does not "
-            "tell). Give --model MODEL_DIR.",
+            "tell). Give `model=MODEL_DIR`.",
         )
 
 

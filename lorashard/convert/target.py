@@ -85,6 +85,6 @@ def _find_orientation(
         raise LayoutError(
             f"{may_be_llama[0]}: it is not known which way round PEFT has the fused parameters: "
             "transposed for Llama 4, standard for others.",
-            hint="Give --model MODEL_DIR, or --orientation.",
+            hint="Give `model=MODEL_DIR`, or `orientation`.",
         )
     return by_name or "standard"

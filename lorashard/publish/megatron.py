@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from lorashard.adapter.options import LayoutOptions
 from lorashard.publish.bridged import BridgedAdapters
 from lorashard.publish.peft_models import process_group
 from lorashard.publish.writer import AdapterWriter
+from lorashard.shards.expert_map import ExpertMap
 from lorashard.shards.manifest import Manifest
 from lorashard.vllm_options import Strategy
 
@@ -30,7 +30,7 @@ def save_megatron(
     *,
     ep_size: int,
     strategy: Strategy = "linear",
-    expert_map: Path | None = None,
+    expert_map: ExpertMap | None = None,
     options: LayoutOptions = _DEFAULT_OPTIONS,
     base_model: str | None = None,
     barrier: Callable[[], object] | None = None,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lorashard.adapter.options import LayoutOptions
 from lorashard.errors import LayoutError
 from lorashard.publish.writer import AdapterWriter
+from lorashard.shards.expert_map import ExpertMap
 from lorashard.shards.manifest import Manifest
 from lorashard.vllm_options import Strategy
 
@@ -38,7 +38,7 @@ def save_sharded(
     *,
     ep_size: int,
     strategy: Strategy = "linear",
-    expert_map: Path | None = None,
+    expert_map: ExpertMap | None = None,
     options: LayoutOptions = _DEFAULT_OPTIONS,
     adapter_name: str = "default",
     barrier: Callable[[], object] | None = None,

@@ -16,6 +16,8 @@ from lorashard.errors import ShardError
 from lorashard.publish.peft_models import process_group, save_sharded
 from lorashard.publish.versions import version_name
 from lorashard.publish.wrapped import unwrap_peft_model
+from lorashard.shards.expert_map import ExpertMap
+from lorashard.storage.packages import import_package
 from lorashard.vllm_options import Strategy
 
 if TYPE_CHECKING:
@@ -49,8 +51,7 @@ class PublishCallback(TrainerCallback):
 
     def __new__(cls, *_: Any, **__: Any) -> PublishCallback:  # noqa: PYI034 - of a class made here
         """An instance of transformers' TrainerCallback, which importing lorashard must not import."""
-        from transformers import TrainerCallback as Base  # noqa: PLC0415
-
+        Base = import_package("transformers", "PublishCallback").TrainerCallback  # noqa: N806
         made = cls
         if not issubclass(cls, Base):
             made = type(cls.__name__, (cls, Base), {"__module__": cls.__module__})
@@ -65,7 +66,7 @@ class PublishCallback(TrainerCallback):
         name: str | None = None,
         publish: Callable[[int], object] | None = None,
         strategy: Strategy = "linear",
-        expert_map: Path | None = None,
+        expert_map: ExpertMap | None = None,
         options: LayoutOptions = _DEFAULT_OPTIONS,
         adapter_name: str = "default",
         force: bool = False,

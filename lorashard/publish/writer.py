@@ -26,11 +26,11 @@ from lorashard.publish.own_data import OwnTensor, dtype_of
 from lorashard.publish.parts import Part
 from lorashard.publish.rounds import OwnShare
 from lorashard.shards.directory import holds_only_shards, manifest_bytes
+from lorashard.shards.expert_map import ExpertMap, read_expert_map
 from lorashard.shards.manifest import Manifest, format_manifest
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.storage.local import write_new
 from lorashard.storage.remote import locate
-from lorashard.storage.small_files import read_json
 from lorashard.storage.staging import staged_directory, staging_path
 from lorashard.storage.targets import explained_write_errors, resolve_target
 from lorashard.vllm_options import Strategy
@@ -53,7 +53,7 @@ class AdapterWriter:
         *,
         ep_size: int,
         strategy: Strategy = "linear",
-        expert_map: Path | None = None,
+        expert_map: ExpertMap | None = None,
         model: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         options: LayoutOptions = _DEFAULT_OPTIONS,
         rank: int = 0,
@@ -76,7 +76,7 @@ class AdapterWriter:
         self._serving = Serving(
             ep_size,
             strategy,
-            None if expert_map is None else read_json(expert_map),
+            read_expert_map(expert_map),
             options,
             _facts(model),
         )

@@ -33,13 +33,13 @@ from lorashard.shards.directory import (
     write_manifest,
     write_notice,
 )
+from lorashard.shards.expert_map import ExpertMap, read_expert_map
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.placement import Placement, place_experts
 from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.shards.replan import CheckedShards, check_shards, describe_wrong_digest
 from lorashard.storage.local import ByteSource, write_new
-from lorashard.storage.small_files import read_json
 from lorashard.storage.staging import check_target, staged_directory
 from lorashard.version import __version__
 from lorashard.vllm_options import Strategy
@@ -54,14 +54,15 @@ def reshard_shards(
     ep_size: int,
     *,
     strategy: Strategy = "linear",
-    expert_map: Path | None = None,
+    expert_map: ExpertMap | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> Manifest:
     """Write the shard directory `out` with the experts of `shards` on `ep_size` ranks.
 
     shards: a directory, or hf://owner/name[@revision] or another URL, which is streamed.
-    expert_map: a JSON file with an explicit placement; it takes precedence over `strategy`.
+    expert_map: an explicit placement, which takes precedence over `strategy`: a JSON file, its
+    content, or a Placement.
     out: may be `shards` itself with `force`; it is then replaced in one instant.
     progress: called with bytes done since the last call: those of the old files, then, to prove the
     old placement, those of the source (`proof_bytes`).
@@ -94,7 +95,7 @@ def plan_reshard(
     ep_size: int,
     *,
     strategy: Strategy = "linear",
-    expert_map: Path | None = None,
+    expert_map: ExpertMap | None = None,
     force: bool = False,
 ) -> tuple[Placement, Mapping[str, int]]:
     """The new placement, and the bytes of each new file. Raises as `reshard_shards`; writes nothing.
@@ -111,18 +112,18 @@ def _decide(
     out: Path,
     ep_size: int,
     strategy: Strategy,
-    expert_map: Path | None,
+    expert_map: ExpertMap | None,
     *,
     force: bool,
 ) -> tuple[CheckedShards, Placement, ShardPlan]:
     """The old files, and the new placement and plan, if they can be written."""
     check_target(out, force=force, replaceable=holds_only_shards)
     old = check_shards(located)
-    explicit = None if expert_map is None else read_json(expert_map)
+    explicit = read_expert_map(expert_map)
     placement = place_experts(old.layout, ep_size, strategy, explicit)
     plan = build_plan(old.layout, placement, old.manifest.dtype)
     size_bytes = sum(file.size_bytes for file in plan.files)
-    check_disk_space(out, size_bytes, hint="Free some space, or choose another place with -o.")
+    check_disk_space(out, size_bytes)
     return old, placement, plan
 
 

@@ -139,7 +139,7 @@ def strategy_in_vllm(strategy: Strategy, facts: ModelFacts | None) -> tuple[Stra
     if facts is None:
         return "round_robin", (
             "vLLM places experts round-robin only if the model has expert groups (n_group > 1), and "
-            "linearly otherwise; --model tells which."
+            "linearly otherwise; `model` tells which."
         )
     if (facts.num_expert_group or 1) > 1:
         return "round_robin", None
@@ -180,6 +180,8 @@ _FORMS = (
 
 
 def _check_counts(num_experts: int, ep_size: int) -> None:
+    if not isinstance(ep_size, int):
+        raise PlacementError(f"ep_size is {ep_size!r}; it must be a whole number.")
     if ep_size < 1:
         raise PlacementError(f"ep_size is {ep_size}; it must be at least 1.")
     if ep_size > MAX_EP_SIZE:
@@ -207,7 +209,7 @@ def _read_ranks(
     rows = _integer_rows(value, where)
     if len(rows) != ep_size:
         raise PlacementError(
-            f"{where}: {len(rows)} ranks listed, --ep-size is {ep_size}.",
+            f"{where}: {len(rows)} ranks listed, `ep_size` is {ep_size}.",
             hint="Give one list for each expert-parallel rank.",
         )
     as_ranks, as_map = rows, _invert(rows, num_experts)

@@ -33,6 +33,7 @@ from lorashard.errors import (
 from lorashard.header import LENGTH_BYTES, header_length, parse_header
 from lorashard.shards.describe import describe_modules, differing_files
 from lorashard.shards.directory import LocatedShards, find_files
+from lorashard.shards.held import find_partial
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.shards.placement import linear_placement, round_robin_placement
@@ -71,7 +72,8 @@ def check_shards(shards: LocatedShards) -> CheckedShards:
     """Check everything about a shard directory that can be checked without reading tensor data.
 
     Raises ManifestError if the manifest contradicts itself or its source, VerificationError if the
-    config was changed, ShardError if a file is missing or is not as the manifest records it.
+    config was changed, ShardError if a file is missing (PartialShardsError after a `pull` of some
+    ranks) or is not as the manifest records it.
     """
     place, manifest = shards.place, shards.manifest
     config_bytes = _read_config(shards)
@@ -79,6 +81,8 @@ def check_shards(shards: LocatedShards) -> CheckedShards:
     contradiction = next(find_contradictions(manifest, rebuilt), None)
     if contradiction is not None:
         raise ManifestError(f"{place}/{MANIFEST_NAME}", contradiction)
+    if isinstance(place, Path) and (partial := find_partial(manifest, place)) is not None:
+        raise partial
     files = find_files(shards)
     return CheckedShards(place, manifest, config_bytes, rebuilt.layout, rebuilt.plan, files)
 

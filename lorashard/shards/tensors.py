@@ -13,16 +13,18 @@ import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorashard.errors import ShardError
+from lorashard.errors import ShardError, UnknownTensorError
 from lorashard.header import TensorEntry
 from lorashard.shards.directory import check_file, find_file, locate_shards
 from lorashard.shards.manifest import Manifest, ModuleInfo
 from lorashard.shards.names import REPLICATED_NAME, rank_file_name
 from lorashard.shards.placement import Placement
 from lorashard.storage.local import LocalFile
+from lorashard.storage.packages import import_package
 from lorashard.storage.remote import Location, local_copy
 
 if TYPE_CHECKING:
@@ -53,8 +55,8 @@ class TensorFile:
         return f"TensorFile({str(self.path)!r}, {len(self.entries)} tensors)"
 
     def read_bytes(self, name: str) -> bytes:
-        """A tensor's bytes, row-major, little-endian. Raises KeyError for an unknown name."""
-        entry = self.entries[name]
+        """A tensor's bytes, row-major, little-endian. Raises UnknownTensorError."""
+        entry = self._entry(name)
         buffer = bytearray(entry.size_bytes)
         file = LocalFile(self.path)
         try:
@@ -64,14 +66,25 @@ class TensorFile:
         return bytes(buffer)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, with torch. Raises KeyError for an unknown name."""
+        """A tensor. Raises UnknownTensorError, or MissingPackageError without torch."""
         from safetensors import safe_open  # noqa: PLC0415
 
-        if name not in self.entries:
-            raise KeyError(name)
+        self._entry(name)
+        import_package("torch", "a tensor")
         with safe_open(self.path, "pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name in self.entries:
+            return self.entries[name]
+        similar = get_close_matches(name, self.entries, n=1, cutoff=0.8)
+        raise UnknownTensorError(
+            f"{self.path}: no tensor {name!a}.",
+            hint=f"Did you mean {similar[0]!a}?"
+            if similar
+            else "`entries` has those that there are.",
+        )
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -11,14 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lorashard.adapter.options import LoraBLayout, Orientation
 from lorashard.errors import AdapterError, LorashardError
 from lorashard.progress import Progress
 from lorashard.shards.directory import claims_to_be_shards
-from lorashard.split.pipeline import SplitRequest
+from lorashard.shards.expert_map import ExpertMap
+from lorashard.split.parts import Part
+from lorashard.split.pipeline import SplitRequest, request_of
 from lorashard.split.run import SplitResult, SplitStatus, run_split
-from lorashard.split.selection import SplitJob, find_adapters, plan_jobs
+from lorashard.split.selection import (
+    SplitJob,
+    check_names_are_fixed,
+    find_adapters,
+    plan_jobs,
+)
 from lorashard.storage.parallel import Outcome, run_concurrently
 from lorashard.storage.remote import locate
+from lorashard.vllm_options import Strategy
 
 # "ignored": a shard directory among the adapters, as `runs/*` finds it the second time.
 BatchStatus = Literal[SplitStatus, "ignored", "failed"]
@@ -42,28 +51,67 @@ class AdapterOutcome:
 def split_adapters(
     adapters: Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None,
-    request: SplitRequest,
+    ep_size: int | SplitRequest,
     *,
+    strategy: Strategy = "linear",
+    expert_map: ExpertMap | None = None,
+    model: str | os.PathLike[str] | None = None,
+    num_experts: int | None = None,
+    lora_b_layout: LoraBLayout | None = None,
+    orientation: Orientation | None = None,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    sync: bool = True,
     workers: int = 2,
     force: bool = False,
     resume: bool = False,
+    part: Part | None = None,
+    progress: Progress = lambda _: None,
     finished: Callable[[AdapterOutcome], None] = lambda _: None,
 ) -> tuple[AdapterOutcome, ...]:
     """Split many adapters, `workers` at once; the outcome of each, in the order of the adapters.
 
     adapters: directories, hf://owner/name[@revision], other URLs, patterns such as "runs/*", or Hub
     collections, hf://collections/owner/name. Shard directories among them are ignored.
+    ep_size ... sync, force, resume: as `split_adapter` takes them.
     out: the directory for all of them, each as OUT/NAME-epN (OUT/epN-of-checkpoint-130);
     None: each beside its adapter.
-    force, resume: as `split_adapter` takes them. finished: called in this thread as each ends.
+    part: only this part of the adapters, on a machine of several that are given the same ones; then they
+    must be named, not found by patterns.
+    progress: called in any thread with the bytes of all of them that were done since the last call.
+    finished: called in this thread as each ends.
     Raises AdapterError or ShardError if the adapters cannot be found or would get the same target;
     what goes wrong with one of them is in its outcome.
     """
-    found = find_adapters(os.fspath(adapter) for adapter in adapters)
+    request = request_of(
+        ep_size,
+        strategy=strategy,
+        expert_map=expert_map,
+        model=model,
+        num_experts=num_experts,
+        lora_b_layout=lora_b_layout,
+        orientation=orientation,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        sync=sync,
+    )
+    names = [os.fspath(adapter) for adapter in adapters]
+    if part is not None:
+        check_names_are_fixed(names)
+    found = find_adapters(names)
     if not found:
         raise AdapterError("No adapter is named.", hint="Name one or more adapters.")
     jobs = plan_jobs(found, None if out is None else Path(out), request.ep_size, batch=True)
-    return split_jobs(jobs, request, workers=workers, force=force, resume=resume, finished=finished)
+    jobs = jobs if part is None else part.of(jobs)
+    return split_jobs(
+        jobs,
+        request,
+        workers=workers,
+        force=force,
+        resume=resume,
+        progress=lambda _, size_bytes: progress(size_bytes),
+        finished=finished,
+    )
 
 
 def split_jobs(
@@ -74,17 +122,27 @@ def split_jobs(
     force: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    note: Callable[[str], None] = lambda _: None,
+    started: Callable[[str, int], None] = lambda *_: None,
+    progress: Callable[[str, int], None] = lambda *_: None,
     finished: Callable[[AdapterOutcome], None] = lambda _: None,
 ) -> tuple[AdapterOutcome, ...]:
-    """Split the adapters of `jobs`. note: called in any thread, with the notes of all of them."""
+    """Split the adapters of `jobs`.
 
-    def work(job: SplitJob, progress: Progress) -> SplitResult | None:
+    started: called in any thread with an adapter and its size in bytes, before each pass over it.
+    progress: called in any thread with an adapter and its bytes that were done since the last call.
+    """
+
+    def work(job: SplitJob, check_cancelled: Progress) -> SplitResult | None:
         if claims_to_be_shards(locate(job.adapter)):
             return None
+
+        def advance(size_bytes: int) -> None:
+            check_cancelled(size_bytes)
+            progress(job.adapter, size_bytes)
+
         result = run_split(
             job.adapter, job.target, request, force=force, resume=resume, dry_run=dry_run,
-            note=note, progress=progress,
+            started=lambda size_bytes: started(job.adapter, size_bytes), progress=advance,
         )  # fmt: skip
         return replace(result, manifest=None)
 

@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from lorashard.adapter.layout import AdapterLayout
-from lorashard.adapter.options import LayoutOptions
+from lorashard.adapter.options import LayoutOptions, LoraBLayout, Orientation
 from lorashard.adapter.pickled import PickledTensors
 from lorashard.adapter.read import AdapterSource, DetectedLayout, opened_adapter, read_layout
 from lorashard.dtypes import CAST_DTYPES
@@ -23,6 +23,7 @@ from lorashard.errors import AdapterError
 from lorashard.progress import Progress
 from lorashard.shards.describe import make_manifest
 from lorashard.shards.directory import holds_only_shards, write_manifest, write_notice
+from lorashard.shards.expert_map import ExpertMap, read_expert_map
 from lorashard.shards.manifest import FileDigest, Manifest, SourceInfo
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.placement import Placement, place_experts, strategy_in_vllm
@@ -30,7 +31,6 @@ from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.split.cast_notes import describe_losses
 from lorashard.storage.local import write_new
 from lorashard.storage.remote import Location
-from lorashard.storage.small_files import read_json
 from lorashard.storage.staging import staged_directory
 from lorashard.vllm_options import Strategy
 from lorashard.writing.execute import execute_plan
@@ -41,7 +41,8 @@ from lorashard.writing.rearrange import CastLoss
 class SplitRequest:
     """How to split. `options` are the facts that decide between readings of the same tensors.
 
-    expert_map: a JSON file with an explicit placement; it takes precedence over `strategy`.
+    expert_map: an explicit placement, which takes precedence over `strategy`: a JSON file, its
+    content, or a Placement.
     model: a base model's directory or config.json, or its id on the Hub, to check against.
     dtype: torch name to cast every float tensor to, or None.
     sync: wait until the disk has the shards; without it, a crash of the machine may damage them.
@@ -49,7 +50,7 @@ class SplitRequest:
 
     ep_size: int
     strategy: Strategy = "linear"
-    expert_map: Path | None = None
+    expert_map: ExpertMap | None = None
     model: str | os.PathLike[str] | None = None
     dtype: str | None = None
     options: LayoutOptions = field(default_factory=LayoutOptions)
@@ -60,6 +61,43 @@ class SplitRequest:
     def stored_dtype(self) -> str | None:
         """`dtype` as safetensors names it; None = nothing is cast."""
         return CAST_DTYPES[self.dtype] if self.dtype else None
+
+
+def request_of(
+    ep_size: int | SplitRequest,
+    *,
+    strategy: Strategy,
+    expert_map: ExpertMap | None,
+    model: str | os.PathLike[str] | None,
+    num_experts: int | None,
+    lora_b_layout: LoraBLayout | None,
+    orientation: Orientation | None,
+    dtype: str | None,
+    allow_pickle: bool,
+    sync: bool = True,
+) -> SplitRequest:
+    """The request that the arguments of a call make.
+
+    Raises TypeError for a SplitRequest with arguments beside it, which would be ignored.
+    """
+    size = ep_size.ep_size if isinstance(ep_size, SplitRequest) else ep_size
+    request = SplitRequest(
+        size,
+        strategy=strategy,
+        expert_map=expert_map,
+        model=model,
+        dtype=dtype,
+        options=LayoutOptions(
+            num_experts=num_experts, lora_b_layout=lora_b_layout, orientation=orientation
+        ),
+        allow_pickle=allow_pickle,
+        sync=sync,
+    )
+    if not isinstance(ep_size, SplitRequest):
+        return request
+    if request != SplitRequest(size):
+        raise TypeError("A SplitRequest has all options; give them to it, and not to the call.")
+    return ep_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +124,7 @@ def prepared_split(adapter: Location, request: SplitRequest) -> Iterator[Prepare
     with opened_adapter(adapter, allow_pickle=request.allow_pickle) as source:
         detected = read_layout(source, adapter, request.options, request.model)
         layout = detected.layout
-        expert_map = None if request.expert_map is None else read_json(request.expert_map)
+        expert_map = read_expert_map(request.expert_map)
         placement = place_experts(layout, request.ep_size, request.strategy, expert_map)
         if request.dtype not in (None, *CAST_DTYPES):
             raise AdapterError(f"dtype {request.dtype!r} is not one of {', '.join(CAST_DTYPES)}.")
@@ -156,14 +194,15 @@ def _notes(request: SplitRequest, detected: DetectedLayout) -> tuple[str, ...]:
     layout, notes = detected.layout, []
     if not layout.gate_up_known:
         notes.append(
-            "Neither the adapter nor --model says what the base model is (a local path does not tell); "
-            "gate and up rows are assumed to be concatenated (only gpt-oss interleaves them). Use "
-            "--model to make sure."
+            "Neither the adapter nor `model` says what the base model is (a local path does not tell); "
+            "gate and up rows are assumed to be concatenated (only gpt-oss interleaves them). "
+            "`model` makes sure."
         )
     if detected.facts is not None and request.expert_map is None:
         _, note = strategy_in_vllm(request.strategy, detected.facts)
         notes += [note] if note else []
     if layout.num_experts < request.ep_size:
         empty = request.ep_size - layout.num_experts
-        notes.append(f"{empty} of {request.ep_size} ranks hold no expert.")
+        hold = "holds" if empty == 1 else "hold"
+        notes.append(f"{empty} of {request.ep_size} ranks {hold} no expert.")
     return tuple(notes)

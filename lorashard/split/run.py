@@ -11,14 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lorashard.adapter.options import LoraBLayout, Orientation
 from lorashard.progress import Progress
 from lorashard.shards.directory import holds_only_shards
+from lorashard.shards.expert_map import ExpertMap
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.placement import Placement
-from lorashard.split.pipeline import PreparedSplit, SplitRequest, prepared_split, write_shards
+from lorashard.split.pipeline import (
+    PreparedSplit,
+    SplitRequest,
+    prepared_split,
+    request_of,
+    write_shards,
+)
 from lorashard.split.resume import find_finished_split
 from lorashard.storage.remote import locate
 from lorashard.storage.staging import check_target
+from lorashard.vllm_options import Strategy
+from lorashard.writing.disk_space import check_disk_space
 
 # "skipped": resume found the directory finished.
 SplitStatus = Literal["done", "skipped"]
@@ -51,8 +61,17 @@ class SplitResult:
 def split_adapter(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    request: SplitRequest,
+    ep_size: int | SplitRequest,
     *,
+    strategy: Strategy = "linear",
+    expert_map: ExpertMap | None = None,
+    model: str | os.PathLike[str] | None = None,
+    num_experts: int | None = None,
+    lora_b_layout: LoraBLayout | None = None,
+    orientation: Orientation | None = None,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    sync: bool = True,
     force: bool = False,
     resume: bool = False,
     progress: Progress = lambda _: None,
@@ -60,11 +79,25 @@ def split_adapter(
     """Write the shard directory `out`. It appears whole or not at all.
 
     adapter: a directory, or hf://owner/name[@revision] or another URL, which is streamed.
+    ep_size: the number of expert-parallel ranks; or a SplitRequest, which has all of how to split.
+    strategy ... sync: as SplitRequest and LayoutOptions have them.
     force: replace a finished shard directory. resume: keep `out` if it is finished and of the same
     adapter, placement and options.
     progress: called with source bytes done since the last call.
     Raises AdapterError, PlacementError or ShardError.
     """
+    request = request_of(
+        ep_size,
+        strategy=strategy,
+        expert_map=expert_map,
+        model=model,
+        num_experts=num_experts,
+        lora_b_layout=lora_b_layout,
+        orientation=orientation,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        sync=sync,
+    )
     result = run_split(adapter, Path(out), request, force=force, resume=resume, progress=progress)
     assert result.manifest is not None, "only a dry run has none"
     return result.manifest
@@ -107,6 +140,8 @@ def run_split(
             manifest = find_finished_split(out, prepared, request, progress)
         skipped = manifest is not None
         check_target(out, force=force or skipped, replaceable=holds_only_shards)
+        if manifest is None:
+            check_disk_space(out, sum(file.size_bytes for file in prepared.plan.files))
         if manifest is None and not dry_run:
             started(prepared.source.index.file_size)
             manifest = write_shards(

@@ -63,6 +63,20 @@ def is_batch(names: Sequence[str]) -> bool:
     return len(names) != 1 or any(_COLLECTION.fullmatch(n) or _is_pattern(n) for n in names)
 
 
+def check_names_are_fixed(names: Iterable[str]) -> None:
+    """Raise AdapterError for a name that another machine, or a later moment, may read differently.
+
+    Parts of a list are disjoint only if all of them see the same list.
+    """
+    for name in names:
+        if _COLLECTION.fullmatch(name) or _is_pattern(name):
+            raise AdapterError(
+                f"{name}: a part needs a list in which each adapter is named, since what this one finds may "
+                "change from one part to the next.",
+                hint="Write what it finds into a file once, and give that to every part with --from.",
+            )
+
+
 def read_list(file: TextIO) -> tuple[str, ...]:
     """The adapters of a list, one per line; skips empty lines and those that begin with #.
 
@@ -72,7 +86,7 @@ def read_list(file: TextIO) -> tuple[str, ...]:
     if len(text) > _MAX_LIST_CHARACTERS:
         raise AdapterError(
             f"{file.name}: more than {_MAX_LIST_CHARACTERS} characters are no list of adapters.",
-            hint="--from reads a text file with one adapter per line.",
+            hint="A list is a text file with one adapter per line.",
         )
     # A NUL is in no name, and no pattern can have one.
     names = (line.strip().replace("\0", "\\0") for line in text.split("\n"))
@@ -98,7 +112,7 @@ def plan_jobs(
         if target in jobs:
             raise ShardError(
                 f"{jobs[target].adapter} and {adapter} would both be written to {target}.",
-                hint="Run them one by one, each with its own -o.",
+                hint="Run them one by one, each with its own `out`.",
             )
         jobs[target] = SplitJob(adapter, target)
     return tuple(jobs.values())

@@ -1,15 +1,17 @@
 """What the drivers of fsspec have in common, and where they differ.
 
 In: a file system of fsspec's and a path as it names it. Out: a range of bytes, or a file's size and
-version, with retries where the driver has none of its own.
+version, with retries where the driver has none of its own; or an upload that is counted.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+from lorashard.progress import Progress
 from lorashard.storage.hub import access_error
 
 T = TypeVar("T")
@@ -54,6 +56,27 @@ def size_and_version(fs: Any, path: str, shown: str, *, refresh: bool = False) -
         raise FileNotFoundError(shown)
     fields = (f"{info[field]}" for field in _VERSION_FIELDS if field in info)
     return int(info["size"]), " ".join(fields)
+
+
+def put_counted(fs: Any, source: Path, path: str, progress: Progress) -> None:
+    """Upload a file. Raises what the driver raises.
+
+    progress: called with the bytes sent since the last call, in parts if the driver says so; they add
+    up to the file's size.
+    """
+    from fsspec.callbacks import Callback  # noqa: PLC0415 - fsspec takes 0.1 s
+
+    size, done = source.stat().st_size, 0
+
+    def count(_total: int, sent: int, **_: Any) -> None:
+        nonlocal done
+        sent = min(int(sent), size)
+        if sent > done:
+            progress(sent - done)
+            done = sent
+
+    fs.put_file(str(source), path, callback=Callback(hooks={"count": count}))
+    count(size, size)
 
 
 def is_hub(fs: Any) -> bool:

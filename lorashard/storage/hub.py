@@ -6,6 +6,7 @@ In: what a user named, or an exception of huggingface_hub's, fsspec's or a drive
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,6 +100,8 @@ _HINTS_BY_STATUS: Mapping[int | None, str] = {
 
 def access_error(shown: str, err: Exception) -> AdapterError:
     """What to do about an error of the Hub or a driver. shown: the place, as the user named it."""
+    if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT):
+        return AdapterError(f"{shown}: no space left there.", hint="Free some, and try again.")
     names = [cls.__name__ for cls in type(err).__mro__]
     hint = next((_HINTS[name] for name in names if name in _HINTS), None)
     if hint is None:

@@ -145,5 +145,5 @@ def _lock(path: Path, target: Path) -> LockedDirectory:
 def _name_is_taken(path: Path, target: Path) -> ShardError:
     return ShardError(
         f"{target}: cannot be written, because {path} is a link or a file.",
-        hint="Remove it if it is yours, or choose another place with -o.",
+        hint="Remove it if it is yours, or choose another place with `out`.",
     )

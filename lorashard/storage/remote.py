@@ -26,6 +26,7 @@ from lorashard.storage.hub import (
     summarize_error,
     translating_errors,
 )
+from lorashard.storage.packages import missing_driver
 
 
 @dataclass(frozen=True)
@@ -234,11 +235,14 @@ def open_url(text: str) -> Location:
     try:
         fs, path = fsspec.url_to_fs(text)
     except ImportError as err:
-        raise AdapterError(
-            f"{text}: its driver is not installed ({err}).", hint="Install it with pip."
+        raise missing_driver(text) or AdapterError(
+            f"{text}: its driver cannot be imported ({summarize_error(err)}).",
+            hint="Install what it names with pip, in the environment of lorashard.",
         ) from err
     except ValueError as err:
-        raise AdapterError(f"{text}: {err}.", hint="Is the part before :// right?") from err
+        raise missing_driver(text) or AdapterError(
+            f"{text}: {err}.", hint="Is the part before :// right?"
+        ) from err
     if is_hub(fs):
         return _open_hub(text, fs)
     fs.invalidate_cache()  # fsspec keeps drivers, and their listings, for as long as the process runs

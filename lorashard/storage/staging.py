@@ -97,13 +97,13 @@ def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None
         raise OutputExistsError(
             target,
             reason="exists and is not what lorashard would write there",
-            hint="lorashard leaves it alone, even with --force. Choose another place with -o.",
+            hint="lorashard leaves it alone, even with `force=True`. Choose another place with `out`.",
         )
     if not force:
         raise OutputExistsError(
             target,
             reason="exists",
-            hint="--force replaces it atomically. Or choose another place with -o.",
+            hint="`force=True` replaces it atomically. Or choose another place with `out`.",
         )
 
 
@@ -162,7 +162,7 @@ def _appeared(target: Path) -> OutputExistsError:
     return OutputExistsError(
         target,
         reason="appeared while it was being written",
-        hint="lorashard leaves it alone. Choose another place with -o.",
+        hint="lorashard leaves it alone. Choose another place with `out`.",
     )
 
 

@@ -27,7 +27,7 @@ def resolve_target(target: Path) -> Path:
     if _URL.match(str(target)):
         raise ShardError(
             f"{target}: output goes to a local directory, and this is a URL.",
-            hint="Name a local directory with -o. Then upload it: shards with `lorashard push`, an "
+            hint="Name a local directory with `out`. Then upload it: shards with `lorashard push`, an "
             "adapter with the tools of that place.",
         )
     is_link = os.path.islink(target)  # noqa: PTH114 - quiet on odd names
@@ -86,5 +86,5 @@ def write_error(target: Path, err: OSError, *, full_disk: str) -> ShardError:
         )
     reason = os.strerror(err.errno) if err.errno else str(err)
     return ShardError(
-        f"{target}: cannot be written ({reason}).", hint="Choose another place with -o."
+        f"{target}: cannot be written ({reason}).", hint="Choose another place with `out`."
     )

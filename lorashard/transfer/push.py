@@ -12,6 +12,7 @@ from pathlib import Path
 from lorashard.errors import VerificationError
 from lorashard.progress import Progress
 from lorashard.shards.directory import read_manifest
+from lorashard.shards.held import find_partial
 from lorashard.uploading.upload import Uploaded, upload_shards
 from lorashard.verify.verify import verify_shards
 
@@ -22,18 +23,24 @@ def push_shards(
     *,
     private: bool = False,
     force: bool = False,
+    dry_run: bool = False,
     progress: Progress = lambda _: None,
 ) -> Uploaded:
     """Prove the shard directory `shards` against its digests, and upload it with a model card.
 
     target: hf://owner/name[@branch][/folder], created if it does not exist, or another URL.
     private: make a repository that is created private. force: replace shards at a URL; on the Hub
-    the history keeps the old ones.
-    progress: called with bytes checked since the last call.
+    the history keeps the old ones. dry_run: prove the directory, look at the target, upload nothing.
+    progress: called with the bytes done since the last call: those checked, then those uploaded; to
+    the Hub only those checked, since huggingface_hub shows its own.
     Raises ShardError, or AdapterError for a place that does not answer or refuses access.
     """
     shards = Path(shards)
     manifest = read_manifest(shards)
+    if (partial := find_partial(manifest, shards)) is not None:
+        raise partial
     if findings := verify_shards(shards, progress=progress):
         raise VerificationError(shards, findings)
-    return upload_shards(shards, manifest, target, private=private, force=force)
+    return upload_shards(
+        shards, manifest, target, private=private, force=force, dry_run=dry_run, progress=progress
+    )

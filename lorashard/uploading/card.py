@@ -13,6 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from lorashard.adapter.config import LoraConfig
+from lorashard.installing import INSTALL, INSTALL_IN
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import adapter_name
 from lorashard.shards.placement import Placement
@@ -48,7 +49,7 @@ def format_card(manifest: Manifest, config: LoraConfig, place: str) -> str:
 # {name}
 
 A LoRA adapter of a Mixture-of-Experts model, split into one file for each expert-parallel rank by
-[lorashard](https://pypi.org/project/lorashard/).
+lorashard.
 
 | | |
 |---|---|
@@ -60,7 +61,8 @@ A LoRA adapter of a Mixture-of-Experts model, split into one file for each exper
 
 ## Serve it
 
-With the vLLM plugin that comes with `pip install lorashard`:
+With lorashard's vLLM plugin, which `{INSTALL}` in {INSTALL_IN}
+installs into the Python environment of vLLM:
 
 ```
 lorashard pull {shlex.quote(place)} --node-ranks 0-{ep_size - 1} -o {folder}

@@ -19,11 +19,12 @@ from lorashard.adapter.config import (
     LoraConfig,
     parse_config,
 )
-from lorashard.adapter.notice import NOTICE, is_notice
+from lorashard.adapter.notice import NOTICE, NOTICES, is_notice, may_be_notice
 from lorashard.errors import AdapterError, OutputExistsError
+from lorashard.progress import Progress
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME
-from lorashard.storage.drivers import is_object_store
+from lorashard.storage.drivers import is_object_store, put_counted
 from lorashard.storage.hub import HubAddress, looks_like_hub_id, parse_address, translating_errors
 from lorashard.storage.remote import RemoteFolder, open_url
 from lorashard.storage.small_files import read_small_file
@@ -34,7 +35,7 @@ RANK_FILE = re.compile(r"ep-\d{5}-of-\d{5}\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """What was done. revision: the commit on the Hub. removed: files of another placement.
+    """What was done, or would be. revision: the commit on the Hub, of a dry run None. removed: files of another placement.
 
     kept_card: whether the place had a model card that someone had edited, so that it was left alone.
     """
@@ -59,21 +60,32 @@ class _UploadPlan:
 
 
 def upload_shards(
-    shards: Path, manifest: Manifest, target: str, *, private: bool = False, force: bool = False
+    shards: Path,
+    manifest: Manifest,
+    target: str,
+    *,
+    private: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda _: None,
 ) -> Uploaded:
     """Upload the shard directory `shards`, which has been checked, with a model card.
 
     target: hf://owner/name[@branch][/folder], created if it does not exist, or another URL.
     private: make a repository that is created private. force: replace shards at a URL; on the Hub
-    the history keeps the old ones.
+    the history keeps the old ones. dry_run: only look at the target, and say what would be done.
+    progress: called with the bytes of shard files that were uploaded since the last call; for the Hub
+    huggingface_hub shows its own.
     Raises ShardError, or AdapterError for a place that does not answer or refuses access.
     """
     config = parse_config(read_small_file(shards, CONFIG_NAME), str(shards / CONFIG_NAME))
     if is_on_hub(target):
-        return _to_hub(shards, manifest, config, parse_address(target), private=private)
+        address = parse_address(target)
+        return _to_hub(shards, manifest, config, address, private=private, dry_run=dry_run)
     if "://" not in target:
         raise AdapterError(f"{target}: neither hf://owner/name nor another URL.")
-    return _to_url(shards, manifest, config, target.rstrip("/"), force=force)
+    place = target.rstrip("/")
+    return _to_url(shards, manifest, config, place, progress, force=force, dry_run=dry_run)
 
 
 def is_on_hub(target: str) -> bool:
@@ -82,19 +94,30 @@ def is_on_hub(target: str) -> bool:
 
 
 def _to_hub(
-    shards: Path, manifest: Manifest, config: LoraConfig, address: HubAddress, *, private: bool
+    shards: Path,
+    manifest: Manifest,
+    config: LoraConfig,
+    address: HubAddress,
+    *,
+    private: bool,
+    dry_run: bool,
 ) -> Uploaded:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, branch, place = HfApi(), address.revision or "main", str(address)
     with translating_errors(place):
-        parent = _head(api, address.repo, branch, private=private)
-        present = _names_on_hub(api, address, parent)
+        if dry_run:
+            parent = _present_head(api, address.repo, branch)
+        else:
+            parent = _head(api, address.repo, branch, private=private)
+        present = frozenset() if parent is None else _names_on_hub(api, address, parent)
         old_card = None
         if CARD_NAME in present:
             copy = api.hf_hub_download(address.repo, address.within(CARD_NAME), revision=parent)
             old_card = Path(copy).read_text("utf-8", "replace")
         upload = _plan_upload(manifest, config, place, present, old_card)
+        if dry_run:
+            return Uploaded(place, None, upload.names, upload.removed, upload.card is None)
         added: dict[str, str | bytes] = {name: str(shards / name) for name in upload.names}
         added[WEIGHTS_NAME] = NOTICE
         if upload.card is not None:
@@ -127,6 +150,18 @@ def _head(api: Any, repo: str, branch: str, *, private: bool) -> str:
     return str(api.model_info(repo, revision=branch).sha)
 
 
+def _present_head(api: Any, repo: str, branch: str) -> str | None:
+    """The commit that the branch has, or would begin with; None for a repository that is new."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return str(api.model_info(repo, revision=branch).sha)
+    except RepositoryNotFoundError:
+        return None
+    except RevisionNotFoundError:
+        return str(api.model_info(repo).sha)
+
+
 def _names_on_hub(api: Any, address: HubAddress, commit: str) -> frozenset[str]:
     """The names in the folder, except that of the notice."""
     from huggingface_hub.errors import EntryNotFoundError
@@ -136,7 +171,7 @@ def _names_on_hub(api: Any, address: HubAddress, commit: str) -> frozenset[str]:
         sizes = {e.path.rpartition("/")[2]: getattr(e, "size", None) for e in tree}
     except EntryNotFoundError:
         return frozenset()
-    if sizes.get(WEIGHTS_NAME) == len(NOTICE):
+    if may_be_notice(sizes.get(WEIGHTS_NAME)):
         weights = address.within(WEIGHTS_NAME)
         if is_notice(Path(api.hf_hub_download(address.repo, weights, revision=commit))):
             del sizes[WEIGHTS_NAME]
@@ -144,7 +179,14 @@ def _names_on_hub(api: Any, address: HubAddress, commit: str) -> frozenset[str]:
 
 
 def _to_url(
-    shards: Path, manifest: Manifest, config: LoraConfig, place: str, *, force: bool
+    shards: Path,
+    manifest: Manifest,
+    config: LoraConfig,
+    place: str,
+    progress: Progress,
+    *,
+    force: bool,
+    dry_run: bool,
 ) -> Uploaded:
     folder = open_url(place)
     assert isinstance(folder, RemoteFolder), "only a Hub address can be a local directory"
@@ -157,18 +199,19 @@ def _to_url(
             else None
         )
         upload = _plan_upload(manifest, config, place, present, card)
+        if MANIFEST_NAME in present and not force:
+            raise OutputExistsError(
+                place, reason="exists", hint="`force=True` replaces it. Or choose another place."
+            )
+        if dry_run:
+            return Uploaded(place, None, upload.names, upload.removed, upload.card is None)
         if MANIFEST_NAME in present:
-            if not force:
-                raise OutputExistsError(
-                    place,
-                    reason="exists",
-                    hint="--force replaces it. Or choose another place.",
-                )
             fs.rm_file(f"{path}/{MANIFEST_NAME}")
         if not is_object_store(fs):  # it needs no folders, and s3fs would create a missing bucket
             fs.makedirs(path, exist_ok=True)
         for name in upload.names[:-1]:
-            fs.put_file(str(shards / name), f"{path}/{name}")
+            counted = progress if name in manifest.files else lambda _: None
+            put_counted(fs, shards / name, f"{path}/{name}", counted)
         fs.pipe_file(f"{path}/{WEIGHTS_NAME}", NOTICE)
         if upload.card is not None:
             fs.pipe_file(f"{path}/{CARD_NAME}", upload.card.encode())
@@ -186,8 +229,8 @@ def names_at(fs: Any, path: str) -> frozenset[str]:
         return frozenset()
     names = frozenset(entry.rstrip("/").rpartition("/")[2] for entry in entries)
     weights = f"{path}/{WEIGHTS_NAME}"
-    if WEIGHTS_NAME in names and fs.size(weights) == len(NOTICE):
-        return names - {WEIGHTS_NAME} if fs.cat_file(weights) == NOTICE else names
+    if WEIGHTS_NAME in names and may_be_notice(fs.size(weights)):
+        return names - {WEIGHTS_NAME} if fs.cat_file(weights) in NOTICES else names
     return names
 
 

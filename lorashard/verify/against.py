@@ -21,10 +21,10 @@ from lorashard.errors import AdapterError
 from lorashard.progress import Progress
 from lorashard.shards.directory import has_digest
 from lorashard.shards.manifest import Manifest, format_manifest
+from lorashard.storage.packages import import_package
 from lorashard.storage.parallel import cancellable_pool, in_order
 from lorashard.storage.remote import Location, RemoteFolder, local_copy, locate
 from lorashard.storage.small_files import read_small_file
-from lorashard.storage.torch_import import import_torch
 from lorashard.verify.reference.compare import compare_with_source
 
 _THREADS = 2
@@ -53,9 +53,9 @@ def compare_with_adapter(
             )
         parse_config(read_small_file(adapter, CONFIG_NAME), str(adapter / CONFIG_NAME))
         if manifest.dtype is not None:
-            import_torch("comparing values that were cast")
+            import_package("torch", "comparing values that were cast")
         if allow_pickle and _weights_name(adapter) == PICKLE_NAME:
-            import_torch("reading a pickle")
+            import_package("torch", "reading a pickle")
         # Checked, with every field there; of the source's header, `reference` has its own reading.
         headless = replace(manifest, source=replace(manifest.source, header=b""))
         document = json.loads(format_manifest(headless))

@@ -35,7 +35,7 @@ from lorashard.shards.directory import (
     shard_directory_names,
 )
 from lorashard.shards.manifest import Manifest, ShardFile
-from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
+from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME
 from lorashard.shards.plan import ShardPlan
 from lorashard.shards.replan import (
     RebuiltPlan,
@@ -78,7 +78,7 @@ def verify_shards(
     if against is not None and ep_ranks is not None:
         raise ShardError(
             f"{located.place}: only the files of all ranks can be compared with the source.",
-            hint="Leave out the ranks, or --against.",
+            hint="Leave out `ep_ranks`, or `against`.",
         )
     manifest = located.manifest
     with local_shards(located, ep_ranks) as directory:
@@ -107,13 +107,6 @@ def verify_shards(
 def proves_placement(manifest: Manifest, ep_ranks: Sequence[int] | None) -> bool:
     """Whether these are all ranks, which it takes to prove that the placement is the data's."""
     return ep_ranks is None or set(ep_ranks) == set(range(manifest.placement.ep_size))
-
-
-def find_held_ranks(manifest: Manifest, directory: Path) -> tuple[int, ...]:
-    """The ep ranks whose file is in a local directory, as `pull` leaves it."""
-    ep_size = manifest.placement.ep_size
-    names = (rank_file_name(ep_rank, ep_size) for ep_rank in range(ep_size))
-    return tuple(ep_rank for ep_rank, name in enumerate(names) if (directory / name).exists())
 
 
 def _check_manifest(manifest: Manifest, shards: Path) -> tuple[list[str], RebuiltPlan | None]:

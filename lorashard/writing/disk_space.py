@@ -8,8 +8,10 @@ from pathlib import Path
 
 from lorashard.errors import ShardError
 
+_HINT = "Free some space, or choose another place with `out`."
 
-def check_disk_space(target: Path, size_bytes: int, *, hint: str) -> None:
+
+def check_disk_space(target: Path, size_bytes: int, *, hint: str = _HINT) -> None:
     """Raise ShardError if `size_bytes` do not fit where `target` is going to be.
 
     A file system that does not say how large it is, as some network ones, is believed to have room.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lorashard.dtypes import ELEMENT_SIZE, TORCH_DTYPES
 from lorashard.errors import LayoutError
 from lorashard.shards.plan import Rearrange, Target
-from lorashard.storage.torch_import import import_torch
+from lorashard.storage.packages import import_package
 from lorashard.writing.blocks import RearrangeBlock, axis_sizes
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _cast(data: memoryview, op: Rearrange, on_loss: Callable[[CastLoss], object]
     """
     if op.dtype == op.source_dtype:
         return data
-    torch = import_torch("--dtype")
+    torch = import_package("torch", "a cast")
     source_dtype = getattr(torch, TORCH_DTYPES[op.source_dtype])
     dtype = getattr(torch, TORCH_DTYPES[op.dtype])
     count = len(data) // ELEMENT_SIZE[op.source_dtype]
@@ -192,7 +192,7 @@ def _cast(data: memoryview, op: Rearrange, on_loss: Callable[[CastLoss], object]
         if len(too_large):
             raise LayoutError(
                 f"A value is too large for {op.dtype}: {float(too_large[0]):g}.",
-                hint="Use --dtype bfloat16 or float32, or leave --dtype out.",
+                hint="Use bfloat16 or float32 as `dtype`, or leave it out.",
             )
     num_kept = int(after.count_nonzero())
     if not num_kept:
@@ -200,7 +200,7 @@ def _cast(data: memoryview, op: Rearrange, on_loss: Callable[[CastLoss], object]
         if largest:
             raise LayoutError(
                 f"All values of a factor become 0 in {op.dtype}; the largest of them is {largest:g}.",
-                hint="Use --dtype bfloat16 or float32, or leave --dtype out.",
+                hint="Use bfloat16 or float32 as `dtype`, or leave it out.",
             )
     num_zeroed = 0
     if ELEMENT_SIZE[op.source_dtype] > 1:  # those of 8 bits fit into all others

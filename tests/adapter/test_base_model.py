@@ -133,7 +133,7 @@ def test_options_outweigh_the_model_s_config_except_for_the_count() -> None:
     merged = merge_facts(LayoutOptions(hidden_size=7, gate_up="interleaved"), facts)
     assert merged == LayoutOptions(128, 7, 768, "interleaved")
     assert merge_facts(LayoutOptions(num_experts=5), None) == LayoutOptions(num_experts=5)
-    with pytest.raises(AdapterError, match="--num-experts is 5, the model has 128"):
+    with pytest.raises(AdapterError, match="`num_experts` is 5, the model has 128"):
         merge_facts(LayoutOptions(num_experts=5), facts)
 
 

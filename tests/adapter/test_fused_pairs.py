@@ -93,7 +93,7 @@ def test_shapes_of_no_fused_parameters_are_refused():
 
 
 def test_a_fused_lora_b_of_an_unknown_writer_is_refused():
-    assert "--lora-b-layout" in refusal(built("L2", peft_version=None))
+    assert "`lora_b_layout`" in refusal(built("L2", peft_version=None))
 
 
 def test_a_lora_b_layout_that_contradicts_the_adapter_is_refused():

@@ -25,7 +25,7 @@ E, H, I, R = 64, 40, 24, 4  # noqa: E741 - experts, hidden and intermediate size
 MODEL = {
     "model_type": "qwen3_moe", "num_experts": E, "hidden_size": H, "moe_intermediate_size": I,
 }  # fmt: skip
-TOLD = re.compile(r"--model|--num-experts|--orientation|--lora-b-layout|rank_pattern|\br\b|option")
+TOLD = re.compile(r"`(?:model|num_experts|orientation|lora_b_layout)|rank_pattern|\br\b|option")
 STATED = re.compile(r'"rank_pattern": (\{.*?\})')
 
 
@@ -255,7 +255,7 @@ def advising_hints() -> Iterator[str]:
                     for part in ast.walk(node.value)
                     if isinstance(part, ast.Constant) and isinstance(part.value, str)
                 ]
-            if any(TOLD.search(part) for part in parts) and "--allow-pickle" not in " ".join(parts):
+            if any(TOLD.search(part) for part in parts) and "allow_pickle" not in " ".join(parts):
                 yield max(parts, key=len)
 
 

@@ -129,7 +129,7 @@ def test_a_factor_without_its_partner_is_refused(layout: str, matrix: str):
 
 @pytest.mark.parametrize("experts", [(1, 2), (0, 2), (3,)])
 def test_an_unknown_number_of_experts_is_refused(experts: tuple[int, ...]):
-    assert "--num-experts" in refusal(built(experts=experts), num_experts=None)
+    assert "`num_experts=N`" in refusal(built(experts=experts), num_experts=None)
 
 
 def test_an_expert_beyond_the_model_s_is_refused():

@@ -22,7 +22,7 @@ def test_env_names_versions_and_settings() -> None:
 def test_env_as_json_has_the_same_facts() -> None:
     found = json.loads(run_cli("env", "--json").stdout)
     assert set(found) == {
-        "lorashard", "python", "platform", "cores", "gpus", "packages", "variables",
+        "lorashard", "documentation", "python", "platform", "cores", "gpus", "packages", "variables",
     }  # fmt: skip
 
 

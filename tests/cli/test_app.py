@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import REPO, run_cli
+from lorashard import SplitRequest, split_adapter
+from tests.tiny import REPO, run_cli, save_adapter
 
 ESCAPE = "\x1b"
 
@@ -164,3 +165,42 @@ def test_ctrl_c_is_said() -> None:
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+STOPPED = """
+import signal, sys
+from lorashard.cli import app
+import lorashard.{module} as module
+module.{function} = lambda *_, **__: signal.raise_signal(signal.{sign})
+sys.argv = ["lorashard", *sys.argv[1:]]
+app.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "sign", "said"),
+    [
+        ("split adapter --ep-size 2 -o new", "split.run:run_split", "SIGINT", "interrupted; new is as it was."),
+        ("merge shards -o new", "merge:merge_shards", "SIGTERM", "stopped by SIGTERM; new is as it was."),
+        ("reshard shards --ep-size 4 -o new", "reshard.reshard:reshard_shards", "SIGHUP", "stopped by SIGHUP; new is as it was."),
+        ("convert shards -o new --layout fused", "convert.convert:write_conversion", "SIGINT", "interrupted; new is as it was."),
+        ("pull shards --ep-rank 0 -o new", "transfer.pull:pull_shards", "SIGINT", "interrupted; what was fetched is kept, and the same command goes on from there."),
+        ("push shards file:///there", "transfer.push:push_shards", "SIGINT", "interrupted; file:///there is incomplete if it has no lorashard.json. Push again."),
+        ("split adapter adapter2 --ep-size 2 -o new", "split.batch:run_concurrently", "SIGINT", "interrupted; 0 of 2 adapters are finished. The same command with --resume does the rest."),
+    ],
+)  # fmt: skip
+def test_a_command_that_is_stopped_says_what_is_there(
+    tmp_path: Path, command: str, place: str, sign: str, said: str
+) -> None:
+    save_adapter(tmp_path / "adapter")
+    save_adapter(tmp_path / "adapter2")
+    split_adapter(tmp_path / "adapter", tmp_path / "shards", SplitRequest(2))
+    module, function = place.split(":")
+    code = STOPPED.format(module=module, function=function, sign=sign)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split()], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}[sign]
+    assert done.stderr.splitlines()[-1] == said
+    assert not (tmp_path / "new").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tests.tiny import (
     run_cli,
     save_adapter,
     save_config,
+    save_fused,
     save_pickled,
 )
 
@@ -49,9 +51,34 @@ def test_a_failure_is_told_and_the_rest_is_done(runs: Path, tmp_path: Path) -> N
     assert done.returncode == 3
     assert sorted(os.listdir(tmp_path / "out")) == [f"step-{n}-ep2" for n in range(3)]
     assert "3 split, 0 already there, 1 failed\n" in done.stderr
-    assert f"failed: {runs}/step-broken" in done.stderr
-    assert "no adapter_model.safetensors" in done.stderr
+    (error,) = re.findall("^error: (.*adapter_model.*)$", done.stderr, re.MULTILINE)
+    assert error.startswith(f"{runs}/step-broken: no adapter_model.safetensors")
+    assert f"  failed: {error}\n" in done.stderr
+    hint = "Run it again with --resume to retry only those that failed."
+    assert done.stderr.endswith(f"error: 1 of 4 adapters failed.\n  {hint}\n")
     assert sorted(done.stdout.split()) == [f"{tmp_path}/out/step-{n}-ep2" for n in range(3)]
+
+
+def test_an_error_without_a_name_gets_that_of_its_adapter(runs: Path, tmp_path: Path) -> None:
+    tensors = {n: t for n, t in per_expert_tensors().items() if ".experts.0." not in n}
+    save_adapter(runs / "step-partial", tensors)
+    named = (runs / "step-partial", runs / "step-broken")
+    done = run_cli("split", *named, "--ep-size", 2, "-o", tmp_path / "out")
+    assert f"error: {named[0]}: The adapter trains experts 1, 2, 3 and does not say" in done.stderr
+    assert f"  failed: {named[0]}: The adapter trains experts" in done.stderr
+    assert done.stderr.endswith(
+        "error: 2 of 2 adapters failed.\n  None was split; the messages above say why.\n"
+    )
+
+
+def test_a_note_about_many_is_said_once(runs: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        save_fused(runs / f"step-{number}", base_model_name_or_path="/local/model")
+    names = [runs / f"step-{number}" for number in range(3)]
+    done = run_cli("split", *names, "--ep-size", 2, "-o", tmp_path / "out")
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"note: {names[0]} and 2 more: Neither the adapter nor --model says")
 
 
 def test_json_has_them_all_in_the_order_named(runs: Path, tmp_path: Path) -> None:
@@ -244,3 +271,48 @@ def test_a_line_of_a_list_that_is_not_utf_8_is_one_adapter(adapter: Path, tmp_pa
     done = run_cli("split", "--from", tmp_path / "list", "--ep-size", 2, "-o", tmp_path / "many")
     assert done.returncode == 3
     assert "1 split, 0 already there, 1 failed" in done.stderr
+
+
+def test_joined_parts_are_the_whole_run(runs: Path, tmp_path: Path) -> None:
+    """Five adapters, one of them broken, in one process and in three parts; twice, with --resume."""
+    for number in (3, 4):
+        save_adapter(runs / f"step-{number}", per_expert_tensors(seed=number))
+    names = [f"{runs}/step-{name}" for name in (0, 1, "broken", 2, 3)]
+    listed = tmp_path / "list.txt"
+    listed.write_text("# a comment\n" + "\n".join(names) + "\n\n")
+
+    def split(out: str, *options: object) -> tuple[int, list[dict[str, Any]]]:
+        done = run_cli(
+            "split", "--from", listed, "--ep-size", 2, "-o", tmp_path / out, "--json", *options
+        )
+        documents = json.loads(done.stdout.replace(f"{tmp_path}/{out}/", "OUT/"))
+        return done.returncode, documents
+
+    code, whole = split("whole")
+    for status in ("done", "skipped"):
+        parts = [split("parts", "--part", f"{index}/3", "--resume") for index in range(3)]
+        assert [part_code for part_code, _ in parts] == [0, 0, code]
+        assert [len(documents) for _, documents in parts] == [2, 2, 1]
+        joined = {item["adapter"]: item for _, documents in parts for item in documents}
+        expected = {
+            item["adapter"]: item | {"status": status if item["status"] == "done" else "failed"}
+            for item in whole
+        }
+        assert joined == expected
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_part_without_adapters_has_nothing_to_do(runs: Path, tmp_path: Path) -> None:
+    """More machines than adapters: not an error, or a job of Kubernetes would try it again."""
+    done = run_cli(
+        "split", runs / "step-0", "--part", "3/4", "--ep-size", 2, "-o", tmp_path / "out", "--json"
+    )
+    assert (done.returncode, json.loads(done.stdout)) == (0, [])
+    assert "0 split, 0 already there, 0 failed" in done.stderr
+
+
+def test_a_part_that_is_none_is_told_before_anything_is_done(runs: Path, tmp_path: Path) -> None:
+    done = run_cli("split", runs / "*", "--part", "4/4", "--ep-size", 2, "-o", tmp_path / "out")
+    assert done.returncode == 3
+    assert "There is no part 4/4." in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from lorashard import SplitRequest, split_adapter
 from lorashard.vllm_plugin.patches.table import PATCHES
 from tests.adapters import Spec, build
 from tests.goldens import check_golden
+from tests.hub_server import HubServer
 from tests.tiny import (
     CONFIG,
     MODULE,
@@ -519,6 +520,50 @@ def test_what_is_ignored_is_shown_with_v_only() -> None:
     words = ("--", *SERVE, "--port", 8000)
     assert "--port 8000" not in run_cli("doctor", *words).stdout
     assert "  --port 8000\n" in run_cli("doctor", "-v", *words).stdout
+
+
+@pytest.mark.parametrize("save", [save_adapter, save_fused])
+def test_a_remote_adapter_is_what_it_is_here(tmp_path: Path, save: Any) -> None:
+    adapter = save(tmp_path / "adapter")
+    split_adapter(adapter, tmp_path / "shards", SplitRequest(ep_size=2))
+    for place in (adapter, tmp_path / "shards"):
+        for flags in ((), ("-tp", 2, EP), ("-tp", 4, EP), ("-tp", 2, EP, "--max-lora-rank", 1)):
+            here, there = examine(place, *flags), examine(place.as_uri(), *flags)
+            named = json.loads(json.dumps(there).replace(place.as_uri(), str(place)))
+            assert named == here
+
+
+def test_what_is_wrong_with_a_remote_directory_is_said_by_its_name(
+    shards: Path, tmp_path: Path
+) -> None:
+    (shards / "ep-00001-of-00002.safetensors").unlink()
+    (text,) = problems(examine(shards.as_uri(), "-tp", 2, EP), "adapter")
+    assert text.startswith(f"{shards.as_uri()}/ep-00001-of-00002.safetensors: No such file")
+    done = run_cli("doctor", (tmp_path / "nowhere").as_uri())
+    assert done.returncode == 3
+    assert "no such folder" in done.stderr
+
+
+def test_an_adapter_on_the_hub_is_fetched_as_far_as_its_headers(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", per_expert_tensors(hidden=8192))
+    split_adapter(adapter, tmp_path / "shards", SplitRequest(ep_size=2))
+    command = ("--", "vllm", "serve", "MODEL", "--enable-lora", "-tp", "2", "-ep", "--lora-modules")
+    with HubServer() as hub:
+        env = hub.environment(tmp_path / "hf")
+        for name in ("adapter", "shards"):
+            hub.add_repo(f"owner/{name}", {p.name: p for p in (tmp_path / name).iterdir()})
+            found = examine(f"owner/{name}", "-tp", 2, EP, **env)
+            assert (found["adapter"]["path"], found["adapter"]["num_experts"]) == (
+                f"hf://owner/{name}",
+                E,
+            )
+            assert "--lora-modules" not in " ".join(found["notes"])
+            assert examine(*command, f"mine=owner/{name}", **env)["outcome"] == found["outcome"]
+        data = sum(p.stat().st_size for p in (tmp_path / "shards").glob("*.safetensors"))
+        fetched = sum(hub.sent_bytes(p.name) for p in (tmp_path / "shards").glob("*.safetensors"))
+        assert 0 < fetched < data / 4
+        missing = examine(*command, "mine=owner/nothing", **env)
+        assert any("owner/nothing of --lora-modules was not" in note for note in missing["notes"])
 
 
 def test_another_command_is_refused_with_an_example(shards: Path) -> None:

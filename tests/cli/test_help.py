@@ -10,7 +10,7 @@ from typer.main import get_command
 from lorashard.cli.app import app
 from lorashard.cli.groups import EXAMPLES, GROUPS
 from lorashard.version import __version__
-from tests.tiny import run_cli
+from tests.tiny import REPO, run_cli
 
 PLACING = ("--ep-size", "--placement", "--expert-map", "--dtype")
 READING = ("--model", "--num-experts", "--lora-b-layout", "--orientation", "--allow-pickle")
@@ -21,8 +21,8 @@ ENGINE = (
 OPTIONS = {
     "split": (*PLACING, *READING, "--output", "-o", "--force", "--dry-run", "--json", "--quiet"),
     "verify": ("--against", "--allow-pickle", "--json", "--quiet"),
-    "inspect": (*READING, "--json"),
-    "plan": (*PLACING, *READING, "--max-loras", "--max-lora-rank", "--json"),
+    "inspect": (*READING, "--html", "--json"),
+    "plan": (*PLACING, *READING, "--max-loras", "--max-lora-rank", "--html", "--json"),
     "merge": ("--output", "-o", "--force", "--json", "--quiet"),
     "doctor": (*ENGINE, "--max-lora-rank", "--max-loras", "--model", "--json"),
 }
@@ -56,7 +56,9 @@ def test_short_help_is_the_help_and_ends_with_examples(command: str) -> None:
     short, long = run_cli(command, "-h"), run_cli(command, "--help")
     assert (short.returncode, short.stdout) == (0, long.stdout)
     ending = "\n".join(f"    {example}" for example in EXAMPLES[command])
-    assert short.stdout.endswith(f"Examples:\n{ending}\n")
+    examples, _, more = short.stdout.rpartition("\n\n")
+    assert examples.endswith(f"Examples:\n{ending}")
+    assert more == f"  More: {REPO / 'docs' / 'cli.md'}\n"
 
 
 def test_every_example_is_a_valid_command_line() -> None:

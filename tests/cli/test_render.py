@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 import sys
-import threading
 
 import pytest
 
 from lorashard.cli import render
+from tests.terminal import run_on_terminal
 from tests.tiny import REPO
 
 
@@ -124,80 +123,6 @@ def test_talk_goes_to_stderr_unless_quiet(capsys: pytest.CaptureFixture[str]) ->
     render.say("one")
     render.say("two", quiet=True)
     assert capsys.readouterr() == ("", "one\n")
-
-
-def test_without_a_terminal_bars_count_silently(capsys: pytest.CaptureFixture[str]) -> None:
-    with render.progress_bar("split", 10, quiet=False) as bar:
-        bar.restart(20)
-        bar.advance(5)
-    with render.count_bar("split", 2, quiet=False) as advance:
-        advance(1)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_without_a_terminal_a_line_says_now_and_then_how_far_it_is(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    with render.progress_bar("pull x", quiet=False) as bar:
-        bar.restart(40_000_000)
-        for now[0] in (4.0, 10.0, 14.0, 20.0):
-            bar.advance(10_000_000)
-    with render.progress_bar("pull x", 10, quiet=True) as bar:
-        now[0] = 40.0
-        bar.advance(5)
-    with render.count_bar("split", 2, quiet=False) as advance:
-        now[0] = 60.0
-        advance(1)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == (
-        "pull x: 20.0 MB of 40.0 MB, 2.0 MB/s\npull x: 40.0 MB of 40.0 MB, 2.0 MB/s\n"
-        "split: 1 of 2\n"
-    )
-
-
-BAR = """
-from lorashard.cli import render
-render.SHOW_PROGRESS_AFTER_S = {after}
-with render.progress_bar("reading", quiet=False) as bar:
-    for total in (1_000_000, 2_000_000):
-        bar.restart(total)
-        bar.advance(total // 2)
-"""
-
-
-@pytest.mark.parametrize(("after", "is_shown"), [(-1, True), (3600, False)])
-def test_on_a_terminal_a_bar_shows_each_pass_once_it_takes_long(after: int, is_shown: bool) -> None:
-    shown = run_on_terminal(BAR.format(after=after))
-    assert ("reading" in shown) == is_shown
-    assert ("1.0/2.0 MB" in shown) == is_shown, "the second pass counts from zero"
-
-
-def run_on_terminal(code: str, **env: str) -> str:
-    """What a program writes to a stderr that is a terminal."""
-    ours, theirs = pty.openpty()
-    chunks: list[bytes] = []
-
-    def read() -> None:
-        while True:
-            try:
-                chunk = os.read(ours, 4096)
-            except OSError:  # EIO: the other end is closed
-                return
-            if not chunk:
-                return
-            chunks.append(chunk)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    environment = os.environ | {"PYTHONPATH": str(REPO), "TERM": "xterm", "COLUMNS": "100"} | env
-    subprocess.run([sys.executable, "-c", code], stderr=theirs, env=environment, check=True)
-    os.close(theirs)
-    reader.join()
-    os.close(ours)
-    return b"".join(chunks).decode()
 
 
 def test_json_has_nothing_in_it_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_a_directory_of_some_ranks_is_said_to_be_one(adapter: Path, tmp_path: Pa
     assert done.returncode == 5
     assert done.stdout == "".join(f"{path}: No such file or directory.\n" for path in absent)
     assert done.stderr == (
-        f"error: {out}: 2 of 4 rank files are not here, only what ranks 1-2 need.\n"
+        f"error: {out}: 2 of 4 rank files are not here (ep-00000-of-00004.safetensors, ...), only what ranks 1-2 need.\n"
         "  After a `pull` of these ranks that is right, and --node-ranks 1-2 verifies it. Otherwise "
         "copy the whole directory again.\n"
     )

@@ -236,7 +236,7 @@ def test_an_edited_config_or_manifest_is_refused(shards: Path) -> None:
 
 def test_force_replaces_an_adapter_and_nothing_else(shards: Path, tmp_path: Path) -> None:
     convert_shards(shards, tmp_path / "out", "fused")
-    with pytest.raises(ShardError, match="--force replaces it"):
+    with pytest.raises(ShardError, match="`force=True` replaces it"):
         convert_shards(shards, tmp_path / "out", "per_expert")
     convert_shards(shards, tmp_path / "out", "per_expert", force=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "adapter")

@@ -25,7 +25,7 @@ def test_the_order_of_gate_and_up_is_not_guessed(tmp_path: Path, layout: str) ->
     split_adapter(adapter, tmp_path / "shards", SplitRequest(2))
     message = refused(tmp_path / "shards", layout)
     assert message.startswith(f"{MODULE}: ")
-    assert "--model" in message
+    assert "`model=MODEL_DIR`" in message
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 4}')
     convert_shards(tmp_path / "shards", tmp_path / "out", layout, model=tmp_path / "config.json")  # type: ignore[arg-type]
 
@@ -40,7 +40,7 @@ def test_an_order_that_only_the_manifest_claims_is_not_believed(tmp_path: Path, 
     document["options"]["gate_up_known"] = True
     document["modules"][MODULE]["gate_up"] = order
     path.write_text(json.dumps(document))
-    assert "--model" in refused(tmp_path / "shards", "per_expert")
+    assert "`model=MODEL_DIR`" in refused(tmp_path / "shards", "per_expert")
 
 
 @pytest.mark.parametrize("layout", PEFT_LAYOUTS)
@@ -59,7 +59,7 @@ def test_which_way_round_a_feed_forward_lies_is_not_guessed(tmp_path: Path) -> N
     adapter = save_adapter(tmp_path / "adapter", tensors, **UNNAMED)
     options = LayoutOptions(gate_up="concatenated")
     split_adapter(adapter, tmp_path / "shards", SplitRequest(2, options=options))
-    assert "--orientation" in refused(tmp_path / "shards", "fused")
+    assert "`orientation`" in refused(tmp_path / "shards", "fused")
     convert_shards(tmp_path / "shards", tmp_path / "llama", "fused", orientation="transposed")
     tensors = load_file(tmp_path / "llama" / "adapter_model.safetensors")
     key = "base_model.model.model.layers.0.feed_forward.experts.base_layer.lora_A.weight"

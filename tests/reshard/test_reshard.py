@@ -266,7 +266,9 @@ def test_every_file_that_differs_is_a_finding(shards: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", [*FILES, "adapter_config.json", "lorashard.json"])
 def test_a_missing_file_is_named(shards: Path, name: str) -> None:
     (shards / name).unlink()
-    assert f"{shards / name}: " in refused(shards)
+    said = refused(shards)
+    assert str(shards) in said
+    assert name in said
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -360,7 +362,7 @@ def test_a_target_in_the_way_is_left_alone(shards: Path, tmp_path: Path) -> None
 
 def test_force_replaces_shards_by_what_is_made_of_them(shards: Path, tmp_path: Path) -> None:
     reshard_shards(shards, tmp_path / "wanted", 3)
-    with pytest.raises(ShardError, match="--force replaces it"):
+    with pytest.raises(ShardError, match="`force=True` replaces it"):
         reshard_shards(shards, shards, 3)
     reshard_shards(shards, shards, 3, force=True)
     assert contents(shards) == contents(tmp_path / "wanted")

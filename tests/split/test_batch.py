@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorashard import SplitRequest, split_adapters, verify_shards
+from lorashard import Part, SplitRequest, split_adapters, verify_shards
 from lorashard.errors import AdapterError, OutputExistsError, ShardError
 from lorashard.split.batch import AdapterOutcome
 from tests.tiny import per_expert_tensors, save_adapter, save_config
@@ -77,3 +77,28 @@ def test_adapters_that_cannot_be_told_apart_or_found_are_refused(runs: Path) -> 
         split_adapters([f"{runs}/x*"], None, REQUEST)
     with pytest.raises(AdapterError, match="No adapter is named"):
         split_adapters([], None, REQUEST)
+
+
+def test_a_part_has_its_adapters_and_no_others(runs: Path, tmp_path: Path) -> None:
+    names = [runs / f"step-{number}" for number in range(3)]
+    outcomes = split_adapters(names, tmp_path / "out", REQUEST, part=Part(0, 2))
+    assert [Path(outcome.adapter).name for outcome in outcomes] == ["step-0", "step-2"]
+    assert statuses(split_adapters(names, tmp_path / "out", REQUEST, part=Part(1, 2))) == ["failed"]
+    assert split_adapters(names, tmp_path / "out", REQUEST, part=Part(7, 8)) == ()
+    assert sorted(os.listdir(tmp_path / "out")) == ["step-0-ep2", "step-2-ep2"]
+
+
+def test_two_adapters_with_one_target_are_told_in_every_part(runs: Path, tmp_path: Path) -> None:
+    other = save_adapter(tmp_path / "other" / "step-0")
+    names = [runs / "step-0", runs / "step-2", other]
+    for index in range(3):
+        with pytest.raises(ShardError, match="would both be written"):
+            split_adapters(names, tmp_path / "out", REQUEST, part=Part(index, 3))
+
+
+@pytest.mark.parametrize("name", ["{}/*", "file://{}/*", "hf://collections/owner/name"])
+def test_a_part_of_what_may_change_is_refused(runs: Path, tmp_path: Path, name: str) -> None:
+    names = [str(runs / "step-0"), name.format(runs)]
+    with pytest.raises(AdapterError, match="each adapter is named"):
+        split_adapters(names, tmp_path / "out", REQUEST, part=Part(0, 2))
+    assert not (tmp_path / "out").exists()

@@ -65,7 +65,7 @@ def test_an_unnamed_base_model_of_a_fused_adapter_is_noted(tmp_path: Path) -> No
     unnamed = FUSED_CONFIG | {"base_model_name_or_path": "somebody/mystery"}
     adapter = save_adapter(tmp_path / "adapter", fused_tensors(), **unnamed)
     (note,) = notes(adapter, SplitRequest(ep_size=2))
-    assert note.startswith("Neither the adapter nor --model says what the base model is")
+    assert note.startswith("Neither the adapter nor `model` says what the base model is")
 
 
 def test_an_expert_map_takes_precedence_over_the_strategy(adapter: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_notes_come_before_any_byte_is_read_and_each_pass_is_announced(
         note=events.append, started=events.append, progress=lambda _: events.append("bytes"),
     )  # fmt: skip
     note, *announced = (event for event in events if event != "bytes")
-    assert note == "1 of 5 ranks hold no expert."
+    assert note == "1 of 5 ranks holds no expert."
     assert events[0] == note
     assert announced == [size, size], "one pass to compare, one to write"
 

@@ -97,7 +97,7 @@ def test_a_finished_target_is_refused_without_force(target: Path) -> None:
     write(target, b"old")
     with pytest.raises(OutputExistsError, match="exists") as raised:
         write(target)
-    assert "--force" in str(raised.value)
+    assert "`force=True`" in str(raised.value)
     assert contents(target)["data"] == b"old"
 
 

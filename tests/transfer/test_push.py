@@ -13,9 +13,17 @@ from typing import Any
 
 import pytest
 
+from lorashard import push_shards, verify_shards
 from lorashard.uploading.card import is_untouched
 from tests.hub_server import HubServer
-from tests.tiny import RANK_FILES, contents, per_expert_tensors, run_cli, save_adapter
+from tests.tiny import (
+    RANK_FILES,
+    contents,
+    mounted_tmpfs,
+    per_expert_tensors,
+    run_cli,
+    save_adapter,
+)
 
 REPO = "owner/mine-ep2"
 NAMES = {
@@ -208,6 +216,64 @@ def test_an_upload_that_breaks_changes_nothing(hub: HubServer, shards: Path, wid
     assert commits(hub) == before
     hub.mend()
     assert push(hub, wider, f"hf://{REPO}").returncode == 0
+
+
+def test_a_dry_run_says_what_a_push_would_do_and_changes_nothing(
+    hub: HubServer, shards: Path, wider: Path
+) -> None:
+    done = push(hub, shards, f"hf://{REPO}", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert REPO not in hub.repos
+    document = json.loads(done.stdout)
+    assert (document["dry_run"], document["revision"], document["removed"]) == (True, None, [])
+    assert set(document["files"]) == NAMES - {"adapter_model.safetensors"}
+    assert push(hub, shards, f"hf://{REPO}").returncode == 0
+    before = commits(hub)
+    for target in (f"hf://{REPO}", f"hf://{REPO}@v2"):
+        done = push(hub, wider, target, "--dry-run")
+        assert done.returncode == 0, done.stderr
+        assert f"note: would be removed there: {', '.join(RANK_FILES)}\n" in done.stderr
+        assert done.stderr.endswith(f" to {target} (dry run, nothing uploaded)\n")
+    assert commits(hub) == before
+    assert set(hub.repos[REPO].branches) == {"main"}
+
+
+def test_a_dry_run_elsewhere_refuses_what_a_push_would_refuse(
+    hub: HubServer, shards: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    assert push(hub, shards, there.as_uri(), "--dry-run").returncode == 0
+    assert not there.exists()
+    assert push(hub, shards, there.as_uri()).returncode == 0
+    before = contents(there)
+    refused = push(hub, shards, there.as_uri(), "--dry-run")
+    assert refused.returncode == 5
+    assert "--force replaces it." in refused.stderr
+    assert push(hub, shards, there.as_uri(), "--dry-run", "--force").returncode == 0
+    assert contents(there) == before
+    (shards / RANK_FILES[0]).write_bytes(b"damaged")
+    assert push(hub, shards, there.as_uri(), "--dry-run", "--force").returncode == 5
+
+
+def test_an_upload_counts_each_byte_once(shards: Path, tmp_path: Path) -> None:
+    total = sum((shards / name).stat().st_size for name in ("replicated.safetensors", *RANK_FILES))
+    for target in (tmp_path / "there").as_uri(), "memory://there":
+        done: list[int] = []
+        push_shards(shards, target, progress=done.append)
+        assert sum(done) >= 2 * total  # checked (some bytes twice, for the placement) and uploaded
+        again: list[int] = []
+        verify_shards(shards, progress=again.append)
+        assert sum(done) - sum(again) == total
+
+
+def test_a_full_disk_elsewhere_is_called_so(shards: Path, tmp_path: Path) -> None:
+    with mounted_tmpfs(tmp_path / "disk", "size=8k") as mounted:
+        if not mounted:
+            pytest.skip("mounting needs root")
+        there = (tmp_path / "disk" / "there").as_uri()
+        done = run_cli("push", shards, there)
+    assert done.returncode == 3
+    assert f"error: {there}: no space left there.\n" in done.stderr
 
 
 def test_elsewhere_the_manifest_goes_up_last_and_only_force_replaces(

@@ -57,5 +57,5 @@ def test_a_shard_directory_is_refused_by_a_message_that_names_lorashard(
     messages = run_in_release(release, f"REPO, SHARDS = {str(REPO)!r}, {shards!r}\n{SCRIPT}")
     assert {layout: len(found) for layout, found in messages.items()} == dict.fromkeys(LAYOUTS, 3)
     for message in itertools.chain(*messages.values()):
-        assert "pip install lorashard" in message
+        assert "install lorashard where vLLM runs" in message
         assert "VLLM_PLUGINS" in message

@@ -171,7 +171,7 @@ def test_a_value_that_a_cast_would_make_infinite_is_refused(
     shown = re.escape(f"{float(values[17]):g}")
     with pytest.raises(LayoutError, match=f"too large for {dtype}: {shown}") as raised:
         cast(values, source, dtype)
-    assert "--dtype" in str(raised.value)
+    assert "`dtype`" in str(raised.value)
 
 
 @pytest.mark.parametrize(("source", "value"), [("F32", 65_519.0), ("F64", -65_504.0)])

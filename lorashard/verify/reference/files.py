@@ -115,6 +115,6 @@ def load_source(
         raise UnsupportedAdapterError(
             f"{pickled.name} (a pickle)",
             str(adapter_dir),
-            hint="--allow-pickle reads it with torch.load(weights_only=True).",
+            hint="`allow_pickle=True` reads it with torch.load(weights_only=True).",
         )
     return PickledTensors(pickled)

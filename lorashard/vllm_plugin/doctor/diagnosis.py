@@ -64,7 +64,7 @@ class Report:
     vllm_known: whether the release is between known_releases; None = no vLLM. placement: the
     strategy that vLLM would really use. outcome: what the plugin would do with the adapter; None
     where a problem or a note says why not. as_placed: whether each rank would read its own shard;
-    None = not a shard directory, or it is refused.
+    None = not a shard directory, or it is refused. ignored: words of the command that mean nothing here.
     """
 
     ok: bool
@@ -82,6 +82,7 @@ class Report:
     as_placed: bool | None
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
 
 
 def diagnose(

@@ -15,6 +15,7 @@ from lorashard.adapter.config import (
 )
 from lorashard.adapter.layout import detect_layout
 from lorashard.errors import LorashardError
+from lorashard.parameters import with_flags
 from lorashard.shards.directory import claims_to_be_shards
 from lorashard.storage.small_files import read_small_file
 from lorashard.vllm_plugin.load.loader import AdapterLoader
@@ -30,10 +31,11 @@ _NO_RANK_0 = "in `rank_pattern` must be a positive integer, got 0"
 
 def for_a_server(error: LorashardError) -> str:
     """The error's text, for somebody who has typed no lorashard command."""
-    if not _SPLIT_OPTION.search(str(error)):
-        return str(error)
+    text = with_flags(str(error))
+    if not _SPLIT_OPTION.search(text):
+        return text
     return (
-        f"{error}\n  That is an option of `lorashard split`, not of `vllm serve`: split the adapter "
+        f"{text}\n  That is an option of `lorashard split`, not of `vllm serve`: split the adapter "
         "with it, and serve the directory that this writes."
     )
 

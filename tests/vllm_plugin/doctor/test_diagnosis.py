@@ -132,7 +132,7 @@ def test_problems_are_in_the_order_of_installation_flags_adapter(shards: Surveye
 
 def test_the_note_on_the_placement_is_there() -> None:
     (note,) = report(replace(EP, expert_placement_strategy="round_robin")).notes
-    assert "--model" in note
+    assert "`model`" in note
 
 
 def test_what_only_a_loaded_model_shows_is_there_with_expert_parallelism() -> None:

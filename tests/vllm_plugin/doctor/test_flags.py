@@ -53,7 +53,7 @@ def test_an_unnamed_model_is_taken_at_the_flags_word_with_a_note() -> None:
     placement, note = effective_placement(EngineFlags(**ROUND_ROBIN), None)
     assert placement == "round_robin"
     assert note is not None
-    assert "--model" in note
+    assert "`model`" in note
 
 
 def test_eplb_places_linearly_whatever_the_model() -> None:
