@@ -147,9 +147,7 @@ def doctor(
     max_lora_rank: Annotated[
         int, typer.Option(metavar="R", min=1, help="vLLM's --max-lora-rank.")
     ] = 16,
-    max_loras: Annotated[
-        int, typer.Option(metavar="N", min=1, help="vLLM's --max-loras.")
-    ] = 1,
+    max_loras: Annotated[int, typer.Option(metavar="N", min=1, help="vLLM's --max-loras.")] = 1,
     model: opt.Model = None,
     verbose: Annotated[
         bool,

@@ -38,6 +38,7 @@ def run_doctor(
     fully_sharded_loras: bool = False,
     expert_placement_strategy: Strategy = "linear",
     max_lora_rank: int = 16,
+    max_loras: int = 1,
 ) -> Report:
     """What the vLLM plugin finds here, and would do with this adapter: `ok`, `problems`, `notes`, ...
 
@@ -54,6 +55,7 @@ def run_doctor(
         fully_sharded_loras=fully_sharded_loras,
         expert_placement_strategy=expert_placement_strategy,
         max_lora_rank=max_lora_rank,
+        max_loras=max_loras,
     )
     if not command:
         return _examine(path, model, flags, None)
