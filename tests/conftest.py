@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -32,7 +33,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No example is too slow because another process has the CPU."""
+    """No example is too slow because another process has the CPU; signals are not ignored.
+
+    A shell ignores SIGINT for what it starts in the background, and nohup SIGHUP; children inherit that.
+    """
+    for sign, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(sign) is signal.SIG_IGN:
+            signal.signal(sign, handler)
     if hasattr(config, "workerinput"):
         hypothesis.settings.register_profile("parallel", deadline=None)
         hypothesis.settings.load_profile("parallel")

@@ -25,6 +25,7 @@ def main() -> None:
     os.chdir(ROOT)
     shutil.rmtree(DEMO, ignore_errors=True)
     if sys.argv[1:] == ["--make-adapter"]:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
         make_adapter(DEMO / "model", ADAPTER)
         shutil.copytree(DEMO, DATA, dirs_exist_ok=True)
         return
@@ -50,7 +51,6 @@ def main() -> None:
 
 def make_adapter(model_dir: Path, adapter_dir: Path) -> None:
     """Save a LoRA of a tiny Qwen3-MoE, as PEFT writes it; all factors random, none zero."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore", FutureWarning)  # transformers' own, about PEFT
     import torch
     from peft import LoraConfig, get_peft_model

@@ -16,6 +16,11 @@ places in host memory: they are loaded, evicted, and loaded again, plain and as 
 experts, while other requests decode with other adapters. Each answer is judged as above, or by the same adapter's in the same engine
 before any expert has moved (within 0.012, for the one whose noise is at the limit). "Steps" counts decode steps and checks, "moved" how
 many slots were found to hold another expert than at the look before.
+
+These answers are of the plugin that sent LoRA tensor by tensor, as vLLM sends weights. It now sends one message from each rank to each other;
+that has run on GPUs for its cost alone, below, and on the CPU for the answers. vLLM without lorashard cannot load an adapter where there are
+redundant experts. vLLM 0.24.0 loads no weights for those of GLM-4-MoE, so that the base model itself is wrong (0.09 instead of 0.02); the
+plugin refuses that, and the cases with redundant experts are not shown for it.
 """
 COST = """
 A rearrangement by `EplbState.rearrange`, GLM-4.5-Air's shapes with 8 MoE layers in bf16, 128 experts on two ranks, r = 32, maps at random;

@@ -273,7 +273,7 @@ def test_some_ranks_are_verified_without_the_files_of_the_others(shards: Path) -
     assert any(RANK_FILES[1] in finding for finding in verify_shards(shards))
     done = run_cli("verify", shards, "--ep-rank", 0)
     assert (done.returncode, done.stdout) == (
-        0, f"{shards}: ok, 4 experts on 2 ranks, ranks 0 checked\n",
+        0, f"{shards}: ok, 4 experts on 2 ranks, rank 0 checked\n",
     )  # fmt: skip
     flip_bit(shards / RANK_FILES[0], -1)
     assert run_cli("verify", shards, "--node-ranks", "0-0").returncode == 5

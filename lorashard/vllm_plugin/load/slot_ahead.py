@@ -20,8 +20,10 @@ class SlotAhead:
     """The slot. One thread writes into it; another, in which the engine takes steps, may withdraw it."""
 
     def __init__(self, index: int, device: Any) -> None:
+        """In the thread of the engine's steps, whose GPU work may still read what was in the slot."""
         self.index = index
         self._device = device
+        self._is_free = _event(device)
         self._lock = threading.Lock()  # held while a module's part of the slot is written
         self._stream: Any = None
         self._is_written = self._is_withdrawn = False
@@ -38,13 +40,13 @@ class SlotAhead:
         """Have `do` write the part of each module, in their order. Returns once it is on the device.
 
         do: gets the modules, to be gone through once by `items()`. stream: a CUDA stream for it, None
-        on the CPU; the thread's current one is that of the engine's steps, which may still read what
-        was in the slot before. Raises Withdrawn, and what `do` raises.
+        on the CPU. Raises Withdrawn, and what `do` raises.
         """
         import torch
 
         if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self._device))
+            stream.wait_event(self._is_free)
+            stream.wait_stream(torch.cuda.current_stream(self._device))  # what the thread has made
             self._stream = stream
         # The stacks may have been made in inference mode; then only this mode may write them.
         with torch.inference_mode(), torch.cuda.stream(stream):
@@ -70,6 +72,15 @@ class SlotAhead:
                 if self._is_withdrawn:
                     raise Withdrawn
                 yield name, module
+
+
+def _event(device: Any) -> Any:
+    """What the current stream has to do until now; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.current_stream(device).record_event()
 
 
 class _Parts(dict[str, Any]):

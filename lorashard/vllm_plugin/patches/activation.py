@@ -36,6 +36,22 @@ def wrap_activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return activate_adapter
 
 
+def wrap_sleep(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Worker.sleep: an adapter that is being written into a slot is not, once the slot's memory is gone."""
+
+    def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loader = attached_loader(getattr(self.model_runner, "lora_manager", None))
+        if loader is not None and loader.slot_ahead is not None:
+            loader.slot_ahead.withdraw()
+            if loader.device.type == "cuda":
+                import torch
+
+                torch.cuda.synchronize(loader.device)
+        return original(self, *args, **kwargs)
+
+    return sleep
+
+
 def _activate(original: Callable[..., Any], manager: Any, number: int) -> Any:
     loader = attached_loader(manager)
     active, slots = manager._active_adapters, manager.lora_index_to_id  # noqa: SLF001

@@ -139,6 +139,19 @@ PATCHES: tuple[Patch, ...] = (
         wrap=activation.wrap_activate_adapter,
     ),
     Patch(
+        module="vllm.v1.worker.gpu_worker",
+        owner="Worker",
+        method="sleep",
+        parameters=("self", "level"),
+        why="Sleep mode gives up the memory of the LoRA slots, into which a thread may be writing an "
+        "adapter that was read before it is added.",
+        how="The thread stops first; the adapter is written as it is added.",
+        upstream=f"{_SOURCE}/v1/worker/gpu_worker.py#L185",
+        since="0.16.0",
+        until=None,
+        wrap=activation.wrap_sleep,
+    ),
+    Patch(
         module="vllm.lora.peft_helper",
         owner="PEFTHelper",
         method="from_dict",

@@ -398,6 +398,9 @@ VLLM = {
         class Worker:
             def compile_or_warm_up_model(self):
                 return None
+
+            def sleep(self, level=1):
+                return None
     """,
     "vllm/v1/worker/lora_model_runner_mixin.py": """
         class LoRAModelRunnerMixin:
