@@ -57,6 +57,7 @@ ol.path b { display: block; }
 details { margin: 0.5rem 0; } summary { cursor: pointer; color: var(--link); }
 article + article { margin-top: 3rem; border-top: 3px double var(--line); padding-top: 1rem; }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 0.5rem; }
+@media (max-width: 75rem) { .bar { width: 4rem; } }
 @media (max-width: 40rem) { body { padding: 0.75rem; } .bar { width: 3rem; }
   td.ids { min-width: 5rem; }
   dl.facts { grid-template-columns: 1fr; gap: 0; } dl.facts dd { margin-bottom: 0.4rem; }
