@@ -10,7 +10,7 @@ VLLM   ?= 0.33.0 0.22.1 0.20.2 0.16.0
 COMPAT ?= 0.16.0 0.17.1 0.18.1 0.19.1 0.20.2 0.21.0 0.22.1 0.23.0 0.24.0 0.25.1 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 COMPAT_TESTS := test_loading_conformance.py test_layers_conformance.py test_without_plugin_conformance.py \
 	test_beside_conformance.py test_load_faults_conformance.py patches/test_unloading.py \
-	patches/test_reading_ahead.py
+	patches/test_reading_ahead.py test_rebalancing_conformance.py test_data_parallel_conformance.py
 # In as many processes as there are CPUs, but a test may need 2 GB of memory.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

@@ -66,7 +66,8 @@ def _load(folder: str) -> dict[str, Any]:
 
 def minor_releases() -> list[str]:
     """The releases of the CPU runs, one of each minor."""
-    return sorted({name.rpartition("-")[0] for name in _load("compat")}, key=release_key)
+    names = (name for name in _load("compat") if name.endswith("-loading"))
+    return sorted((name.removesuffix("-loading") for name in names), key=release_key)
 
 
 def _alone(release: str) -> str:
