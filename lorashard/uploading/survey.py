@@ -25,6 +25,20 @@ RANK_FILE = re.compile(r"ep-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
+class Uploaded:
+    """What was done, or would be. revision: the commit on the Hub, of a dry run None. removed: files of another placement.
+
+    kept_card: whether the place had a model card that someone had edited, so that it was left alone.
+    """
+
+    place: str
+    revision: str | None
+    names: tuple[str, ...]
+    removed: tuple[str, ...]
+    kept_card: bool
+
+
+@dataclass(frozen=True, slots=True)
 class UploadPlan:
     """names: files to upload, the manifest last. removed: files of another placement to delete there.
 
@@ -43,7 +57,7 @@ def is_on_hub(target: str) -> bool:
     return target.startswith("hf://") or looks_like_hub_id(target)
 
 
-def preview_upload(target: str, ep_size: int, *, force: bool = False) -> UploadPlan:
+def preview_upload(target: str, ep_size: int, *, force: bool = False) -> Uploaded:
     """What an upload of `ep_size` ranks to `target` would do. Changes nothing there.
 
     force: as upload_shards has it. Raises what the upload would raise, as far as can be known without
@@ -57,7 +71,8 @@ def preview_upload(target: str, ep_size: int, *, force: bool = False) -> UploadP
         with translating_errors(str(address)):
             _check_token(api, str(address))
             head = _present_head(api, address.repo, address.revision or "main")
-            return survey_hub(api, address, head, ep_size)
+            plan = survey_hub(api, address, head, ep_size)
+        return Uploaded(str(address), None, plan.names, plan.removed, plan.keeps_card)
     folder = folder_of(target)
     with translating_errors(folder.text):
         if lacks_bucket(folder.fs, folder.path):
@@ -65,7 +80,8 @@ def preview_upload(target: str, ep_size: int, *, force: bool = False) -> UploadP
                 f"{folder}: there is no bucket {folder.path.partition('/')[0]}.",
                 hint="Create it, or choose another place.",
             )
-        return survey_folder(folder, ep_size, force=force)
+        plan = survey_folder(folder, ep_size, force=force)
+    return Uploaded(folder.text, None, plan.names, plan.removed, plan.keeps_card)
 
 
 def folder_of(target: str) -> RemoteFolder:

@@ -6,7 +6,6 @@ manifest is uploaded last and removed first: without it nobody takes a directory
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +20,13 @@ from lorashard.storage.remote import RemoteFolder
 from lorashard.storage.small_files import read_small_file
 from lorashard.uploading.card import CARD_NAME, format_card
 from lorashard.uploading.survey import (
+    Uploaded,
     folder_of,
     is_on_hub,
     preview_upload,
     survey_folder,
     survey_hub,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    """What was done, or would be. revision: the commit on the Hub, of a dry run None. removed: files of another placement.
-
-    kept_card: whether the place had a model card that someone had edited, so that it was left alone.
-    """
-
-    place: str
-    revision: str | None
-    names: tuple[str, ...]
-    removed: tuple[str, ...]
-    kept_card: bool
 
 
 def upload_shards(
@@ -64,9 +50,7 @@ def upload_shards(
     """
     config = parse_config(read_small_file(shards, CONFIG_NAME), str(shards / CONFIG_NAME))
     if dry_run:
-        plan = preview_upload(target, manifest.placement.ep_size, force=force)
-        place = str(parse_address(target)) if is_on_hub(target) else target.rstrip("/")
-        return Uploaded(place, None, plan.names, plan.removed, plan.keeps_card)
+        return preview_upload(target, manifest.placement.ep_size, force=force)
     if is_on_hub(target):
         return _to_hub(shards, manifest, config, parse_address(target), private=private)
     return _to_folder(shards, manifest, config, folder_of(target), progress, force=force)
