@@ -28,7 +28,7 @@ def resolve_target(target: Path) -> Path:
         raise ShardError(
             f"{target}: output goes to a local directory, and this is a URL.",
             hint="Name a local directory with `out`. Then upload it: shards with `lorashard push` "
-            "(`push_shards` in Python), an adapter with the tools of that place.",
+            "or push_shards, an adapter with the tools of that place.",
         )
     is_link = os.path.islink(target)  # noqa: PTH114 - quiet on odd names
     return Path(os.path.realpath(target) if is_link else os.path.abspath(target))
