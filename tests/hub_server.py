@@ -610,7 +610,9 @@ class _Handler(BaseHTTPRequestHandler):
         user = self.user()
         if user is None:
             raise _Refusal(401, None, "Invalid username or password.")
-        self.send_json({"type": "user", "name": user, "orgs": [], "auth": {}})
+        role = "read" if self.request_log.token == self.hub.read_token else "write"
+        auth = {"type": "access_token", "accessToken": {"displayName": "mine", "role": role}}
+        self.send_json({"type": "user", "name": user, "orgs": [], "auth": auth})
 
     def model_info(self, repo: str, revision: str | None = None) -> None:
         found = self.find(repo)

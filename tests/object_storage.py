@@ -177,9 +177,11 @@ class ObjectStorage:
         """Invert the byte at `offset` of an object whenever it is sent, without its checksum."""
         self._faults.lay(Fault("corrupt", match, offset, None))
 
-    def when(self, match: str, action: Callable[[], object], nth: int = 1) -> None:
-        """Call `action` just before the `nth` GET of an object is answered."""
-        self._faults.lay(Fault("when", match, action, 1, nth - 1))
+    def when(
+        self, match: str, action: Callable[[], object], nth: int = 1, method: str = "GET"
+    ) -> None:
+        """Call `action` just before the `nth` GET of an object is answered, or what `method` says."""
+        self._faults.lay(Fault("when", match, action, 1, nth - 1, method))
 
     def mend(self) -> None:
         """Remove all faults."""

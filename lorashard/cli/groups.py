@@ -23,6 +23,7 @@ EXAMPLES = {
     "split": (
         "lorashard split my-adapter --ep-size 8",
         "lorashard split hf://owner/adapter --ep-size 8 -o shards",
+        "lorashard split my-adapter --ep-size 8 -o s3://bucket/mine-ep8",
         "lorashard split 'runs/*' --ep-size 8 -o all --resume",
         "lorashard split --from - --part 0/4 --ep-size 8 -o all --resume",
     ),

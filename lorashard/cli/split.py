@@ -6,20 +6,21 @@ import gc
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from lorashard.cli import bars, render
 from lorashard.cli import options as opt
 from lorashard.cli.error_json import json_of
-from lorashard.errors import AdapterError, BatchError
+from lorashard.cli.split_result import outcome_json, result_json, say_result
+from lorashard.cli.split_to_url import refuse_for_url, split_to_url
+from lorashard.errors import AdapterError, BatchError, ShardError
 from lorashard.parameters import with_flags
 
 if TYPE_CHECKING:
     from lorashard.split.batch import AdapterOutcome
     from lorashard.split.pipeline import SplitRequest
-    from lorashard.split.run import SplitResult
     from lorashard.split.selection import SplitJob
 
 
@@ -35,12 +36,13 @@ def split(
         ),
     ] = None,
     out: Annotated[
-        Optional[Path],
+        Optional[str],
         typer.Option(
             "-o",
             "--output",
             metavar="OUT",
-            help="Target directory; with several adapters, the directory for all of them. "
+            help="Target directory; with several adapters, the directory for all of them. Or, for one "
+            "adapter, where to upload it as `push` does: hf://owner/name or another URL. "
             "[default: ADAPTER-epN; for checkpoint-130, epN-of-checkpoint-130]",
             show_default=False,
         ),
@@ -54,6 +56,10 @@ def split(
     orientation: opt.Orientation = None,
     allow_pickle: opt.AllowPickle = False,
     force: opt.Force = False,
+    private: Annotated[
+        bool,
+        typer.Option("--private", help="With -o hf://: if the repository is new, make it private."),
+    ] = False,
     listed: Annotated[
         Optional[typer.FileText],
         typer.Option(
@@ -121,10 +127,21 @@ def split(
     if not names:
         raise AdapterError("No adapter is named.", hint="lorashard split ADAPTER --ep-size N")
     batch = listed is not None or part is not None or is_batch(names)
+    if out is not None and "://" in out:
+        refuse_for_url(out, batch=batch, resume=resume)
+        split_to_url(
+            names[0], out, request, private=private, force=force, dry_run=dry_run,
+            as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+        return
+    if private:
+        raise ShardError(
+            "--private is for -o hf://owner/name: a local directory has no such thing."
+        )
     chosen = None if part is None else parse_part(part)
     if chosen is not None:
         check_names_are_fixed(names)
-    jobs = plan_jobs(find_adapters(names), out, ep_size, batch=batch)
+    jobs = plan_jobs(find_adapters(names), None if out is None else Path(out), ep_size, batch=batch)
     if chosen is not None:
         jobs = chosen.of(jobs)
     if batch:
@@ -165,8 +182,8 @@ def _split_one(
             started=bar.restart,
             progress=bar.advance,
         )
-    _say_result(result, quiet=quiet)
-    render.print_result(_result_json(result), result.out, as_json=as_json, quiet=quiet)
+    say_result(result, quiet=quiet)
+    render.print_result(result_json(result), result.out, as_json=as_json, quiet=quiet)
 
 
 def _split_batch(
@@ -197,7 +214,7 @@ def _split_batch(
                 shown = json_of(outcome.error)
                 render.say_error(_about(outcome.adapter, shown["error"]), shown["hint"])
             elif outcome.result is not None:
-                _say_result(outcome.result, quiet=quiet)
+                say_result(outcome.result, quiet=quiet)
                 if not (as_json or quiet):
                     render.print_line(str(outcome.result.out))
 
@@ -214,7 +231,7 @@ def _split_batch(
         )
     _say_notes(outcomes, quiet=quiet)
     if as_json:
-        render.print_json([_outcome_json(outcome) for outcome in outcomes])
+        render.print_json([outcome_json(outcome) for outcome in outcomes])
     counts = Counter(outcome.status for outcome in outcomes)
     ignored = f", {counts['ignored']} ignored as shards" if counts["ignored"] else ""
     render.say(
@@ -250,49 +267,3 @@ def _about(adapter: str, text: str) -> str:
     """The text with the adapter's name before it, if it does not name it."""
     is_named = text.startswith((f"{adapter}:", f"{adapter}/", f"{adapter} "))
     return text if is_named else f"{adapter}: {text}"
-
-
-def _say_result(result: SplitResult, *, quiet: bool) -> None:
-    sizes = list(result.file_sizes.values())
-    inferred = " (counted; --model checks it)" if result.num_experts_inferred else ""
-    inferred += render.COUNTED_FROM_R if result.counted_from_r else ""
-    if result.status == "skipped":
-        remark = " (already there)"
-    else:
-        remark = " (dry run, nothing written)" if result.dry_run else ""
-    render.say(
-        f"{result.adapter}: {result.num_experts} experts{inferred} in {result.num_modules} modules "
-        f"on {result.placement.ep_size} ranks, {render.size(sizes[0])} replicated + "
-        f"{render.size(max(sizes[1:]))} per rank{remark}",
-        quiet=quiet,
-    )
-
-
-def _result_json(result: SplitResult) -> dict[str, Any]:
-    return {
-        "adapter": result.adapter,
-        "status": result.status,
-        "out": str(result.out),
-        "dry_run": result.dry_run,
-        "num_experts": result.num_experts,
-        "counted_from_r": result.counted_from_r,
-        "num_modules": result.num_modules,
-        "placement": result.placement.strategy,
-        "ep_size": result.placement.ep_size,
-        "ranks": [list(experts) for experts in result.placement.ranks],
-        "files": dict(result.file_sizes),
-        "notes": [with_flags(note) for note in result.notes],
-    }
-
-
-def _outcome_json(outcome: AdapterOutcome) -> dict[str, Any]:
-    if outcome.result is not None:
-        return _result_json(outcome.result)
-    if outcome.error is None:
-        return {"adapter": outcome.adapter, "status": outcome.status, "out": None}
-    return {
-        "adapter": outcome.adapter,
-        "status": outcome.status,
-        "out": str(outcome.target),
-        **json_of(outcome.error),
-    }

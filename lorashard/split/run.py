@@ -111,12 +111,14 @@ def run_split(
     force: bool = False,
     resume: bool = False,
     dry_run: bool = False,
+    no_room: str | None = None,
     note: Callable[[str], None] = lambda _: None,
     started: Callable[[int], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> SplitResult:
     """Split one adapter; with `resume` only if needed, in a dry run only on paper.
 
+    no_room: what to do if the disk has no room for `out`, where it is not the user's choice.
     note: called with each note, before any tensor data is read, or after a cast.
     started: called with the source's size in bytes before each pass over it.
     progress: called with bytes done since the last call.
@@ -141,7 +143,8 @@ def run_split(
         skipped = manifest is not None
         check_target(out, force=force or skipped, replaceable=holds_only_shards)
         if manifest is None:
-            check_disk_space(out, sum(file.size_bytes for file in prepared.plan.files))
+            size_bytes = sum(file.size_bytes for file in prepared.plan.files)
+            check_disk_space(out, size_bytes, hint=no_room)
         if manifest is None and not dry_run:
             started(prepared.source.index.file_size)
             manifest = write_shards(

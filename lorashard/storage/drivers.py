@@ -89,6 +89,19 @@ def is_object_store(fs: Any) -> bool:
     return bool(_protocols(fs) & _OBJECT_STORES)
 
 
+def lacks_bucket(fs: Any, path: str) -> bool:
+    """Whether a path is in an S3 bucket that does not exist: s3fs lists one as an empty folder."""
+    if "s3" not in _protocols(fs):
+        return False
+    try:
+        fs.call_s3("head_bucket", Bucket=path.partition("/")[0])
+    except FileNotFoundError:
+        return True
+    except Exception:  # noqa: BLE001 - who may use only a part of a bucket may not ask this
+        return False
+    return False
+
+
 def _protocols(fs: Any) -> frozenset[str]:
     return frozenset(fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 

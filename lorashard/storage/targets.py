@@ -27,8 +27,8 @@ def resolve_target(target: Path) -> Path:
     if _URL.match(str(target)):
         raise ShardError(
             f"{target}: output goes to a local directory, and this is a URL.",
-            hint="Name a local directory with `out`. Then upload it: shards with `lorashard push`, an "
-            "adapter with the tools of that place.",
+            hint="Name a local directory with `out`. Then upload it: shards with `lorashard push` "
+            "or push_shards, an adapter with the tools of that place.",
         )
     is_link = os.path.islink(target)  # noqa: PTH114 - quiet on odd names
     return Path(os.path.realpath(target) if is_link else os.path.abspath(target))

@@ -13,7 +13,8 @@ from lorashard.errors import VerificationError
 from lorashard.progress import Progress
 from lorashard.shards.directory import read_manifest
 from lorashard.shards.held import find_partial
-from lorashard.uploading.upload import Uploaded, upload_shards
+from lorashard.uploading.survey import Uploaded
+from lorashard.uploading.upload import upload_shards
 from lorashard.verify.verify import verify_shards
 
 

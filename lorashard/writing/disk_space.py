@@ -11,8 +11,8 @@ from lorashard.errors import ShardError
 _HINT = "Free some space, or choose another place with `out`."
 
 
-def check_disk_space(target: Path, size_bytes: int, *, hint: str = _HINT) -> None:
-    """Raise ShardError if `size_bytes` do not fit where `target` is going to be.
+def check_disk_space(target: Path, size_bytes: int, *, hint: str | None = None) -> None:
+    """Raise ShardError if `size_bytes` do not fit where `target` is going to be. hint: what to do then.
 
     A file system that does not say how large it is, as some network ones, is believed to have room.
     """
@@ -27,7 +27,7 @@ def check_disk_space(target: Path, size_bytes: int, *, hint: str = _HINT) -> Non
         raise ShardError(
             f"{os.fspath(target)}: {_gigabytes(size_bytes)} are to be written, and {folder} has "
             f"{_gigabytes(usage.free)} free.",
-            hint=hint,
+            hint=hint or _HINT,
         )
 
 

@@ -34,7 +34,7 @@ def adapter(tmp_path: Path) -> Path:
 @pytest.fixture
 def unlooked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the disk filled up only after the look at it."""
-    monkeypatch.setattr("lorashard.split.run.check_disk_space", lambda *_: None)
+    monkeypatch.setattr("lorashard.split.run.check_disk_space", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("command", ["split", "split --dry-run", "merge", "convert"])
