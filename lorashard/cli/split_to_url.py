@@ -39,10 +39,12 @@ def split_to_url(
 
     What the upload would refuse is refused before the adapter is read.
     """
+    from lorashard.shards.placement import check_ep_size  # noqa: PLC0415
     from lorashard.split.run import run_split  # noqa: PLC0415
     from lorashard.uploading.survey import preview_upload  # noqa: PLC0415
 
     render.if_interrupted(lambda: f"{target} is as it was.")
+    check_ep_size(request.ep_size)  # the preview names a file for each
     pushed = preview_upload(target, request.ep_size, force=force)
     # Nobody needs the temporary copy after a crash.
     request = replace(request, sync=False)

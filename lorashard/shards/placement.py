@@ -179,7 +179,8 @@ _FORMS = (
 )
 
 
-def _check_counts(num_experts: int, ep_size: int) -> None:
+def check_ep_size(ep_size: int) -> None:
+    """Raise PlacementError for a number of ranks that no deployment has."""
     if not isinstance(ep_size, int):
         raise PlacementError(f"ep_size is {ep_size!r}; it must be a whole number.")
     if ep_size < 1:
@@ -189,6 +190,10 @@ def _check_counts(num_experts: int, ep_size: int) -> None:
             f"ep_size is {ep_size}; it can be {MAX_EP_SIZE} at most.",
             hint="Give the number of expert-parallel ranks of the deployment.",
         )
+
+
+def _check_counts(num_experts: int, ep_size: int) -> None:
+    check_ep_size(ep_size)
     if num_experts < 1:
         raise PlacementError(f"num_experts is {num_experts}; it must be at least 1.")
 

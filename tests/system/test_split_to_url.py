@@ -255,3 +255,10 @@ def test_what_does_not_go_together_is_refused_by_name(words: tuple[str, ...], sa
     done = run_cli("split", *words, "--ep-size", 2)
     assert done.returncode == 5
     assert said in done.stderr
+
+
+def test_a_mistyped_number_of_ranks_does_not_fill_the_memory(adapter: Path, tmp_path: Path) -> None:
+    place = (tmp_path / "there").as_uri()
+    done = run_cli("split", adapter, "--ep-size", 10**12, "-o", place)
+    assert done.returncode == 4
+    assert "it can be 65536 at most" in done.stderr
