@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from tests.gpu.checkpoint import quantise_views, save_fp8, save_tokenizer
 from tests.gpu.loras import RECIPES, VERSIONS
+from tests.gpu.processes import one_at_a_time
 from tests.gpu.reference import VOCABULARY, Reference, make_prompts
 
 HIDDEN, INTERMEDIATE = 512, 384
@@ -223,16 +224,21 @@ def build(name: str, out: Path) -> None:
 def build_all(out: Path, names: Iterable[str]) -> None:
     """Make what is missing."""
     for name in names:
-        if not (out / name / FINISHED).exists():
-            started = time.perf_counter()
-            try:
-                build(name, out)
-            except Exception as err:
-                if not MODELS[name].optional:
-                    raise
-                print(f"{name}: not made: {type(err).__name__}: {err}", flush=True)
-                continue
-            print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+        with one_at_a_time(out):
+            if not (out / name / FINISHED).exists():
+                _build(name, out)
+
+
+def _build(name: str, out: Path) -> None:
+    started = time.perf_counter()
+    try:
+        build(name, out)
+    except Exception as err:
+        if not MODELS[name].optional:
+            raise
+        print(f"{name}: not made: {type(err).__name__}: {err}", flush=True)
+    else:
+        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.gpu.cases import CASES, PLAIN, SPLITS
 from tests.gpu.models import FINISHED, TinyModel
-from tests.gpu.processes import ROOT
+from tests.gpu.processes import ROOT, one_at_a_time
 
 
 def _wanted(model: str) -> set[tuple[str, str]]:
@@ -60,7 +60,7 @@ def split_all(
 
 def split_each(directory: Path, wanted: Iterable[tuple[str, str]]) -> None:
     """The same for some pairs (adapter, form) of one model."""
-    with ThreadPoolExecutor(8) as pool:
+    with one_at_a_time(directory), ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda pair: _split(directory, *pair, verify=False), sorted(wanted)))
 
 

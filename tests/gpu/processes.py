@@ -1,13 +1,14 @@
 """Child processes: their environment, their time limit, and their end."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -78,6 +79,15 @@ def run(command: Sequence[str], log: Path, environment: Mapping[str, str], timeo
     finally:
         end(process)
     return "" if status == 0 else f"exit status {status}"
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Programs that prepare the same folder wait for each other, and do not fight over the CPUs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def exit_after(program: Callable[[], object]) -> NoReturn:
