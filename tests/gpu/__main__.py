@@ -24,7 +24,7 @@ from tests.gpu.cases import CASES, Case, applying, as_stock
 from tests.gpu.engine import LEAK_ROOM
 from tests.gpu.models import MODELS, build_all
 from tests.gpu.prepare import split_all
-from tests.gpu.processes import child_environment, run
+from tests.gpu.processes import child_environment, last_error, run
 
 EAGER_LIMIT_S, GRAPHS_LIMIT_S = 200.0, 330.0
 # Beyond this the reference is not of this model: FP8 gives 0.13, bf16 0.07 at most.
@@ -88,7 +88,7 @@ def _run_case(args: argparse.Namespace, asked: Case) -> Result:
     find_problems = _refusal_problems if case.refused else _problems
     problems = find_problems(case, lines, text)
     if ended and not case.refused:
-        problems.append(f"{ended}: {_last_error(text)}")
+        problems.append(f"{ended}: {last_error(text)}")
     return {
         "case": case.name,
         "model": case.model,
@@ -98,7 +98,7 @@ def _run_case(args: argparse.Namespace, asked: Case) -> Result:
         "seconds": round(time.monotonic() - started, 1),
         "results": lines,
         "ended": ended,
-        "last_error": _last_error(text) if ended else "",
+        "last_error": last_error(text) if ended else "",
         "as_expected": not problems,
         "problems": problems,
     }
@@ -132,12 +132,6 @@ def _describe(line: Result) -> str:
     if line.get("leak", 0.0) >= LEAK_ROOM:
         return f"{name}: the base model's answer changed by {line['leak']} afterwards"
     return f"{name}: error {line['error']} > {line['limit']} or correlation {line['correlation']}"
-
-
-def _last_error(text: str) -> str:
-    """The first exception of a log: later ones are mostly its echo in other processes."""
-    found = re.findall(r"^.*?\b(\w*(?:Error|Exception)\b: .*)$", text, re.MULTILINE)
-    return str(found[0])[:400] if found else ""
 
 
 def _summary(result: Result) -> str:

@@ -12,7 +12,6 @@ vLLM 0.33.0 and an older NCCL, a library is built with the host's compiler; or -
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from tests.gpu.dp_cases import CASES, MODEL, SHARDS, DpCase
 from tests.gpu.models import build_all
 from tests.gpu.nccl import nccl_variables
 from tests.gpu.prepare import split_each
-from tests.gpu.processes import child_environment, run
+from tests.gpu.processes import child_environment, gpu_name, last_error, run
 
 LIMIT_S = 420
 ASKED_FOR = "LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL"
@@ -56,7 +55,7 @@ def run_case(
     ]
     text = log.read_text(errors="replace") if log.exists() else ""
     if not any("finished" in line for line in lines):
-        problems.append(f"not finished ({ended or 'no reason'}): {_last_error(text)}")
+        problems.append(f"not finished ({ended or 'no reason'}): {last_error(text)}")
     return {
         "case": case.name,
         "flags": case.flags,
@@ -72,11 +71,6 @@ def _problem(line: Result) -> str:
     return f"{line['check']}: {json.dumps(what)[:400]}"
 
 
-def _last_error(text: str) -> str:
-    found = re.findall(r"^.*?\b(\w*(?:Error|Exception)\b: .*)$", text, re.MULTILINE)
-    return str(found[0])[:400] if found else ""
-
-
 def _summary(result: Result) -> str:
     checks = [line for line in result["results"] if "check" in line]
     errors = [line["error"] for line in checks if "error" in line]
@@ -88,12 +82,6 @@ def _summary(result: Result) -> str:
         f"{len(checks)} checks right, errors {min(errors, default=9.0)} to {max(errors, default=9.0)}"
     )
     return "\n       ".join([text, *result["problems"][:12]])
-
-
-def _gpu() -> str:
-    import torch
-
-    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "GPUs"
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -136,7 +124,7 @@ def main() -> int:
         and (not args.only or case.name in args.only)
         and not (args.no_graphs and case.graphs)
     ]
-    found: dict[str, Any] = {"stock": args.stock, "gpu": _gpu(), "cases": []}
+    found: dict[str, Any] = {"stock": args.stock, "gpu": gpu_name(), "cases": []}
     # As the other documents in docs/gpu, whose cases are those of tests/gpu/cases.py.
     document = {"release": release, "stock": args.stock, "cases": [], "dp": found}
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -24,7 +24,7 @@ from tests.gpu.eplb_engine import LEAK_ROOM
 from tests.gpu.eplb_server import SHARDS
 from tests.gpu.models import build_all
 from tests.gpu.prepare import split_each
-from tests.gpu.processes import child_environment, run
+from tests.gpu.processes import child_environment, gpu_name, last_error, run
 
 EAGER_LIMIT_S, GRAPHS_LIMIT_S = 240.0, 330.0
 REST_ROOM = 0.012  # by which FP8 answers of one engine differ from each other
@@ -51,7 +51,7 @@ def run_case(work: Path, logs: Path, case: EplbCase, *, stock: bool) -> Result:
     lines, text = _lines(result), log.read_text(errors="replace")
     problems = _problems(case, lines, text, stock=stock)
     if ended:
-        problems.append(f"{ended}: {_last_error(text)}")
+        problems.append(f"{ended}: {last_error(text)}")
     return {
         "case": case.name,
         "flags": case.flags,
@@ -98,11 +98,6 @@ def is_as_at_rest(line: Result, at_rest: float) -> bool:
     return bool(sound and line["error"] <= most)
 
 
-def _last_error(text: str) -> str:
-    found = re.findall(r"^.*?\b(\w*(?:Error|Exception)\b: .*)$", text, re.MULTILINE)
-    return str(found[0])[:400] if found else ""
-
-
 def _summary(result: Result) -> str:
     errors = [line.get("error", 9.0) for line in result["results"] if "adapter" in line]
     base = [line["error"] for line in result["results"] if line.get("base")][:1]
@@ -124,12 +119,6 @@ def _extra(work: Path, logs: Path, module: str, limit_s: float) -> Result:
     ended = run(command, logs / f"{module}.log", child_environment(stock=False), limit_s)
     found: Result = json.loads(out.read_text()) if out.exists() else {"as_expected": False}
     return {"case": module, "ended": ended} | found
-
-
-def _gpu() -> str:
-    import torch
-
-    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "GPUs"
 
 
 def main() -> int:
@@ -162,7 +151,7 @@ def main() -> int:
         for case in (STOCK_CASES if args.stock else CASES)
         if (not args.first or case.is_first) and (not args.only or case.name in args.only)
     ]
-    found: dict[str, Any] = {"stock": args.stock, "gpu": _gpu(), "cases": []}
+    found: dict[str, Any] = {"stock": args.stock, "gpu": gpu_name(), "cases": []}
     # As the other documents in docs/gpu, whose cases are those of tests/gpu/cases.py.
     document = {"release": release, "stock": args.stock, "cases": [], "eplb": found}
     jobs: list[Callable[[], Result]] = [

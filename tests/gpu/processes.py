@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,19 @@ def run(command: Sequence[str], log: Path, environment: Mapping[str, str], timeo
     finally:
         end(process)
     return "" if status == 0 else f"exit status {status}"
+
+
+def last_error(text: str) -> str:
+    """The first exception of a log: later ones are mostly its echo in other processes."""
+    found = re.findall(r"^.*?\b(\w*(?:Error|Exception)\b: .*)$", text, re.MULTILINE)
+    return str(found[0])[:400] if found else ""
+
+
+def gpu_name() -> str:
+    """Of the first GPU, as records have it."""
+    import torch
+
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "GPUs"
 
 
 @contextlib.contextmanager

@@ -183,12 +183,16 @@ def read_before_adding(worker_manager: Any, request: Any) -> bool:
     reading = _ReadingStandIn(loader, stock_class(worker_manager), loader.maps)
     read = partial(_read, reading, load_adapter, worker_manager, request)
     try:
-        manager = worker_manager._adapter_manager  # noqa: SLF001
-        slot = free_slot(manager) if loader.fills_slots_ahead else None
-        return read_ahead(loader, request, read, slot)
+        return read_ahead(loader, request, read, partial(_slot_to_fill, worker_manager, loader))
     except Exception as err:  # noqa: BLE001 - no memory for a thread, for example
         logger.warning("lorashard: an adapter is read as it is added, not before (%r)", err)
         return True
+
+
+def _slot_to_fill(worker_manager: Any, loader: AdapterLoader) -> SlotAhead | None:
+    if not loader.fills_slots_ahead:
+        return None
+    return free_slot(worker_manager._adapter_manager)  # noqa: SLF001
 
 
 def _read(

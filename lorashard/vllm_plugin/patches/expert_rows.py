@@ -37,7 +37,6 @@ from lorashard.vllm_plugin.patches.row_exchange import (
     communicator_like,
     exchange_rows,
     moving_stacks,
-    on_stream,
     put_rows,
     row_width,
 )
@@ -135,11 +134,13 @@ class ExpertRows:
 
         before, after: the layer's maps. group: of the ranks. stream: that of the communicator.
         """
+        import torch
+
         assert self._transfer is not None
         rank, slots = group.rank(), sorted(self._transfer.slots)
         moves = plan_moves(before, after, group.size(), rank)
         communicator = communicator_like(communicator, group, self._manager.device, stream)
-        with _any_tensors(), on_stream(stream):
+        with _any_tensors(), torch.cuda.stream(stream):
             arrivals = exchange_rows(
                 moving_stacks(self.wrappers[name]), slots, moves, rank, communicator, self._room
             )

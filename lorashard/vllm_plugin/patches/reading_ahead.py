@@ -67,12 +67,12 @@ def read_ahead(
     loader: AdapterLoader,
     request: Any,
     read: Callable[[SlotAhead | None], LoadedAdapter],
-    slot: SlotAhead | None,
+    find_slot: Callable[[], SlotAhead | None],
 ) -> bool:
     """In a worker: begin to read, or look how it goes. Whether there is nothing to wait for.
 
     One adapter is read at a time, so that no more memory is needed than for a load as it is added.
-    slot: a free one, into which `read` may write the adapter.
+    find_slot: asked as reading begins, for a free one, into which `read` may write the adapter.
     """
     number = _number(request, _TO_BE_READ)
     assert number is not None
@@ -80,7 +80,7 @@ def read_ahead(
     if ahead is not None and (ahead.number == number or not ahead.is_over):
         return ahead.is_over or ahead.number != number
     loader.ahead = None  # nobody has come for that one: its memory is free first
-    loader.slot_ahead = slot
+    slot = loader.slot_ahead = find_slot()
     loader.ahead = ReadAhead(number, partial(read, slot), loader.device)
     return False
 

@@ -7,7 +7,6 @@ than the base weights themselves, which are 30 times as large.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -161,10 +160,3 @@ def all_gather_numbers(numbers: Sequence[int], group: Any) -> list[list[int]]:
     said = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(said, own, group, async_op=True).wait(_LIMIT)
     return [each.tolist() for each in said]
-
-
-def on_stream(stream: Any) -> Any:
-    """A context in which GPU work goes to this stream; None: to the current one."""
-    import torch
-
-    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
