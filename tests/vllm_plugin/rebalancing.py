@@ -534,15 +534,16 @@ def traffic(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
             worker.load(num_adapters)
         sent.clear()
         worker.begin_cycle()
+        stacks = moving_stacks(worker.layers[0])
         base = [sizes for sizes in sent if len(sizes) == 2]  # two base weights
-        lora = [sizes[0] for sizes in sent if len(sizes) == 1]  # w13's two A and B, w2's, in one
-        row = sum(stack[0, 0].numel() for stack in moving_stacks(worker.layers[0]))
+        lora = [sizes for sizes in sent if len(sizes) == len(stacks)]
+        row = sum(stack[0, 0].numel() for stack in stacks)
         if len(base) + len(lora) < len(sent) or not base:
             wrong.append(f"{num_adapters} adapters: {sent}")
-        if sum(lora) != len(base) * num_adapters * row:
-            wrong.append(f"{num_adapters} adapters: {sum(lora)} values for {len(base)} experts")
+        if sum(map(sum, lora)) != len(base) * num_adapters * row:
+            wrong.append(f"{num_adapters} adapters: {lora} values for {len(base)} experts")
         if len(lora) > len(worker.layers) * (ep_size - 1):
-            wrong.append(f"{num_adapters} adapters: {len(lora)} messages")
+            wrong.append(f"{num_adapters} adapters: {len(lora)} times something was sent")
         calls: list[str] = []
         for name in ("begin_transfer", "arrived", "activated", "_move"):
             setattr(worker.rows, name, partial(calls.append, name))
