@@ -157,12 +157,14 @@ def _tables(stacks: Sequence[Any]) -> list[Any]:
 
 
 def _row_numbers(slot_rows: int, slots: Sequence[int], experts: Sequence[int], device: Any) -> Any:
-    """[len(experts) * len(slots)], on the device, without waiting for what it is busy with."""
+    """[len(experts) * len(slots)], on the device, without waiting for what it is busy with.
+
+    Not from pinned memory: what little there is CUDA takes along with the command, and pinning waits.
+    """
     import torch
 
     numbers = [slot * slot_rows + expert for expert in experts for slot in slots]
-    on_cpu = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return on_cpu.to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def communicator_like(given: Any, cpu_group: Any, device: Any, stream: Any) -> Any:
