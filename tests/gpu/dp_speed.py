@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.checkpoint import save_tokenizer
-from tests.gpu.dp import ASKED_FOR
 from tests.gpu.load_adapters import VOCABULARY, adapter_directory
 from tests.gpu.nccl import nccl_variables
 from tests.gpu.processes import child_environment, exit_after, run
@@ -148,8 +147,7 @@ def _main() -> None:
         out = logs / f"{kind}.json"
         out.unlink(missing_ok=True)
         one = ["-m", "tests.gpu.dp_speed", "--work", str(args.work), "--out", str(out)]
-        changes = {ASKED_FOR: "1", **variables}
-        environment = child_environment(stock=kind == "dp-stock", changes=changes)
+        environment = child_environment(stock=kind == "dp-stock", changes=variables)
         ended = run([*one, "--engine", kind], out.with_suffix(".log"), environment, LIMIT_S + 30)
         found[kind] = json.loads(out.read_text()) if out.exists() else {"ended": ended}
         short = {
