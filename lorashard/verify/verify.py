@@ -30,6 +30,7 @@ from lorashard.shards.directory import (
     is_repository_file,
     local_shards,
     locate_shards,
+    manifest_bytes,
     needed_files,
     opened_files,
     shard_directory_names,
@@ -44,6 +45,7 @@ from lorashard.shards.replan import (
     is_own_config,
     rebuild_plan,
 )
+from lorashard.shards.seal import CHANGED, is_seal_broken
 from lorashard.storage.digests import read_in_steps
 from lorashard.storage.local import LocalFile
 from lorashard.storage.parallel import cancellable_pool, result_of
@@ -101,6 +103,8 @@ def verify_shards(
                     manifest, directory, against, progress, allow_pickle=allow_pickle
                 )
             )
+        if not findings and is_seal_broken(manifest_bytes(directory)):
+            findings.append(f"{MANIFEST_NAME}: {CHANGED}")
     return tuple(findings)
 
 

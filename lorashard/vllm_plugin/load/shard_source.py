@@ -20,6 +20,7 @@ from lorashard.shards.manifest import Manifest, ShardFile
 from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.shards.replan import find_contradictions, is_own_config
+from lorashard.shards.seal import CHANGED, is_seal_broken
 from lorashard.storage.held_directory import HeldDirectory
 from lorashard.storage.local import read_at
 from lorashard.storage.safetensors_file import read_header
@@ -43,6 +44,8 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
         read_manifest(path)  # raises, and says what is there instead
         raise
     manifest = parse_manifest(raw, str(path / MANIFEST_NAME))
+    if verifies_fully() and is_seal_broken(raw):
+        raise ManifestError(path / MANIFEST_NAME, CHANGED, hint=_COPY_AGAIN)
     try:
         config_bytes = held.read(CONFIG_NAME)
     except (AdapterError, OSError):
