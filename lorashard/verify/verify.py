@@ -103,8 +103,6 @@ def verify_shards(
                     manifest, directory, against, progress, allow_pickle=allow_pickle
                 )
             )
-        if not findings and is_seal_broken(manifest_bytes(directory)):
-            findings.append(f"{MANIFEST_NAME}: {CHANGED}")
     return tuple(findings)
 
 
@@ -116,7 +114,8 @@ def proves_placement(manifest: Manifest, ep_ranks: Sequence[int] | None) -> bool
 def _check_manifest(manifest: Manifest, shards: Path) -> tuple[list[str], RebuiltPlan | None]:
     """What is wrong with the config, and with the manifest as far as the config is right."""
     rebuilt = None
-    findings = []
+    is_changed = is_seal_broken(manifest_bytes(shards))
+    findings = [f"{MANIFEST_NAME}: {CHANGED}"] if is_changed else []
     try:
         config_bytes = read_small_file(shards, CONFIG_NAME)
         if is_own_config(manifest, config_bytes):

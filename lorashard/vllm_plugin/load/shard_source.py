@@ -44,8 +44,6 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
         read_manifest(path)  # raises, and says what is there instead
         raise
     manifest = parse_manifest(raw, str(path / MANIFEST_NAME))
-    if verifies_fully() and is_seal_broken(raw):
-        raise ManifestError(path / MANIFEST_NAME, CHANGED, hint=_COPY_AGAIN)
     try:
         config_bytes = held.read(CONFIG_NAME)
     except (AdapterError, OSError):
@@ -59,6 +57,8 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
     contradiction = next(find_contradictions(manifest, None), None)
     if contradiction is not None:
         raise ManifestError(path / MANIFEST_NAME, contradiction, hint=_COPY_AGAIN)
+    if is_seal_broken(raw):
+        raise ManifestError(path / MANIFEST_NAME, CHANGED, hint=_COPY_AGAIN)
     files = stack.enter_context(_checked_files(held, manifest))
     shared = _stacks_in(manifest.files[REPLICATED_NAME], manifest, shared=True)
     # The rank files' tensors differ in dimension 0 alone, so the first file describes them all.
