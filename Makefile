@@ -15,7 +15,7 @@ COMPAT_TESTS := test_loading_conformance.py test_layers_conformance.py test_with
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check compat resolve gpu-test fmt lint type bench golden docs site clean
+.PHONY: help demo test check compat resolve fuzz gpu-test fmt lint type bench golden docs site clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ compat: $(VENV)/.test $(VENV)/.vllm $(VENV)/.beside ## run the plugin in one vLL
 resolve: $(VENV)/.base ## show that installing lorashard changes no package next to any vLLM release
 	$(PIP) --group resolve
 	$(BIN)/python -m tests.resolve_releases
+
+fuzz: $(VENV)/.fuzz ## fuzz every file that strangers write, one target after the other (SECONDS=60 TARGETS="header layout" CORPUS=dir)
+	$(BIN)/python -m tests.fuzz $(TARGETS) --seconds $(or $(SECONDS),60) $(if $(CORPUS),--corpus $(CORPUS))
 
 gpu-test: ## run the acceptance tests on two GPUs, in vLLM's environment (WORK=dir PYTHON=python)
 	$(PYTHON) -m tests.gpu --work $(or $(WORK),/tmp/lorashard-gpu) --http --load --out lorashard-gpu.json
@@ -127,6 +130,10 @@ $(VENV)/.ray: $(VENV)/.test
 # Its tests are skipped where there is no Chromium (`apt-get install chromium`).
 $(VENV)/.browser: $(VENV)/.test
 	$(PIP) --group browser
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	$(PIP) --group fuzz
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.base
