@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from tests.fuzz.corpus import KEPT, kept_inputs, unpack, write_inputs
@@ -90,7 +89,7 @@ def minimise(target: str, folder: Path) -> int:
     """Replace the corpus by a smallest set that reaches as much; how many inputs that are."""
     with tempfile.TemporaryDirectory() as temporary:
         smallest = Path(temporary) / "run"
-        arguments = [str(smallest), target, "-merge=1", "-runs=0"]
+        arguments = [str(smallest), target, "-merge=1", "-use_counters=0"]
         (smallest / "corpus").mkdir(parents=True)
         arguments.append(str(folder / "corpus"))
         run_engine(target, arguments, folder, timeout_s=600)
@@ -129,10 +128,6 @@ def main() -> int:
             KEPT.mkdir(exist_ok=True)
             write_inputs(KEPT / f"{target}.jsonl", (*inputs, *kept_inputs(target)))
             print(f"{target}: {left} inputs kept")
-            if asked.record:
-                record = read_record(asked.record)
-                record[target] = replace(record.get(target, Figures()), corpus=left)
-                write_record(record, asked.record)
     return 1 if found else 0
 
 

@@ -65,9 +65,11 @@ def fuzz(target: Target, folder: Path, arguments: list[str]) -> None:
 
     options = [
         f"-max_len={target.max_bytes}", "-len_control=0", "-rss_limit_mb=2500",
-        f"-artifact_prefix={folder}/died-", "-print_final_stats=1", "-report_slow_units=1000", *arguments, str(folder / "corpus"),
+        f"-artifact_prefix={folder}/died-", "-print_final_stats=1", "-report_slow_units=1000", str(folder / "corpus"), *arguments,
     ]  # fmt: skip
-    atheris.Setup([sys.argv[0], *options], run_one, custom_mutator=mutate)
+    # As libFuzzer, which merges corpora in a process of its own, has to start this one.
+    itself = f"{sys.executable} -m tests.fuzz.engine {folder} {target.name}"
+    atheris.Setup([itself, *options], run_one, custom_mutator=mutate)
     atheris.Fuzz()
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from tests.fuzz.target import Target
 
-_MODULES = {
+MODULES = {
     "header": "header",
     "config": "documents",
     "model": "documents",
@@ -18,11 +18,11 @@ _MODULES = {
     "manifest": "manifest",
     "load": "load",
 }
-NAMES = tuple(_MODULES)
+NAMES = tuple(MODULES)
 
 
 def find_target(name: str) -> Target:
     """The target of this name."""
-    module = import_module(f"tests.fuzz.{_MODULES[name]}")
+    module = import_module(f"tests.fuzz.{MODULES[name]}")
     found: tuple[Target, ...] = module.TARGETS
     return next(target for target in found if target.name == name)
