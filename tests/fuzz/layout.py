@@ -26,7 +26,7 @@ from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.placement import place_experts
 from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.shards.replan import find_contradictions, rebuild_plan
-from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, Spec, build
+from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, Adapter, Spec, build
 from tests.fuzz.mutators import mutate_json
 from tests.fuzz.target import Target, check
 from tests.plans import destinations
@@ -141,19 +141,19 @@ def _seeds() -> Iterator[bytes]:
         for number, fields in enumerate(({}, {"extras": True}, {"rslora": True, "num_layers": 2})):
             gated = number != 1 or layout not in NON_GATED_LAYOUTS
             adapter = build(Spec(layout, gated=gated, **fields))
-            yield json.dumps(
-                {
-                    "config": adapter.config,
-                    "tensors": [
-                        [n, DTYPE_NAMES[t.dtype], list(t.shape)] for n, t in adapter.tensors.items()
-                    ],
-                    "options": adapter.options,
-                    "ep_size": 2,
-                    "strategy": ("linear", "round_robin")[number % 2],
-                    "expert_map": maps if number == 2 else None,
-                    "dtype": (None, "F16", None)[number],
-                }
-            ).encode()
+            document = document_of(adapter) | {
+                "strategy": ("linear", "round_robin")[number % 2],
+                "expert_map": maps if number == 2 else None,
+                "dtype": (None, "F16", None)[number],
+            }
+            yield json.dumps(document).encode()
+
+
+def document_of(adapter: Adapter) -> dict[str, Any]:
+    """An adapter as an input, for two ranks."""
+    tensors = [[n, DTYPE_NAMES[t.dtype], list(t.shape)] for n, t in adapter.tensors.items()]
+    config, options = adapter.config, adapter.options
+    return {"config": config, "tensors": tensors, "options": options, "ep_size": 2}
 
 
 _EXTRA = (

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.adapters import Spec, build
 from tests.fuzz.corpus import KEPT, kept_inputs, unpack, write_inputs
+from tests.fuzz.layout import document_of
 from tests.fuzz.outcome import outcome_of
 from tests.fuzz.readings import compare_readings
 from tests.fuzz.record import Figures, add_run, read_record, write_record
 from tests.fuzz.targets import NAMES, find_target
+from tests.strategies import specs
 from tests.tiny import REPO
 from tests.vllm_release import run_in_release
 
@@ -65,6 +71,16 @@ def test_two_readings_agree_on_every_adapter_that_the_fuzzer_has_found(tmp_path:
     assert came_to["split"] > 60
     assert came_to["read again"] > 0.9 * came_to["split"]
     assert came_to["converted"] > 60
+
+
+@given(spec=specs(), ep_size=st.integers(1, 4), cast=st.sampled_from([None, None, "BF16"]))
+@settings(max_examples=40, deadline=None)
+def test_two_readings_agree_on_any_adapter(spec: Spec, ep_size: int, cast: str | None) -> None:
+    document = document_of(build(spec)) | {"ep_size": ep_size, "dtype": cast}
+    with TemporaryDirectory() as folder:
+        compared = compare_readings(document, Path(folder))
+    assert compared.was_split
+    assert compared.was_read_again
 
 
 def test_the_kept_inputs_are_few_and_each_is_there_once() -> None:
