@@ -15,7 +15,7 @@ COMPAT_TESTS := test_loading_conformance.py test_layers_conformance.py test_with
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check compat resolve gpu-test fmt lint type bench golden docs site clean
+.PHONY: help demo test check compat resolve fuzz sbom gpu-test fmt lint type bench golden docs site clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,7 +23,7 @@ help: ## show this list
 demo: $(VENV)/.core ## split a small real MoE adapter for EP 2, verify it, merge it back, and show what is where
 	$(BIN)/python -m tests.demo
 
-test: $(VENV)/.test $(VENV)/.bare $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron $(VENV)/.ray $(VENV)/.browser $(VENV)/.site ## set up everything and run the tests (what CI runs)
+test: $(VENV)/.test $(VENV)/.bare $(VENV)/.lowest $(VENV)/.legacy $(VENV)/.vllm $(VENV)/.beside $(VENV)/.megatron $(VENV)/.ray $(VENV)/.browser $(VENV)/.site ## set up everything and run the tests (what CI runs)
 	LORASHARD_REQUIRE_ALL=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 check: lint type test ## the tests, lint and types: run this before a review
@@ -35,6 +35,13 @@ compat: $(VENV)/.test $(VENV)/.vllm $(VENV)/.beside ## run the plugin in one vLL
 resolve: $(VENV)/.base ## show that installing lorashard changes no package next to any vLLM release
 	$(PIP) --group resolve
 	$(BIN)/python -m tests.resolve_releases
+
+fuzz: $(VENV)/.fuzz ## fuzz every file that strangers write, one target after the other (SECONDS=60 TARGETS="header layout" CORPUS=dir)
+	$(BIN)/python -m tests.fuzz $(TARGETS) --seconds $(or $(SECONDS),60) $(if $(CORPUS),--corpus $(CORPUS))
+
+sbom: $(VENV)/.bare $(VENV)/.sbom ## list what an installation is made of, as CycloneDX, in sbom.json
+	$(VENV)/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+		--output-file sbom.json $(VENV)/bare/bin/python
 
 gpu-test: ## run the acceptance tests on two GPUs, in vLLM's environment (WORK=dir PYTHON=python)
 	$(PYTHON) -m tests.gpu --work $(or $(WORK),/tmp/lorashard-gpu) --http --load --out lorashard-gpu.json
@@ -83,6 +90,13 @@ $(VENV)/.bare: pyproject.toml
 	$(VENV)/bare/bin/python -m pip install --quiet --disable-pip-version-check .
 	touch $@
 
+# The same with the lowest versions that pyproject.toml allows.
+$(VENV)/.lowest: $(VENV)/.test
+	$(PIP) --group resolve
+	$(PYTHON) -m venv --clear $(VENV)/lowest
+	$(BIN)/python -m uv pip install --quiet --python $(VENV)/lowest/bin/python --resolution lowest-direct .
+	touch $@
+
 $(VENV)/.test: $(VENV)/.base
 	$(PIP) --group test
 	touch $@
@@ -127,6 +141,17 @@ $(VENV)/.ray: $(VENV)/.test
 # Its tests are skipped where there is no Chromium (`apt-get install chromium`).
 $(VENV)/.browser: $(VENV)/.test
 	$(PIP) --group browser
+	touch $@
+
+# In an environment of its own, as what it needs is not what lorashard is made of.
+$(VENV)/.sbom: $(VENV)/.test
+	$(PYTHON) -m venv --clear $(VENV)/sbom
+	$(VENV)/sbom/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(VENV)/sbom/bin/python -m pip install --quiet --group sbom
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	$(PIP) --group fuzz
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.base

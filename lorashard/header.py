@@ -31,6 +31,7 @@ _TEXT = re.compile(rb'"[^"]*"?')  # without escapes; one that does not end goes 
 _MAX_COMMAS = 16  # of a tensor of 13 dimensions
 _SPARE_COMMAS = 2**16  # for metadata, and for some tensors of more dimensions
 _MAX_DIMENSIONS = 64  # PyTorch's own limit
+_FIELDS = (b'"dtype"', b'"shape"', b'"data_offsets"')  # of a tensor
 
 
 class TensorEntry(NamedTuple):
@@ -82,6 +83,7 @@ def parse_header(raw: bytes, file_size: int, path: str) -> Header:
     fits its dtype and shape, and the file ends with the last tensor.
     """
     parsed = _decode(raw, path)
+    _refuse_minus_zero(raw, path)
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise HeaderError(path, "__metadata__ is not a map of strings")
@@ -161,19 +163,31 @@ def _may_be_a_table(raw: bytes) -> bool:
     return num_lists <= 2 * num_objects and num_objects <= num_texts // 5 + 2 and few_commas
 
 
+def _refuse_minus_zero(raw: bytes, path: str) -> None:
+    # To json.loads it is 0, to the reference implementation no number that a file can have.
+    if b"-0" not in raw:
+        return
+
+    def integer(text: str) -> int:
+        if text == "-0":
+            raise HeaderError(path, "shape and data_offsets must be integers >= 0, not -0")
+        return int(text)
+
+    json.loads(raw, parse_int=integer)
+
+
 def _refuse_duplicate_keys(
     raw: bytes, num_tensors: int, metadata: Mapping[str, str], path: str
 ) -> None:
     # json.loads keeps the last of two equal keys; another reader may keep the first. If each field
     # is spelled once for each tensor and nothing is escaped, no key is repeated. Only otherwise is
     # the header parsed again with a look at every key, which takes ten times as long.
-    fields = (b'"dtype"', b'"shape"', b'"data_offsets"')
     usual = set(metadata) <= {"format"} and raw.count(b'"format"') <= 1
     num_metadata = raw.count(b'"__metadata__"')
     # A tensor's name, its fields and its dtype have ten quotes; a key with another value adds two.
     num_quotes = 10 * num_tensors + 2 * num_metadata + 4 * len(metadata)
     once = usual and num_metadata <= 1 and raw.count(b'"') == num_quotes
-    if once and b"\\" not in raw and all(raw.count(field) == num_tensors for field in fields):
+    if once and b"\\" not in raw and all(raw.count(field) == num_tensors for field in _FIELDS):
         return
 
     def refuse_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -212,6 +226,9 @@ def _parse_entry(name: str, info: object, data_begin: int, kinds: _Kinds, path: 
         kind = kinds.get(key)
     except (TypeError, KeyError, ValueError) as err:
         raise HeaderError(path, f"{name}: dtype, shape or data_offsets is missing") from err
+    if len(info) != len(_FIELDS):  # type: ignore[arg-type]
+        # What is in it is not checked, and the reference implementation does not take all of JSON.
+        raise HeaderError(path, f"{name}: a field beside dtype, shape and data_offsets")
     if kind is None:
         kind = kinds[key] = _check_kind(name, dtype, shape_list, path)
     if type(begin) is not int or type(end) is not int or begin < 0:

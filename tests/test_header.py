@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
 from lorashard.dtypes import ELEMENT_BITS, ELEMENT_SIZE
@@ -151,6 +152,27 @@ def test_damaged_json_is_refused(raw: bytes, reason: str):
 )
 def test_a_tensor_without_its_three_fields_is_refused(info: bytes):
     assert refusal(b'{"a":' + info + b"}", 8)
+
+
+@pytest.mark.parametrize("value", ["[]", "NaN", '"\\ud800"', "[" * 200 + "]" * 200], ids=len)
+def test_a_field_beside_the_three_is_refused(value: str):
+    # The reference implementation passes over it, but not over all that Python takes for JSON.
+    raw = ONE.replace(b'"shape"', b'"x":' + value.encode() + b',"shape"')
+    assert "a field beside" in refusal(raw, 8)
+
+
+@pytest.mark.parametrize("field", [b'"shape":[-0]', b'"data_offsets":[-0,0]'])
+def test_minus_zero_is_refused_as_by_the_reference(field: bytes):
+    raw = ONE.replace(b"[2]", b"[0]").replace(b"[0,8]", b"[0,0]")
+    name = field.partition(b":")[0]
+    old = next(part for part in (b'"shape":[0]', b'"data_offsets":[0,0]') if part.startswith(name))
+    assert "not -0" in refusal(raw.replace(old, field), 0)
+    with pytest.raises(SafetensorError):
+        deserialize(struct.pack("<Q", len(raw) + 1) + raw.replace(old, field))
+
+
+def test_a_name_may_have_a_minus_and_a_zero():
+    assert parse(ONE.replace(b'"a"', b'"a,-0"'), 8).tensors[0].name == "a,-0"
 
 
 def test_a_tensor_named_twice_is_refused():

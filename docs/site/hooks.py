@@ -26,7 +26,7 @@ TOP = {
     "index.md": REPO / "README.md",
     "changelog.md": REPO / "CHANGELOG.md",
     "contributing.md": REPO / "CONTRIBUTING.md",
-    "security.md": REPO / "SECURITY.md",
+    "security-policy.md": REPO / "SECURITY.md",
 }
 _ON_SITE = {path: name for name, path in TOP.items()}
 _FENCE = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)

@@ -26,7 +26,9 @@ def read_expert_map(given: ExpertMap | None) -> object:
         }
     if isinstance(given, Mapping):
         return dict(given)
-    return None if given is None else [list(row) for row in given]
+    if isinstance(given, Sequence):
+        return [list(row) if isinstance(row, Sequence) else row for row in given]
+    return given  # what is no map is refused with the other mistakes
 
 
 def _as_lists(ranks: Ranks) -> list[list[int]]:

@@ -17,6 +17,7 @@ from lorashard.adapter.keys import Projection
 from lorashard.adapter.options import LayoutOptions
 from lorashard.header import TensorEntry
 from lorashard.shards.placement import Placement
+from lorashard.shards.seal import seal
 
 FORMAT = "lorashard"
 FORMAT_VERSION = 1
@@ -111,7 +112,7 @@ def format_manifest(manifest: Manifest) -> bytes:
             for name, file in manifest.files.items()
         },
     }
-    return (_pretty(document, "") + "\n").encode()
+    return seal((_pretty(document, "") + "\n").encode())
 
 
 @lru_cache(2)  # a training publishes the same header again and again

@@ -188,6 +188,9 @@ def _read_config(shards: LocatedShards) -> bytes:
 
 def _placement_contradictions(manifest: Manifest) -> Iterator[str]:
     placement = manifest.placement
+    if manifest.options.num_experts != placement.num_experts:
+        told = manifest.options.num_experts
+        yield f"options has num_experts {told}, the placement {placement.num_experts}"
     for name in sorted(set(placement.layers) - set(manifest.modules)):
         yield f"layers places {name!r}, which is no module of the manifest"
     rules = {"linear": linear_placement, "round_robin": round_robin_placement}

@@ -30,6 +30,7 @@ from lorashard.shards.directory import (
     is_repository_file,
     local_shards,
     locate_shards,
+    manifest_bytes,
     needed_files,
     opened_files,
     shard_directory_names,
@@ -44,6 +45,7 @@ from lorashard.shards.replan import (
     is_own_config,
     rebuild_plan,
 )
+from lorashard.shards.seal import CHANGED, is_seal_broken
 from lorashard.storage.digests import read_in_steps
 from lorashard.storage.local import LocalFile
 from lorashard.storage.parallel import cancellable_pool, result_of
@@ -112,7 +114,8 @@ def proves_placement(manifest: Manifest, ep_ranks: Sequence[int] | None) -> bool
 def _check_manifest(manifest: Manifest, shards: Path) -> tuple[list[str], RebuiltPlan | None]:
     """What is wrong with the config, and with the manifest as far as the config is right."""
     rebuilt = None
-    findings = []
+    is_changed = is_seal_broken(manifest_bytes(shards))
+    findings = [f"{MANIFEST_NAME}: {CHANGED}"] if is_changed else []
     try:
         config_bytes = read_small_file(shards, CONFIG_NAME)
         if is_own_config(manifest, config_bytes):

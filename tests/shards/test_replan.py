@@ -48,6 +48,13 @@ def contradictions(shards: Path) -> list[str]:
     return list(find_contradictions(*rebuilt(shards)))
 
 
+@pytest.mark.parametrize("told", [0, 5, None])
+def test_the_number_of_experts_is_that_of_the_placement(shards: Path, told: int | None) -> None:
+    edit(shards, lambda m: m["options"].update(num_experts=told))
+    manifest = locate_shards(shards).manifest
+    assert f"options has num_experts {told}, the placement 4" in find_contradictions(manifest, None)
+
+
 @pytest.mark.parametrize("save", [save_adapter, save_fused])
 @pytest.mark.parametrize("strategy", ["linear", "round_robin"])
 def test_a_manifest_leads_back_to_the_plan_that_was_carried_out(

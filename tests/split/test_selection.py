@@ -43,6 +43,11 @@ def test_a_pattern_without_any_adapter_is_refused(runs: Path) -> None:
         find_adapters([f"{runs}/x*"])
 
 
+def test_a_pattern_too_long_for_a_name_is_refused_like_any_without_an_adapter() -> None:
+    with pytest.raises(AdapterError, match="no adapter matches"):
+        find_adapters(["[a]" + "x" * 300])
+
+
 def test_a_directory_whose_name_looks_like_a_pattern_is_taken_by_name(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "run[1]")
     assert find_adapters([str(adapter)]) == (str(adapter),)

@@ -59,9 +59,16 @@ def not_compared(source: Path) -> str:
 
 
 def edit_manifest(shards: Path, edit: Callable[[Any], object]) -> None:
-    document = json.loads((shards / "lorashard.json").read_text())
+    document = unsealed(shards)
     edit(document)
     (shards / "lorashard.json").write_text(json.dumps(document))
+
+
+def unsealed(shards: Path) -> Any:
+    """A manifest without the digest of itself, which would tell of every change."""
+    document = json.loads((shards / "lorashard.json").read_text())
+    del document["blake3"]
+    return document
 
 
 @pytest.mark.parametrize("save", [save_adapter, save_fused])
@@ -416,7 +423,7 @@ def test_every_changed_leaf_of_the_manifest_is_noticed(
 ) -> None:
     shards = tmp_path / "shards"
     split_adapter(save(tmp_path / "adapter"), shards, SplitRequest(ep_size=2))
-    content = (shards / "lorashard.json").read_text()
+    content = json.dumps(unsealed(shards))
     passed = set()
     for path in leaves(json.loads(content)):
         document = json.loads(content)
@@ -431,6 +438,27 @@ def test_every_changed_leaf_of_the_manifest_is_noticed(
         except ManifestError:
             continue
     assert passed == FREE_LEAVES
+
+
+@pytest.mark.parametrize("leaf", FREE_LEAVES)
+def test_what_only_the_seal_proves_is_proven_by_it(
+    shards: Path, adapter: Path, leaf: tuple[str, ...]
+) -> None:
+    path = shards / "lorashard.json"
+    name = json.dumps(leaf[-1])
+    begin = path.read_text().index(f"{name}: ") + len(name) + 2
+    content = path.read_text()
+    end = content.index(",", begin)
+    path.write_text(f'{content[:begin]}"another"{content[end:]}')
+    assert one_finding(shards) == (
+        "lorashard.json: it was changed since it was written, as the BLAKE3 in its last field shows"
+    )
+    assert verify_shards(shards, against=adapter)[0] == one_finding(shards)
+
+
+def test_a_manifest_without_a_seal_is_taken_as_it_is(shards: Path) -> None:
+    edit_manifest(shards, lambda _: None)
+    assert verify_shards(shards) == ()
 
 
 def test_another_adapter_is_one_finding_with_the_first_difference(tmp_path: Path) -> None:

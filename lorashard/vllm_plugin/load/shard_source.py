@@ -20,6 +20,7 @@ from lorashard.shards.manifest import Manifest, ShardFile
 from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.shards.replan import find_contradictions, is_own_config
+from lorashard.shards.seal import CHANGED, is_seal_broken
 from lorashard.storage.held_directory import HeldDirectory
 from lorashard.storage.local import read_at
 from lorashard.storage.safetensors_file import read_header
@@ -56,6 +57,8 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
     contradiction = next(find_contradictions(manifest, None), None)
     if contradiction is not None:
         raise ManifestError(path / MANIFEST_NAME, contradiction, hint=_COPY_AGAIN)
+    if is_seal_broken(raw):
+        raise ManifestError(path / MANIFEST_NAME, CHANGED, hint=_COPY_AGAIN)
     files = stack.enter_context(_checked_files(held, manifest))
     shared = _stacks_in(manifest.files[REPLICATED_NAME], manifest, shared=True)
     # The rank files' tensors differ in dimension 0 alone, so the first file describes them all.

@@ -29,6 +29,7 @@ from lorashard.vllm_plugin.load.report import LoadedAdapter
 from lorashard.vllm_plugin.load.slot_ahead import SlotAhead
 from lorashard.vllm_plugin.patches.adding_ahead import free_slot, prepare
 from lorashard.vllm_plugin.patches.apply import broken_patches, original_of
+from lorashard.vllm_plugin.patches.config_file import refuse_odd_config
 from lorashard.vllm_plugin.patches.explanations import explain_refusal, for_a_server, text_of
 from lorashard.vllm_plugin.patches.foreign import refuse_displaced
 from lorashard.vllm_plugin.patches.load_report import report_failure, report_load
@@ -138,6 +139,7 @@ def _load_with_stand_in(original: Callable[..., Any], worker_manager: Any, reque
         was_read = _take_read(worker_manager, request)
         if was_read is not None:
             return was_read
+        refuse_odd_config(request)
         return original(_with_class(worker_manager, stand_in), request)
     except LorashardError as err:
         _count_failure(worker_manager)
@@ -203,6 +205,7 @@ def _read(
     slot: SlotAhead | None,
 ) -> LoadedAdapter:
     """VLLM's own `_load_adapter`, in a thread, and what comes after it as far as it can be done there."""
+    refuse_odd_config(request)
     model = load_adapter(_with_class(worker_manager, reading), request)
     if reading.loaded is None:
         return LoadedAdapter(model)
