@@ -61,7 +61,7 @@ def staged_directory(
     staging = staging_path(target)
     with (
         explained_write_errors(target, full_disk=_NOTHING_LEFT),
-        made_parents(target),
+        made_parents(target, sync=sync),
         locked_directory(staging, target) as locked,
     ):
         _clear_leftovers(locked, target)
