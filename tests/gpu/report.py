@@ -222,6 +222,7 @@ To repeat, for each release (results go to `docs/gpu/`); the last line writes th
     python -m tests.gpu.dp --work W --out docs/gpu/RELEASE-dp.json [--stock]
     python -m tests.gpu.dp_speed --work W --out docs/gpu/RELEASE-dp-speed.json
     python -m tests.gpu.publishing --work W --eager --out docs/gpu/RELEASE-publishing.json
+    python -m tests.gpu.load --work W --out docs/gpu/RELEASE-load.json
     python -m tests.gpu.beside_verl --work W --out docs/gpu/RELEASE-verl.json    # with verl's files on PYTHONPATH
     make docs
 
