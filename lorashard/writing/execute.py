@@ -1,8 +1,8 @@
 """ShardPlan + ByteSource -> files. One forward pass, bounded memory, digests on the way.
 
 The work is shared by threads, in calls that release the GIL: the caller's thread reads blocks in
-source order and digests them, two write them to where they belong, and one digests each output file
-as far as it is final.
+source order and digests them, two write them to where they belong, and two digest the output files
+as far as they are final.
 """
 
 from __future__ import annotations
