@@ -7,8 +7,14 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorashard.adapter.modules import FactorStack
 from lorashard.reshard.moves import MovePlan, Stretch, plan_moves
-from lorashard.shards.placement import Placement, explicit_placement, linear_placement
+from lorashard.shards.placement import (
+    Placement,
+    explicit_placement,
+    linear_placement,
+    place_experts,
+)
 from lorashard.shards.plan import CopyRange, ShardPlan, Target, build_plan
 from tests.adapters import Spec, build
 from tests.plans import destinations
@@ -101,10 +107,15 @@ def test_what_is_there_once_has_no_copies() -> None:
     assert moves.copies == ()
 
 
+def _stacks(spec: Spec) -> list[FactorStack]:
+    return [stack for module in layout_of(build(spec)).modules for stack in module.stacks]
+
+
 def test_a_layer_with_a_placement_of_its_own_stays_where_it_is() -> None:
     spec = Spec(num_experts=2, num_layers=2, extras=True)
     ranks: dict[str, object] = {"ranks": [[0], [1]], "layers": {"1": [[1], [0]]}}
-    own = explicit_placement(ranks, 2, 2)
+    own = place_experts(layout_of(build(spec)), 2, "linear", ranks)
+    assert len({own.ranks_of(stack.module) for stack in _stacks(spec)}) == 2
     _, moves = planned(spec, own, own)
     position, begins = 0, {}
     for stretch in moves.stretches:
