@@ -152,9 +152,18 @@ def test_a_whole_tensor_is_cast_row_by_row(
     assert cast == Rearrange(
         100, entry.end, "rec", rows, cols, rows, cols, "F32", "BF16", ((Target(0, 8),),)
     )
+    assert isinstance(cast.rows, int)
 
 
 def test_a_tensor_of_one_byte_is_copied_and_an_empty_one_is_not() -> None:
     one, empty = (TensorEntry("x", "U8", (size,), 100, 100 + size) for size in (1, 0))
     assert [*_whole_tensor(one, Target(0, 8), "U8")] == [CopyRange(100, 101, (Target(0, 8),))]
     assert [*_whole_tensor(empty, Target(0, 8), "U8")] == []
+
+
+@pytest.mark.parametrize(("layout", "axes"), [("L1", "rec"), ("L10", "erc")])
+def test_what_one_expert_has_is_cast_row_by_row_and_a_stack_expert_by_expert(
+    layout: str, axes: str
+) -> None:
+    plan = planned(Spec(layout, num_experts=2), linear_placement(2, 1), "BF16")
+    assert {op.axes for op in plan.reads if isinstance(op, Rearrange)} == {axes}
