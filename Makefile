@@ -15,7 +15,7 @@ COMPAT_TESTS := test_loading_conformance.py test_layers_conformance.py test_with
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check compat resolve fuzz sbom gpu-test fmt lint type bench golden docs site clean
+.PHONY: help demo test check compat resolve fuzz sbom gpu-test fmt lint type bench mutation golden docs site clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,10 @@ type: $(VENV)/.lint ## check types (mypy --strict)
 bench: $(VENV)/.test ## measure the README's ratios and draw its chart (17 GB of disk; SCALE=0.3 for a first look)
 	$(BIN)/python -m tests.bench --scale $(or $(SCALE),1.0) --chart docs/bench.svg --json docs/bench.json
 
+mutation: $(VENV)/.mutation ## change the pure core and the load path, one place at a time; the tests must notice (an hour)
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 golden: $(VENV)/.test ## rewrite the golden files of --json output; review the diff
 	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/cli
 
@@ -70,7 +74,7 @@ site: $(VENV)/.site ## build the documentation as a site, strictly, into .site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 clean: ## remove the virtual environment and everything else that was made
-	rm -rf $(VENV) .demo .site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .demo .site .pytest_cache .mypy_cache .ruff_cache mutants
 
 # lorashard and what it cannot do without.
 $(VENV)/.core: pyproject.toml
@@ -152,6 +156,10 @@ $(VENV)/.sbom: $(VENV)/.test
 
 $(VENV)/.fuzz: $(VENV)/.test
 	$(PIP) --group fuzz
+	touch $@
+
+$(VENV)/.mutation: $(VENV)/.test
+	$(PIP) --group mutation
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.base

@@ -5,7 +5,8 @@
 cli.md and errors.md are made from the declarations themselves, not from `--help`, whose form changes
 with Typer's releases; tests/test_docs.py checks that both name the same options. Of architecture.md
 and security.md only the marked parts are written. releases.md and gpu.md are tables of the results in docs/compat
-and docs/gpu, answers.svg and loads.svg the README's plots of them; messages.md lists what the code raises.
+and docs/gpu, answers.svg and loads.svg the README's plots of them; messages.md lists what the code raises, rules.md
+what it is made against.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typer.models import ArgumentInfo
 from lorashard import errors
 from lorashard.cli.app import app
 from lorashard.cli.groups import EXAMPLES
-from tests import expert_map_plot, messages_page, releases_table
+from tests import expert_map_plot, messages_page, releases_table, rules_page
 from tests.architecture_page import architecture_parts, fill_in
 from tests.fuzzing_table import fuzzing_table
 from tests.gpu.report import make_report
@@ -105,6 +106,7 @@ def pages() -> dict[str, str]:
         "security.md": fill_in(
             (DOCS / "security.md").read_text(), {"fuzzing": fuzzing_table() + "\n"}
         ),
+        "rules.md": rules_page.make_page(NOTICE),
         **plots(DOCS / "gpu"),
     }
 

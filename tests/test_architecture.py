@@ -17,7 +17,16 @@ IMPORTS = own_imports(PACKAGE, MODULES)
 # A package imports only what stands above its own line. Verbs do not import each other, but that
 # `push` proves what it uploads.
 GROUND = (
-    {"version", "installing", "parameters", "errors", "progress", "dtypes", "vllm_options"},
+    {
+        "version",
+        "installing",
+        "parameters",
+        "errors",
+        "progress",
+        "dtypes",
+        "vllm_options",
+        "rules",
+    },
     {"header"},
 )
 CORE = ({"storage"}, {"adapter"}, {"shards"}, {"writing", "uploading"})
@@ -28,7 +37,7 @@ PLUGIN_ORDER = ({"settings", "metrics"}, {"engine"}, {"load"}, {"patches"}, {"do
 
 # What turns values into values, and never opens a file.
 PURE = (
-    "header", "dtypes", "vllm_options", "parameters",
+    "header", "dtypes", "vllm_options", "parameters", "rules",
     "adapter.config", "adapter.keys", "adapter.options", "adapter.base_model", "adapter.fused_pairs",
     "adapter.name_patterns", "adapter.source_layout", "adapter.containers", "adapter.modules",
     "adapter.rank_evidence", "adapter.layout",

@@ -54,6 +54,7 @@ def run_examples(page: Path) -> dict[str, object]:
         "answers.svg",
         "loads.svg",
         "messages.md",
+        "rules.md",
         "expert-map.svg",
     ],
 )

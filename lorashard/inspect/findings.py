@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lorashard import rules
 from lorashard.inspect.picture import ModuleExperts
 from lorashard.shards.placement import Ranks
 
@@ -15,10 +16,14 @@ _MOST_UNEQUAL = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One sentence or two for the reader. warning: what goes wrong if it is overlooked."""
+    """One sentence or two for the reader. warning: what goes wrong if it is overlooked.
+
+    rule: the id of what it is about, in docs/rules.md; "" if it only is good to know.
+    """
 
     kind: Literal["warning", "note"]
     text: str
+    rule: str = ""
 
 
 def findings_of(modules: Sequence[ModuleExperts]) -> Iterator[Finding]:
@@ -30,6 +35,7 @@ def findings_of(modules: Sequence[ModuleExperts]) -> Iterator[Finding]:
             "The experts are not in equal, contiguous blocks in the order of the ranks. vLLM alone would "
             "give some ranks the LoRA of other experts, without an error. With lorashard's plugin each "
             "rank loads its own.",
+            rules.UNEVEN_EXPERTS.id,
         )
     if len(placements) > 1:
         yield Finding("note", f"The layers have {len(placements)} different placements.")
@@ -50,10 +56,13 @@ def findings_of(modules: Sequence[ModuleExperts]) -> Iterator[Finding]:
             f"In {len(untrained)} of {layers(len(modules))}, "
             f"{'1 expert is' if most == 1 else f'up to {most} experts are'} not trained. In shards, "
             "their slots hold zeros.",
+            rules.PARTIAL_EXPERTS.id,
         )
     if any(_differ_in_r(module) for module in modules):
         yield Finding(
-            "note", "Some experts have a smaller r than others. Shards pad them with zeros."
+            "note",
+            "Some experts have a smaller r than others. Shards pad them with zeros.",
+            rules.RANKS_OF_EXPERTS.id,
         )
 
 

@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -471,6 +472,7 @@ def _main() -> int:
     parser.add_argument("--out", type=Path, default=Path("lorashard-load.json"))
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--graphs", action="store_true", help="with CUDA graphs: a slower start")
+    parser.add_argument("--release", help="vLLM's (default: the installed one)")
     parser.add_argument("--limit", type=float, default=400, help="seconds for the cycles")
     args = parser.parse_args()
     args.work = args.work.absolute()
@@ -492,7 +494,10 @@ def _main() -> int:
         server.end()
     problems = problems_of(document)
     document |= {"problems": problems, "as_expected": not problems}
-    args.out.write_text(json.dumps(document, indent=1))
+    # As docs/gpu has its files, so that `make docs` shows it.
+    release = args.release or version("vllm").split("+")[0]
+    whole = {"release": release, "stock": False, "cases": [], "load_cycles": document}
+    args.out.write_text(json.dumps(whole, indent=1))
     shown = {key: value for key, value in document.items() if key not in ("rows", "problems")}
     print(json.dumps(shown), flush=True)
     print("FAIL" if problems else "ok  ", "load", *problems, sep="\n     " if problems else " ")

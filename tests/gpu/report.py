@@ -222,7 +222,7 @@ To repeat, for each release (results go to `docs/gpu/`); the last line writes th
     python -m tests.gpu.dp --work W --out docs/gpu/RELEASE-dp.json [--stock]
     python -m tests.gpu.dp_speed --work W --out docs/gpu/RELEASE-dp-speed.json
     python -m tests.gpu.publishing --work W --eager --out docs/gpu/RELEASE-publishing.json
-    python -m tests.gpu.load --work W --out docs/gpu/RELEASE-load.json
+    python -m tests.gpu.load --work W --out docs/gpu/RELEASE-load.json --release RELEASE
     python -m tests.gpu.beside_verl --work W --out docs/gpu/RELEASE-verl.json    # with verl's files on PYTHONPATH
     make docs
 
@@ -284,6 +284,31 @@ def publishing_table(documents: Iterable[Document]) -> str:
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
+def cycles_table(documents: Iterable[Document]) -> str:
+    """Loads, unloads and swaps on a live server, with bad adapters among them (tests/gpu/load.py)."""
+    rows = [
+        "| release | cycles | requests in flight | answers | a load | bad adapters | growth of memory, GPU, pinned |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for document in documents:
+        if not (found := document.get("load_cycles")):
+            continue
+        right = found["answers"].get("right", 0)
+        wrong = sum(found["answers"].values()) - right
+        wrong -= found["answers"].get("unloaded before it came", 0)
+        tried = sum(row["tried"] for row in found["bad"].values())
+        slowest = max(row["slowest_s"] for row in found["bad"].values())
+        memory = found["memory"]
+        grown = [memory.get(name) for name in ("pss_mb", "gpu_mb", "pinned_mb")]
+        growth = ", ".join(f"{one['end'] - one['begin']:+.0f} MB" if one else "–" for one in grown)
+        rows.append(
+            f"| {document['release']} | {found['cycles']:,} | {found['requests_in_flight']} | "
+            f"{right:,} right, {wrong} wrong | {found['load_s']['median']:.3f} s, at most "
+            f"{found['load_s']['max']:.2f} s | {tried}, each answered within {slowest:.1f} s | {growth} |"
+        )
+    return "\n".join(rows) if len(rows) > 2 else ""
+
+
 def make_report(documents: Sequence[Document]) -> str:
     """All of it; a part without results is left out."""
     parts = [
@@ -299,6 +324,7 @@ def make_report(documents: Sequence[Document]) -> str:
             "From a trainer to answers, and what running requests notice",
             publishing_table(documents),
         ),
+        ("A thousand loads on a live server, bad adapters among them", cycles_table(documents)),
     ]
     return "\n\n".join([INTRO.strip(), *(f"## {t}\n\n{text}" for t, text in parts if text)]) + "\n"
 

@@ -7,9 +7,15 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorashard.reshard.moves import MovePlan, plan_moves
-from lorashard.shards.placement import Placement, explicit_placement, linear_placement
-from lorashard.shards.plan import CopyRange, ShardPlan, build_plan
+from lorashard.adapter.modules import FactorStack
+from lorashard.reshard.moves import MovePlan, Stretch, plan_moves
+from lorashard.shards.placement import (
+    Placement,
+    explicit_placement,
+    linear_placement,
+    place_experts,
+)
+from lorashard.shards.plan import CopyRange, ShardPlan, Target, build_plan
 from tests.adapters import Spec, build
 from tests.plans import destinations
 from tests.strategies import layout_of, rank_lists, specs
@@ -83,3 +89,38 @@ def test_files_that_stay_as_they_are_are_one_copy_each() -> None:
     same = linear_placement(4, 1)
     _, moves = planned(Spec(extras=True), same, same)
     assert len(moves.plan.reads) == len(moves.stretches) == 2
+
+
+def test_the_places_of_each_factor_that_is_there_several_times_are_named_once() -> None:
+    twice = explicit_placement([[0, 1], [1]], 2, 2)
+    old, moves = planned(Spec(num_experts=2), twice, linear_placement(2, 1))
+    expected = [
+        (Stretch(1, first.begin + size, first.begin + 2 * size), Stretch(2, copy.begin, copy.end))
+        for first, copy in zip(old.files[1].tensors, old.files[2].tensors, strict=True)
+        for size in [copy.end - copy.begin]
+    ]
+    assert sorted(moves.copies, key=lambda places: places[0].begin) == expected
+
+
+def test_what_is_there_once_has_no_copies() -> None:
+    _, moves = planned(Spec(), linear_placement(4, 2), linear_placement(4, 1))
+    assert moves.copies == ()
+
+
+def _stacks(spec: Spec) -> list[FactorStack]:
+    return [stack for module in layout_of(build(spec)).modules for stack in module.stacks]
+
+
+def test_a_layer_with_a_placement_of_its_own_stays_where_it_is() -> None:
+    spec = Spec(num_experts=2, num_layers=2, extras=True)
+    ranks: dict[str, object] = {"ranks": [[0], [1]], "layers": {"1": [[1], [0]]}}
+    own = place_experts(layout_of(build(spec)), 2, "linear", ranks)
+    assert len({own.ranks_of(stack.module) for stack in _stacks(spec)}) == 2
+    _, moves = planned(spec, own, own)
+    position, begins = 0, {}
+    for stretch in moves.stretches:
+        begins[position] = Target(stretch.file, stretch.begin)
+        position += stretch.end - stretch.begin
+    assert {op.begin: op.targets for op in moves.plan.reads if isinstance(op, CopyRange)} == {
+        begin: (target,) for begin, target in begins.items()
+    }

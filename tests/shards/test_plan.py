@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from math import prod
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from hypothesis import given
 
 from lorashard.dtypes import ELEMENT_SIZE
 from lorashard.errors import PlacementError, ShardError
+from lorashard.header import TensorEntry
 from lorashard.shards.names import rank_file_name
 from lorashard.shards.placement import explicit_placement, linear_placement
-from lorashard.shards.plan import CopyRange, Rearrange, build_plan
+from lorashard.shards.plan import CopyRange, Rearrange, Target, _whole_tensor, build_plan
 from tests.adapters import Spec, build
 from tests.plans import destinations, one_plan, planned, plans, run
 from tests.strategies import index_of, layout_of
@@ -135,3 +137,33 @@ def test_a_replicated_tensor_with_a_shared_factor_s_name_is_refused():
     clash = layout.replicated[0]._replace(name=shared.name)
     with pytest.raises(ShardError, match="Two tensors would be called"):
         build_plan(replace(layout, replicated=(clash,)), linear_placement(4, 2), None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows_and_cols"),
+    [((6, 5), (6, 5)), ((2, 3, 5), (6, 5)), ((7,), (1, 7)), ((), (1, 1))],
+)
+def test_a_whole_tensor_is_cast_row_by_row(
+    shape: tuple[int, ...], rows_and_cols: tuple[int, int]
+) -> None:
+    entry = TensorEntry("x", "F32", shape, 100, 100 + 4 * prod(shape))
+    (cast,) = _whole_tensor(entry, Target(0, 8), "BF16")
+    rows, cols = rows_and_cols
+    assert cast == Rearrange(
+        100, entry.end, "rec", rows, cols, rows, cols, "F32", "BF16", ((Target(0, 8),),)
+    )
+    assert isinstance(cast.rows, int)
+
+
+def test_a_tensor_of_one_byte_is_copied_and_an_empty_one_is_not() -> None:
+    one, empty = (TensorEntry("x", "U8", (size,), 100, 100 + size) for size in (1, 0))
+    assert [*_whole_tensor(one, Target(0, 8), "U8")] == [CopyRange(100, 101, (Target(0, 8),))]
+    assert [*_whole_tensor(empty, Target(0, 8), "U8")] == []
+
+
+@pytest.mark.parametrize(("layout", "axes"), [("L1", "rec"), ("L10", "erc")])
+def test_what_one_expert_has_is_cast_row_by_row_and_a_stack_expert_by_expert(
+    layout: str, axes: str
+) -> None:
+    plan = planned(Spec(layout, num_experts=2), linear_placement(2, 1), "BF16")
+    assert {op.axes for op in plan.reads if isinstance(op, Rearrange)} == {axes}

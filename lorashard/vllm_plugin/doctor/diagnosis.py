@@ -49,8 +49,12 @@ from lorashard.vllm_plugin.engine.guards import (
 
 @dataclass(frozen=True, slots=True)
 class RefusalReport:
-    """A refusal; `overridden` where its variable is set, so that vLLM starts anyway."""
+    """A refusal; `overridden` where its variable is set, so that vLLM starts anyway.
 
+    rule: its id in docs/rules.md.
+    """
+
+    rule: str
     variable: str
     reason: str
     way_out: str
@@ -132,7 +136,8 @@ def diagnose(
         ep_size=flags.ep_size,
         placement=placement,
         refusals=tuple(
-            RefusalReport(r.variable, r.reason, r.way_out, r in overridden) for r in refusals
+            RefusalReport(r.rule, r.variable, r.reason, r.way_out, r in overridden)
+            for r in refusals
         ),
         known_once_loaded=tuple(unknown_until_loaded(release)) if expert_parallel else (),
         adapter=adapter.summary if adapter is not None else None,

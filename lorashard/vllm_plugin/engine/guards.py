@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lorashard import rules
+
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
@@ -39,8 +41,9 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One reason not to start; setting `variable` to 1 overrides it."""
+    """One reason not to start; setting `variable` to 1 overrides it. rule: its id in lorashard.rules."""
 
+    rule: str
     variable: str
     reason: str
     way_out: str
@@ -61,9 +64,11 @@ class Refusal:
 class Rule:
     """When an engine is refused, and what it is told.
 
+    hazard: what the refusal is against.
     reason: a format string over the fields of EngineFacts, and `breaks` and `displaced`, joined.
     """
 
+    hazard: rules.Rule
     variable: str
     applies: Callable[[EngineFacts], bool]
     reason: str
@@ -76,10 +81,11 @@ class Rule:
             breaks="; ".join(facts.contract_breaks),
             displaced="; ".join(facts.displaced),
         )
-        return Refusal(self.variable, reason, self.way_out)
+        return Refusal(self.hazard.id, self.variable, reason, self.way_out)
 
 
 _BROKEN_CONTRACTS = Rule(
+    hazard=rules.UNKNOWN_VLLM,
     variable="LORASHARD_RISK_UNKNOWN_VLLM",
     applies=lambda facts: bool(facts.contract_breaks),
     reason="This vLLM differs from what lorashard relies on: {breaks}.",
@@ -87,6 +93,7 @@ _BROKEN_CONTRACTS = Rule(
 )
 
 _DISPLACED = Rule(
+    hazard=rules.PATCHED_BY_OTHERS,
     variable="LORASHARD_RISK_PATCHED_BY_OTHERS",
     applies=lambda facts: bool(facts.displaced),
     reason="Another package has taken the place of a patch that LoRA on experts needs here: {displaced}.",
@@ -95,6 +102,7 @@ _DISPLACED = Rule(
 
 RULES: tuple[Rule, ...] = (
     Rule(
+        hazard=rules.EPLB,
         variable="LORASHARD_RISK_WRONG_EXPERTS_AFTER_EPLB_REBALANCE",
         applies=lambda facts: facts.eplb and facts.eplb_obstacle is not None,
         reason="LoRA with --enable-eplb: adapters are silently wrong from the first rebalance on, "
@@ -102,6 +110,7 @@ RULES: tuple[Rule, ...] = (
         way_out="Start without --enable-eplb.",
     ),
     Rule(
+        hazard=rules.DATA_PARALLEL,
         variable="LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL",
         applies=lambda facts: (
             facts.data_parallel_size > 1 and facts.data_parallel_obstacle is not None
@@ -116,6 +125,7 @@ RULES: tuple[Rule, ...] = (
     _BROKEN_CONTRACTS,
     _DISPLACED,
     Rule(
+        hazard=rules.IGNORED_LORA,
         variable="LORASHARD_RISK_IGNORED_EXPERT_LORA",
         applies=lambda facts: not facts.reads_lora,
         reason="The experts run in {facts.experts_class}, which accepts LoRA weights but never "
@@ -123,6 +133,7 @@ RULES: tuple[Rule, ...] = (
         way_out="Choose another MoE backend or quantization for the model (--moe-backend triton).",
     ),
     Rule(
+        hazard=rules.OTHER_KERNEL,
         variable="LORASHARD_RISK_WEIGHTS_OF_ANOTHER_KERNEL",
         applies=lambda facts: facts.rearranged_for is not None,
         reason="The experts' weights are laid out for {facts.rearranged_for}, but this vLLM "
@@ -130,6 +141,7 @@ RULES: tuple[Rule, ...] = (
         way_out="Start without VLLM_USE_FLASHINFER_MOE_FP16 and with --moe-backend auto.",
     ),
     Rule(
+        hazard=rules.STALE_ROWS,
         variable="LORASHARD_RISK_STALE_ROWS_OF_REMOTE_EXPERTS",
         applies=lambda facts: facts.leaves_rows,
         reason="In this vLLM, {facts.experts_class} sums rows of experts on other ranks that "

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+from lorashard.rules import Rule
+
 logger = logging.getLogger("vllm.lorashard")
 
 _MARK = "_lorashard_original"
@@ -35,7 +37,8 @@ class Patch:
     `lorashard doctor` shows. upstream: the code, issue or pull request in question. since, until:
     releases, inclusive; until None = still needed. needed: given the owner, False if this release
     does not need the patch. only_for: the one option of vLLM that needs it, which is refused where
-    the patch cannot be applied; "" where nothing works without.
+    the patch cannot be applied; "" where nothing works without. hazard: what it mends, if nobody would
+    notice it.
     """
 
     module: str
@@ -50,6 +53,7 @@ class Patch:
     wrap: Wrap
     needed: Callable[[Any], bool] = lambda _: True
     only_for: str = ""
+    hazard: Rule | None = None
 
     @property
     def target(self) -> str:

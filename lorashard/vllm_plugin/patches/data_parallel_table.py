@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorashard import rules
 from lorashard.vllm_plugin.patches import data_parallel
 from lorashard.vllm_plugin.patches.apply import Patch, Wrap
 
@@ -30,6 +31,7 @@ def _patch(
         why=why,
         how=how,
         upstream=f"{_SOURCE}/{path}.py#L{line}",
+        hazard=rules.DATA_PARALLEL,
         since="0.24.0",
         until=None,
         wrap=wrap,

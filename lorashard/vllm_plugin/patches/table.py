@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorashard import rules
 from lorashard.vllm_plugin.patches import (
     activation,
     activations,
@@ -43,6 +44,7 @@ PATCHES: tuple[Patch, ...] = (
         how="During the call, lorashard's loader stands in for LoRAModel and reads the experts of "
         "this rank alone, those in each layer's _expert_map.",
         upstream=f"{_SOURCE}/lora/model_manager.py#L1144",
+        hazard=rules.UNEVEN_EXPERTS,
         since="0.16.0",
         until=None,
         wrap=adapter_loading.wrap_load_adapter,
@@ -58,6 +60,7 @@ PATCHES: tuple[Patch, ...] = (
             how="After a load under expert parallelism the ranks agree once more; if one has failed, "
             "they take the adapter out again, and drop what not every rank still has.",
             upstream=f"{_SOURCE}/lora/worker_manager.py#L{line}",
+            hazard=rules.RANKS_DIFFER,
             since="0.16.0",
             until=None,
             wrap=adapter_adding.wrap_add_adapter,
@@ -120,6 +123,7 @@ PATCHES: tuple[Patch, ...] = (
         "(ep_rank + 1) * n), which are the wrong ones if experts are uneven or round-robin.",
         how="Experts that are not packed yet are packed first, those in each layer's _expert_map.",
         upstream=f"{_SOURCE}/lora/model_manager.py#L421",
+        hazard=rules.PATCHED_BY_OTHERS,
         since="0.16.0",
         until=None,
         wrap=adapter_packing.wrap_add_adapter_to_manager,
@@ -160,6 +164,7 @@ PATCHES: tuple[Patch, ...] = (
         "in memory is scaled wrongly.",
         how="What it returns has them, for lorashard's loader.",
         upstream=f"{_SOURCE}/lora/peft_helper.py#L156",
+        hazard=rules.PATTERNS_IGNORED,
         since="0.16.0",
         until="0.31.0",
         wrap=peft_patterns.wrap_from_dict,
@@ -186,6 +191,7 @@ PATCHES: tuple[Patch, ...] = (
         why="At /v1/unload_lora_adapter the server forgets the name, and the engine keeps the adapter.",
         how="Has the engine remove the adapter, too, under expert parallelism.",
         upstream=f"{_VLLM}/issues/54839",
+        hazard=rules.UNLOADED_ONLY_BY_NAME,
         since="0.16.0",
         until=None,
         wrap=unloading.wrap_unload_lora_adapter,
@@ -229,6 +235,7 @@ PATCHES: tuple[Patch, ...] = (
         "new version under the same name is served what the one before has left there.",
         how="After an adapter was unloaded or replaced in place, its name has other keys.",
         upstream=f"{_SOURCE}/v1/core/kv_cache_utils.py#L590",
+        hazard=rules.STALE_PREFIX_CACHE,
         since="0.16.0",
         until=None,
         wrap=unloading.wrap_gen_lora_extra_hash_keys,
@@ -271,6 +278,7 @@ PATCHES: tuple[Patch, ...] = (
         "and vLLM indexes the expert map with its unwritten output: an illegal memory access.",
         how="The op gets the number of all experts and the map itself, and ids that start as -1.",
         upstream=f"{_VLLM}/pull/40867",
+        hazard=rules.SORTED_BY_LOCAL_EXPERT,
         since="0.16.0",
         until="0.20.2",
         wrap=punica.wrap_align_block_size,
@@ -285,6 +293,7 @@ PATCHES: tuple[Patch, ...] = (
         "and the kernel cannot run on a rank without experts.",
         how="Does nothing for a batch without LoRA or on a rank without experts.",
         upstream=f"{_VLLM}/issues/42008",
+        hazard=rules.EARLIER_DELTAS,
         since="0.16.0",
         until=None,
         wrap=punica.wrap_add_lora_fused_moe,
@@ -297,6 +306,7 @@ PATCHES: tuple[Patch, ...] = (
         why="LoRA on FP8 experts is computed from quantised activations without their scale.",
         how="Puts the layer's input into the LoRA context while the experts run.",
         upstream=f"{_VLLM}/pull/42120",
+        hazard=rules.FP8_ACTIVATIONS,
         since="0.20.0",
         until="0.23.0",
         wrap=activations.wrap_modular_apply,
@@ -311,6 +321,7 @@ PATCHES: tuple[Patch, ...] = (
             why="LoRA on FP8 experts is computed from quantised activations without their scale.",
             how="Takes the input from the LoRA context if the one passed in is quantised.",
             upstream=f"{_VLLM}/pull/42120",
+            hazard=rules.FP8_ACTIVATIONS,
             since=since,
             until=until,
             wrap=activations.wrap_apply_w13_lora,
@@ -330,6 +341,7 @@ PATCHES: tuple[Patch, ...] = (
             why="A rebalance moves the experts' weights but not their LoRA.",
             how=how,
             upstream=f"{_SOURCE}/{module.removeprefix('vllm.').replace('.', '/')}.py#L{line}",
+            hazard=rules.EPLB,
             since="0.24.0",
             until=None,
             wrap=wrap,

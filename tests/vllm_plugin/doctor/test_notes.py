@@ -52,7 +52,7 @@ def test_variables_that_nothing_reads_are_named() -> None:
 
 
 def test_an_overridden_refusal_is_noted_with_its_reason() -> None:
-    (note,) = flag_notes(EP, [Refusal("LORASHARD_RISK_X", "It is wrong.", "Do not.")])
+    (note,) = flag_notes(EP, [Refusal("x-y", "LORASHARD_RISK_X", "It is wrong.", "Do not.")])
     assert note == "LORASHARD_RISK_X is set, so vLLM starts anyway: It is wrong."
 
 

@@ -67,7 +67,7 @@ def test_a_displaced_patch_is_one_unless_that_is_accepted() -> None:
 
 
 def test_a_refusal_is_explained_with_its_way_out_and_variable() -> None:
-    refusal = Refusal("LORASHARD_RISK_X", "It is wrong.", "Do not.")
+    refusal = Refusal("x-y", "LORASHARD_RISK_X", "It is wrong.", "Do not.")
     (problem,) = flag_problems(EngineFlags(), [refusal])
     assert problem.text == (
         "It is wrong. Do not. To start anyway, accepting the risk in its name, set "

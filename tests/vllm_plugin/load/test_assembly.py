@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 
 from lorashard.errors import LayoutError
 from lorashard.vllm_plugin.engine.live import LiveExperts
-from lorashard.vllm_plugin.load.assembly import Assembly, DeviceFactor, ShardStack, plan_assembly
+from lorashard.vllm_plugin.load.assembly import (
+    Assembly,
+    DeviceFactor,
+    Piece,
+    ShardStack,
+    plan_assembly,
+)
 
 Values = npt.NDArray[np.int64]
 Deltas = dict[str, Values]  # projection -> [E_local, out, in]
@@ -329,3 +335,10 @@ def test_an_engine_with_shared_factors_refuses_those_that_differ(
     message = refusal(live, [*pair(live, projection, 2, shared=shared), *others])
     assert f"{named} differs from expert to expert" in message
     assert "without --enable-moe-shared-loras" in message
+
+
+def test_a_piece_says_where_it_is_read_and_written_as_slices() -> None:
+    stack = ShardStack("x.lora_B", "gate_proj", "lora_B", "BF16", 8, 3, shared=False)
+    piece = Piece(stack, range(1, 8, 2), range(4, 8), first_col=5)
+    assert piece.source == slice(1, 8, 2)
+    assert piece.target == (slice(4, 8, 1), slice(5, 8))

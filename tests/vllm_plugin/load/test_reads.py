@@ -13,7 +13,13 @@ from lorashard.errors import LayoutError
 from lorashard.vllm_plugin.load import reads
 from lorashard.vllm_plugin.load.assembly import Assembly, DeviceFactor, Piece, ShardStack
 from lorashard.vllm_plugin.load.contents import REPLICATED, Scaling
-from lorashard.vllm_plugin.load.reads import LayerPlan, PlacedFactor, place_factors, plan_reads
+from lorashard.vllm_plugin.load.reads import (
+    LayerPlan,
+    PlacedFactor,
+    place_factors,
+    plan_copies,
+    plan_reads,
+)
 from lorashard.vllm_plugin.load.rows import Run
 
 ROWS, COLS = 4, 6
@@ -97,6 +103,7 @@ def test_a_factor_that_all_share_is_repeated_in_every_slot_and_scaled_there() ->
     (job,) = planned(layer(factor(SHARED, 3), scaling=tuple(map(float, range(8)))))
     assert (job.ep_rank, job.offset, job.num_slots) == (REPLICATED, 700, 1)
     assert (job.device_slots, job.is_verbatim) == (slice(None), False)
+    assert (job.first_slot, [placed.piece.stack for placed in job.pieces]) == (0, [SHARED])
     assert job.scaling == (4.0, 5.0, 6.0)
 
 
@@ -106,9 +113,45 @@ def test_a_factor_that_the_engine_shares_too_is_read_straight_to_its_one_slot() 
 
 
 def test_scalings_that_differ_do_not_fit_into_one_slot() -> None:
-    with pytest.raises(LayoutError, match="share a factor but not its scaling") as caught:
+    with pytest.raises(
+        LayoutError, match=r"^layer: the experts share a factor but not its"
+    ) as caught:
         planned(layer(factor(SHARED, 1), scaling=(1.0, 2.0)))
-    assert "without --enable-moe-shared-loras" in str(caught.value)
+    assert caught.value.hint == "Start vLLM without --enable-moe-shared-loras."
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [(2.0, 2.0), (0.0, None), ((0.0, 0.0), None)])
+def test_one_scaling_for_all_is_that_of_the_one_slot_and_none_is_nothing_to_multiply_by(
+    scaling: Scaling, expected: float | None
+) -> None:
+    (job,) = planned(layer(factor(SHARED, 1), scaling=scaling))
+    assert job.scaling == expected
+
+
+def test_a_stack_that_is_left_to_others_does_not_keep_the_rest_from_being_read() -> None:
+    plan = layer(factor(STACK, 3), factor(SHARED, 3))
+    (job,) = plan_reads([plan], offset_of, "BF16", {STACK.name})
+    assert job.stack == SHARED
+
+
+@pytest.mark.parametrize(("dtype", "num_jobs"), [("BF16", 2), ("F32", 4)])
+def test_blocks_that_need_no_scratch_memory_are_larger(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, num_jobs: int
+) -> None:
+    monkeypatch.setattr(reads, "BLOCK_BYTES", SLOT)
+    monkeypatch.setattr(reads, "VERBATIM_BYTES", 2 * SLOT)
+    runs = (Run(0, 0, 0, 4),)
+    plan = layer(factor(STACK, 4), runs=runs, experts=tuple(range(4)))
+    assert len(planned(plan, dtype)) == num_jobs
+
+
+@pytest.mark.parametrize("size", [0, 1, reads.BLOCK_BYTES, 2 * reads.BLOCK_BYTES + 5])
+def test_dense_tensors_are_copied_in_blocks_from_the_regions_beginning_on(size: int) -> None:
+    jobs = [*plan_copies(100, 100 + size)]
+    assert [job.begin for job in jobs] == [*range(100, 100 + size, reads.BLOCK_BYTES)]
+    assert all((job.ep_rank, job.target) == (REPLICATED, job.begin - 100) for job in jobs)
+    assert sum(job.size for job in jobs) == size
+    assert all(0 < job.size <= reads.BLOCK_BYTES for job in jobs)
 
 
 def test_a_rank_with_one_expert_takes_that_expert_s_scaling_from_those_that_differ() -> None:

@@ -7,8 +7,8 @@ import pytest
 from lorashard.vllm_plugin.engine.guards import Refusal
 from lorashard.vllm_plugin.patches.refusals import enforce
 
-FIRST = Refusal("LORASHARD_RISK_FIRST", "It is wrong.", "Do otherwise.")
-SECOND = Refusal("LORASHARD_RISK_SECOND", "That too.", "Do otherwise.")
+FIRST = Refusal("first-risk", "LORASHARD_RISK_FIRST", "It is wrong.", "Do otherwise.")
+SECOND = Refusal("second-risk", "LORASHARD_RISK_SECOND", "That too.", "Do otherwise.")
 
 
 def test_nothing_to_refuse_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
