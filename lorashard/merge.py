@@ -25,6 +25,7 @@ from lorashard.shards.manifest import Manifest
 from lorashard.shards.replan import CheckedShards, check_shards
 from lorashard.storage.local import SequentialWriter, write_new
 from lorashard.storage.staging import check_target, staged_directory
+from lorashard.storage.syscalls import reserve
 from lorashard.writing.disk_space import check_disk_space
 from lorashard.writing.restore import restore_source
 
@@ -74,8 +75,10 @@ def _write_adapter(shards: CheckedShards, out: Path, *, force: bool, progress: P
 
 def _write_weights(shards: CheckedShards, path: Path, progress: Progress) -> str:
     """Write the source's weights file; returns its BLAKE3 in hex."""
-    header = shards.manifest.source.header
+    source = shards.manifest.source
+    header = source.header
     with opened_files(shards.files) as files, path.open("xb", buffering=0) as out:
+        reserve(out.fileno(), source.files[WEIGHTS_NAME].size_bytes)
         writer = SequentialWriter(out.fileno())
         writer.write(memoryview(header))
         digest = restore_source(shards.plan, header, files, writer.write, progress)

@@ -1,13 +1,20 @@
-"""Runs lorashard commands that fail at their n-th system call, for tests/system/test_crash.py.
+"""Runs lorashard while one call on a file fails, for the tests of faults in tests/system.
 
-Reads one JSON job per line, {"argv", "action", "at", "calls"}, and answers with one JSON line,
-{"code", "reached", "recorded", "stderr"}. Each job runs in a forked child, so the imports are paid
-for once.
+Reads one JSON job per line and answers with one JSON line. Each job runs in a forked child, so the
+imports are paid for once. Run with the argument "torch" for jobs of writers.
+
+A job: "argv" of a command, "commit" or "publish" (see fault_jobs.py); "folder", which is the current
+one, and below which calls count; "action", and "at", the number of the call, counted from 1 among those
+whose name is in "calls" (see file_calls.py). "other": "argv" of another command, for "stop".
 
 action: "kill" (SIGKILL), "term" (SIGTERM to itself, then the call is made), an errno's name (the call
-raises OSError), or "record", which lets every call through. code: the exit code, or minus the
-signal. recorded: [call, inode, path] of each call that made something durable or renamed it, in the
-order in which they ended; the path is where it was renamed to.
+raises OSError), such a name with "+" (so does each that comes after it), "short" (each call reads or
+writes half of what it was asked to), "signals" (calls are interrupted again and again), "stop" (the
+other command runs meanwhile), "record", which lets every call through, or "".
+
+An answer: "code", the exit code or minus the signal; "reached", whether it came to that call; "recorded",
+for "record": what file_calls.py says of each that changed something, in the order in which they ended;
+"counted", how many calls of each name there were; "stderr"; "other", an answer.
 """
 
 from __future__ import annotations
@@ -21,107 +28,101 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from lorashard.cli import app
 from lorashard.errors import LorashardError
-from lorashard.storage import staging
+from tests import file_calls
 
 TIMEOUT_S = 30
+INTERRUPTED_EVERY_S = 0.0005
 
 
-def fail_at(action: str, at: int, calls: list[str], reached: Callable[[], None]) -> None:
-    """Make the `at`-th of all `calls` together, counted from 1, act.
+class Fault:
+    """What a job does to the calls. counted: a file that gets the name of each."""
 
-    calls: names in os, or "exchange", which os lacks. "rename" is also the one that replaces nothing.
-    """
-    counter, lock = itertools.count(1), threading.Lock()
+    def __init__(self, job: dict[str, Any], counted: Any, reached: Any, log: Any) -> None:
+        self._action, self._at, self._calls = job["action"], job["at"], set(job["calls"])
+        self._counted, self._reached, self._log = counted, reached, log
+        self._folder = job["folder"]
+        self._numbers, self._lock = itertools.count(1), threading.Lock()
 
-    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            with lock:
-                number = next(counter)
-            if number == at:
-                reached()
-                if action == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                elif action == "term":
-                    os.kill(os.getpid(), signal.SIGTERM)
-                else:
-                    code = getattr(errno, action)
-                    raise OSError(code, os.strerror(code))
-            return original(*args, **options)
+    def install(self) -> None:
+        if self._action == "signals":
+            signal.signal(signal.SIGALRM, lambda *_: None)
+            signal.setitimer(signal.ITIMER_REAL, INTERRUPTED_EVERY_S, INTERRUPTED_EVERY_S)
+        elif self._action == "record":
+            file_calls.follow(self._folder, lambda _: None, self._write)
+        elif self._action:
+            file_calls.follow(self._folder, self._decide)
 
-        return call
+    def _write(self, *call: Any) -> None:
+        _append(self._log, json.dumps(call).encode() + b"\n")
 
-    for name in calls:
-        home = staging if name == "exchange" else os
-        setattr(home, name, failing(getattr(home, name)))
-        if name == "rename":
-            staging.rename_to_free = failing(staging.rename_to_free)
-
-
-def record_calls(log: Any) -> None:
-    """Write a line to `log` for every fsync, rename and exchange that succeeds."""
-    lock = threading.Lock()
-
-    def write(call: str, inode: int, path: object = None) -> None:
-        with lock:
-            log.write(json.dumps([call, inode, path and str(path)]).encode() + b"\n")
-            log.flush()
-
-    fsync, rename = os.fsync, os.rename
-
-    def recorded_fsync(fd: int) -> None:
-        fsync(fd)
-        write("fsync", os.fstat(fd).st_ino)
-
-    def recorded_rename(source: Any, target: Any) -> None:
-        inode = Path(source).stat().st_ino
-        rename(source, target)
-        write("rename", inode, target)
-
-    def recorded(original: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
-        def call(one: Any, other: Any) -> bool:
-            inode = Path(one).stat().st_ino
-            done = original(one, other)
-            if done:
-                write("rename", inode, other)
-            return done
-
-        return call
-
-    os.fsync, os.rename = recorded_fsync, recorded_rename
-    staging.exchange = recorded(staging.exchange)
-    staging.rename_to_free = recorded(staging.rename_to_free)
+    def _decide(self, call: str) -> str | None:
+        if call not in self._calls:
+            return None
+        with self._lock:
+            number = next(self._numbers)
+            _append(self._counted, call.encode() + b" ")
+        if self._action == "short":
+            return "short"
+        lasts = self._action.endswith("+")
+        if number < self._at or (number > self._at and not lasts):
+            return None
+        _append(self._reached, b"x")
+        if self._action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self._action == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif self._action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self._action != "count":
+            code = getattr(errno, self._action.rstrip("+"))
+            raise OSError(code, os.strerror(code))
+        return None
 
 
-def run_job(job: dict[str, Any], stderr: int, reached: Callable[[], None], log: Any) -> None:
+_append_all = os.write  # before it is replaced
+
+
+def _append(file: Any, data: bytes) -> None:
+    _append_all(file.fileno(), data)
+
+
+def run_job(job: dict[str, Any], stderr: int, fault: Fault) -> None:
     os.dup2(stderr, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if job["action"] == "record":
-        record_calls(log)
-    elif job["action"]:
-        fail_at(job["action"], job["at"], job["calls"], reached)
-    sys.argv = ["lorashard", *job["argv"]]
-    app.main()
+    os.chdir(job["folder"])
+    if "argv" in job:
+        fault.install()
+        sys.argv = ["lorashard", *job["argv"]]
+        app.main()
+        return
+    from tests import fault_jobs
+
+    if "commit" in job:
+        fault_jobs.commit(**job["commit"], install=fault.install)
+    else:
+        fault.install()
+        fault_jobs.publish(**job["publish"])
 
 
 def supervise(job: dict[str, Any]) -> dict[str, Any]:
     with (
         tempfile.TemporaryFile() as stderr,
         tempfile.TemporaryFile() as reached,
+        tempfile.TemporaryFile() as counted,
         tempfile.TemporaryFile() as log,
     ):
         child = os.fork()
         if child == 0:
-            signal.alarm(TIMEOUT_S)
+            signal.alarm(0 if job["action"] == "signals" else TIMEOUT_S)
             code = 70
             try:
-                run_job(job, stderr.fileno(), lambda: reached.write(b"x") and reached.flush(), log)
+                run_job(job, stderr.fileno(), Fault(job, counted, reached, log))
             except SystemExit as err:
                 code = err.code if isinstance(err.code, int) else 0
             except BaseException:  # noqa: BLE001 - the test sees it in stderr
@@ -129,25 +130,34 @@ def supervise(job: dict[str, Any]) -> dict[str, Any]:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
-        _, status = os.waitpid(child, 0)
-        stderr.seek(0)
-        log.seek(0)
+        _, status = os.waitpid(child, os.WUNTRACED)
+        other = None
+        if os.WIFSTOPPED(status):
+            other = supervise({**job, **job["other"], "action": ""})
+            os.kill(child, signal.SIGCONT)
+            _, status = os.waitpid(child, 0)
+        for file in (stderr, counted, log):
+            file.seek(0)
         return {
             "code": os.waitstatus_to_exitcode(status),
             "reached": os.fstat(reached.fileno()).st_size > 0,
+            "counted": Counter(counted.read().decode().split()),
             "recorded": [json.loads(line) for line in log],
             "stderr": stderr.read().decode(),
+            "other": other,
         }
 
 
-def warm_up() -> None:
+def warm_up(*, with_torch: bool) -> None:
     """Import, once for all jobs, what a command imports when it is first parsed and run."""
     with suppress(LorashardError):
         app.app(["split", "/nowhere", "--ep-size", "2"], standalone_mode=False)
+    if with_torch:
+        from tests import fault_jobs  # noqa: F401
 
 
 if __name__ == "__main__":
-    warm_up()
+    warm_up(with_torch="torch" in sys.argv)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(supervise(json.loads(line))) + "\n")
         sys.stdout.flush()

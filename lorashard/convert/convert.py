@@ -48,6 +48,7 @@ from lorashard.storage.local import ByteSource, SequentialWriter, write_new
 from lorashard.storage.parallel import cancellable_pool, one_ahead, result_of
 from lorashard.storage.remote import Location, RemoteFile, locate
 from lorashard.storage.staging import check_target, staged_directory
+from lorashard.storage.syscalls import reserve
 from lorashard.writing.blocks import BLOCK_BYTES
 from lorashard.writing.disk_space import check_disk_space
 from lorashard.writing.restore import describe_misplaced, proof_bytes
@@ -184,6 +185,7 @@ def _find_misplaced(prepared: PreparedConversion, progress: Progress) -> tuple[s
 def _write_weights(prepared: PreparedConversion, path: Path, progress: Progress) -> None:
     conversion = prepared.conversion
     with opened_files(prepared.files) as files, path.open("xb", buffering=0) as out:
+        reserve(out.fileno(), conversion.size_bytes)
         writer = SequentialWriter(out.fileno())
         writer.write(memoryview(conversion.header))
         progress(len(conversion.header))

@@ -17,7 +17,12 @@ from lorashard.adapter.config import CONFIG_NAME
 from lorashard.errors import LorashardError, ServerError, ShardError
 from lorashard.publish.records import forget, record, was_written_again
 from lorashard.publish.remote_versions import RemoteVersions
-from lorashard.publish.removal import clear_removed, remove_shards, remove_spare
+from lorashard.publish.removal import (
+    clear_removed,
+    clear_unfinished,
+    remove_shards,
+    remove_spare,
+)
 from lorashard.publish.servers import Server, parse_server
 from lorashard.publish.versions import is_adapter_name, outdated, version_name, version_of
 from lorashard.shards.directory import LocatedShards, find_files, has_digest, read_manifest
@@ -144,6 +149,7 @@ class Publisher:
             place = self._remote.upload(path, version)
         uploaded = time.perf_counter()
         removal = self._remove(outdated(version, self._served(), self._present(), self._keep))
+        clear_unfinished(self._directory, lambda found: self._is_before(found, version))
         if self._remote is not None:
             left = self._remote.remove_outdated(version, self._keep)
         return Published(
@@ -161,6 +167,7 @@ class Publisher:
     def withdraw(self) -> Removal:
         """Unload all versions from all servers, and remove their directories. What was uploaded stays."""
         removal = self._remove(sorted({*self._served(), *self._present()}))
+        clear_unfinished(self._directory, lambda found: version_of(self._name, found) is not None)
         remove_spare(self._directory)
         return removal
 
@@ -237,6 +244,10 @@ class Publisher:
         """The versions that have a directory."""
         names = os.listdir(self._directory) if self._directory.is_dir() else []
         return {version for name in names if (version := version_of(self._name, name)) is not None}
+
+    def _is_before(self, found: str, version: int) -> bool:
+        other = version_of(self._name, found)
+        return other is not None and other < version
 
     def _is_used(self, name: str, models: dict[str, str | None]) -> bool:
         return name in models or self._path_on_servers(name) in models.values()

@@ -1,7 +1,7 @@
 """The directory of a version that no one uses -> gone, or left alone with the reason.
 
 In: a path that names a version. It is renamed before its files are deleted: whatever kills the process,
-under the version's name is a whole directory or none. `clear_removed` deletes what was left.
+under the version's name is a whole directory or none. `clear_removed` deletes what was left, `clear_unfinished` what a writer left.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lorashard.shards.directory import holds_only_shards
 from lorashard.shards.names import MANIFEST_NAME
 from lorashard.storage.locked_directory import remove_directory
 from lorashard.storage.spares import SPARE_NAME, keep_spare
+from lorashard.storage.staging import clear_leftovers, staged_targets
 
 _REMOVED_SUFFIX = ".lorashard-removed"
 
@@ -54,9 +55,27 @@ def _has_become_spare(aside: Path) -> bool:
         return False
 
 
+def clear_unfinished(directory: Path, is_outdated: Callable[[str], bool]) -> None:
+    """Delete what killed writers left of outdated versions: in memory it would stay for good.
+
+    A writer that is at work has locked what it writes, which stays.
+    """
+    try:
+        targets = staged_targets(directory)
+    except OSError:
+        return  # the next run tries again
+    for target in targets:
+        if is_outdated(target.name):
+            clear_leftovers(target)
+
+
 def clear_removed(directory: Path, is_version: Callable[[str], bool]) -> None:
     """Delete what a killed run was about to delete."""
-    for name in os.listdir(directory):
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return  # the next run tries again
+    for name in names:
         removed = name.startswith(".") and name.endswith(_REMOVED_SUFFIX)
         if removed and is_version(name[1 : -len(_REMOVED_SUFFIX)]):
             remove_directory(directory / name)

@@ -26,7 +26,7 @@ from lorashard.split.pipeline import (
 )
 from lorashard.split.resume import find_finished_split
 from lorashard.storage.remote import locate
-from lorashard.storage.staging import check_target
+from lorashard.storage.staging import check_target, clear_leftovers
 from lorashard.vllm_options import Strategy
 from lorashard.writing.disk_space import check_disk_space
 
@@ -145,6 +145,8 @@ def run_split(
         if manifest is None:
             size_bytes = sum(file.size_bytes for file in prepared.plan.files)
             check_disk_space(out, size_bytes, hint=no_room)
+        if skipped and not dry_run:
+            clear_leftovers(out)
         if manifest is None and not dry_run:
             started(prepared.source.index.file_size)
             manifest = write_shards(

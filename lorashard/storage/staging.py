@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorashard.errors import OutputExistsError
+from lorashard.errors import OutputExistsError, ShardError
 from lorashard.storage.local import sync_directory
 from lorashard.storage.locked_directory import (
     RESUMABLE_NAME,
@@ -61,7 +61,7 @@ def staged_directory(
     staging = staging_path(target)
     with (
         explained_write_errors(target, full_disk=_NOTHING_LEFT),
-        made_parents(target),
+        made_parents(target, sync=sync),
         locked_directory(staging, target) as locked,
     ):
         _clear_leftovers(locked, target)
@@ -77,6 +77,27 @@ def staged_directory(
                 _sync_if(sync, target.parent)
         finally:
             locked.remove()
+
+
+def clear_leftovers(target: Path) -> None:
+    """Clear what a killed run left beside a `target` that is finished. Another one's work stays."""
+    target = resolve_target(target)
+    staging = staging_path(target)
+    if not os.path.lexists(staging) and not os.path.lexists(_aside(target)):
+        return
+    with suppress(ShardError, OSError), locked_directory(staging, target) as locked:
+        _clear_leftovers(locked, target)
+        locked.remove()
+
+
+def staged_targets(folder: Path) -> list[Path]:
+    """The targets in `folder` that a run works on, or was killed at. Raises OSError."""
+    begin, end = len("."), len(_STAGING_NAME)
+    return [
+        folder / name[begin:-end]
+        for name in os.listdir(folder)
+        if name.startswith(".") and name.endswith(_STAGING_NAME) and len(name) > begin + end
+    ]
 
 
 def staging_path(target: Path) -> Path:

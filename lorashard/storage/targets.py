@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorashard.errors import ShardError
+from lorashard.storage.local import sync_directory
 
 # A Path has one slash left of the two in a URL.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -40,8 +41,11 @@ def work_path(target: Path, name: str) -> Path:
 
 
 @contextmanager
-def made_parents(target: Path) -> Iterator[None]:
-    """Make the folders above `target`; remove those that are still empty if the block fails."""
+def made_parents(target: Path, *, sync: bool = True) -> Iterator[None]:
+    """Make the folders above `target`; remove those that are still empty if the block fails.
+
+    sync: wait until the disk has their names.
+    """
     missing = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -51,6 +55,8 @@ def made_parents(target: Path) -> Iterator[None]:
             with suppress(OSError):
                 folder.rmdir()
         raise
+    for folder in missing if sync else ():
+        sync_directory(folder.parent)
 
 
 @contextmanager

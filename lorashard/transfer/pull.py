@@ -37,7 +37,7 @@ from lorashard.storage.local import LocalFile, sync_directory, write_all
 from lorashard.storage.locked_directory import FULL_DISK_HINT, has_content, resumable_directory
 from lorashard.storage.parallel import Outcome, run_concurrently
 from lorashard.storage.remote import RemoteFile, RemoteFolder, locate, over_local_files
-from lorashard.storage.staging import check_target, staged_directory
+from lorashard.storage.staging import check_target, clear_leftovers, staged_directory
 from lorashard.storage.syscalls import start_writeback
 from lorashard.storage.targets import explained_write_errors, resolve_target
 from lorashard.writing.disk_space import check_disk_space
@@ -95,6 +95,7 @@ def pull_shards(
             for name in missing:
                 os.rename(work / name, target / name)
             sync_directory(target)
+            clear_leftovers(target)
         else:
             _fetch_all(source, needed, work, target, progress)
             with staged_directory(

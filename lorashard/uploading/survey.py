@@ -111,7 +111,7 @@ def survey_folder(folder: RemoteFolder, ep_size: int, *, force: bool) -> UploadP
     present = names_at(folder.fs, folder.path)
     card = None
     if CARD_NAME in present:
-        card = folder.fs.cat_file(f"{folder.path}/{CARD_NAME}").decode("utf-8", "replace")
+        card = folder.fs.cat_file(f"{folder.path}/{CARD_NAME}").decode("utf-8", "replace") or None
     plan = _plan_upload(folder.text, present, card, ep_size)
     if plan.replaces and not force:
         raise OutputExistsError(
@@ -128,9 +128,11 @@ def names_at(fs: Any, path: str) -> frozenset[str]:
         return frozenset()
     names = frozenset(entry.rstrip("/").rpartition("/")[2] for entry in entries)
     weights = f"{path}/{WEIGHTS_NAME}"
-    if WEIGHTS_NAME in names and may_be_notice(fs.size(weights)):
-        return names - {WEIGHTS_NAME} if fs.cat_file(weights) in NOTICES else names
-    return names
+    if WEIGHTS_NAME not in names:
+        return names
+    size = fs.size(weights)  # none: an upload to a file system ended before it wrote the notice
+    is_ours = size == 0 or (may_be_notice(size) and fs.cat_file(weights) in NOTICES)
+    return names - {WEIGHTS_NAME} if is_ours else names
 
 
 def _check_token(api: Any, place: str) -> None:

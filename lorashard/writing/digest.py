@@ -19,6 +19,7 @@ from lorashard.storage.buffers import allocate_private
 from lorashard.storage.syscalls import start_writeback
 
 _STEP = 2**20
+_THREADS = 2  # one falls behind the writers, and is alone with the rest when they are done
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def _prefix_maxima(pieces: Sequence[tuple[int, int, int]]) -> tuple[Milestone, .
 
 
 class BackgroundHasher:
-    """A thread that digests each output file front to back, close behind the writers."""
+    """Threads that digest the output files, each front to back, close behind the writers."""
 
     def __init__(self, fds: Sequence[int], plan: ShardPlan, *, sync: bool = True) -> None:
         """sync: the disk is to begin with what is digested, because the files will be synced."""
@@ -76,44 +77,50 @@ class BackgroundHasher:
         self._finished = self._stopped = False
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="lorashard-digest", daemon=True)
+        shares = [range(first, len(fds), _THREADS) for first in range(_THREADS)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(share,), name="lorashard-digest", daemon=True)
+            for share in shares
+        ]
 
     def __enter__(self) -> BackgroundHasher:  # noqa: PYI034 - Self needs Python 3.11
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._stopped = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        self._join()
 
     def advance(self, source_end: int) -> None:
         """Report that source bytes [0, source_end) are written to where they belong."""
         with self._changed:
             self._source_end = max(self._source_end, source_end)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def finish(self) -> tuple[str, ...]:
         """Report that everything is written; digest the rest and return the digests in hex."""
         with self._changed:
             self._finished = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        self._join()
         if self._error is not None:
             raise self._error
         return tuple(digest.hexdigest() for digest in self._digests)
 
-    def _run(self) -> None:
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, files: Sequence[int]) -> None:
         try:
             buffer = memoryview(allocate_private(_STEP))
             while not self._stopped:
                 with self._changed:
                     finished, source_end = self._finished, self._source_end
-                progressed = [
-                    self._catch_up(file, source_end, finished, buffer)
-                    for file in range(len(self._fds))
-                ]
+                progressed = [self._catch_up(file, source_end, finished, buffer) for file in files]
                 if finished and not any(progressed):
                     return
                 with self._changed:

@@ -10,9 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.gpu.reference import VOCABULARY
-
-_LARGEST_E4M3 = 448.0
+from tests.gpu.reference import LARGEST_E4M3, VOCABULARY
 
 
 def _is_quantised(weight: str) -> bool:
@@ -26,7 +24,7 @@ def quantise_views(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for weight, view in views.items():
         # Gate and up are quantised one by one; the view of both would do it a second time.
         if _is_quantised(weight):
-            exact = (view.abs().amax(dim=1, keepdim=True) / _LARGEST_E4M3).clamp(min=1e-8)
+            exact = (view.abs().amax(dim=1, keepdim=True) / LARGEST_E4M3).clamp(min=1e-8)
             scale = exact.to(torch.bfloat16)
             view.copy_((view / scale.float()).to(torch.float8_e4m3fn).float() * scale.float())
             scales[weight] = scale

@@ -26,7 +26,6 @@ from tests.gpu.prepare import split_each
 from tests.gpu.processes import child_environment, gpu_name, last_error, run
 
 LIMIT_S = 420
-ASKED_FOR = "LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL"
 Result = dict[str, Any]
 
 
@@ -41,7 +40,7 @@ def run_case(
     command += ["--limit", str(args.limit)]
     command += [] if args.requests is None else ["--requests", str(args.requests)]
     # A folder of their own, so that servers do not compile into each other's.
-    changes = {"VLLM_CACHE_ROOT": str(logs / "cache" / case.name), ASKED_FOR: "1", **variables}
+    changes = {"VLLM_CACHE_ROOT": str(logs / "cache" / case.name), **variables}
     began = time.monotonic()
     ended = run(
         command, logs / f"{case.name}.log", child_environment(args.stock, changes), args.limit + 30

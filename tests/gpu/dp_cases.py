@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MODEL = "glm16"
 # Served name -> adapter. More than an engine has slots for, so each evicts and loads again.
 SERVED = {"a": "e0", "b": "e1", "c": "fused0"}
+STOCK_SERVED = SERVED | {"c": "e3"}  # stock vLLM does not start with a fused one here
 LATE = "e2"  # loaded and unloaded at run time
 SHARDS = (*SERVED.values(), LATE)  # adapters that must be there as shards
 MAX_LORAS, MAX_CPU_LORAS = 4, 4
 NUM_ENGINES = 2
+
+
+def served_adapters(stock: bool) -> Mapping[str, str]:
+    """The adapters of a server's start, by the name that they are served by."""
+    return STOCK_SERVED if stock else SERVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,10 @@ class DpCase:
             *("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(1 << 30)),
             *self._graphs(),
             "--lora-modules",
-            *(f"{name}={directory / f'{adapter}{form}'}" for name, adapter in SERVED.items()),
+            *(
+                f"{name}={directory / f'{adapter}{form}'}"
+                for name, adapter in served_adapters(stock).items()
+            ),
         ]
 
     def _graphs(self) -> Sequence[str]:

@@ -17,8 +17,8 @@ is, and if no single answer is nearer to another model's reference. With lorasha
 log-probabilities that it has in a prompt, and an adapter is loaded, used on both engines and unloaded while both are busy.
 """
 SPEED = """
-Tokens a second of 32 requests together, GLM-4.5-Air's shapes with 8 MoE layers in bf16, r = 32, CUDA graphs; medians of 4. Stock is right only
-where both engines have the same adapter in the same slot.
+Tokens a second of 32 requests together, GLM-4.5-Air's shapes with 8 MoE layers in bf16, r = 32, CUDA graphs; medians of rounds, in each of which all
+servers are asked in turn. Stock is right only where both engines have the same adapter in the same slot.
 """
 
 

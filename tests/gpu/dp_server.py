@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu.cases import CASES as REFERENCES
-from tests.gpu.dp_cases import CASES, LATE, MODEL, NUM_ENGINES, SERVED, DpCase
+from tests.gpu.dp_cases import CASES, LATE, MODEL, NUM_ENGINES, DpCase, served_adapters
 from tests.gpu.engine import Expected
 from tests.gpu.processes import exit_after
 from tests.gpu.server import Server
@@ -67,10 +67,10 @@ class _Traffic:
 class Session:
     """The checks, in order."""
 
-    def __init__(self, server: Server, expected: Expected, report: Report) -> None:
+    def __init__(self, server: Server, expected: Expected, report: Report, *, stock: bool) -> None:
         self._server, self._expected, self._report = server, expected, report
         self._prompts = expected.prompts
-        self._adapters = {"base": "base", **SERVED}
+        self._adapters = {"base": "base", **served_adapters(stock)}
         self._base: list[Tensor] = []
 
     def quiet_base(self) -> None:
@@ -230,7 +230,7 @@ def run_session(
 ) -> None:
     """All checks against a server that answers."""
     reference = next(c for c in REFERENCES if c.name == case.reference)
-    session = Session(server, Expected.load(work, reference), report)
+    session = Session(server, Expected.load(work, reference), report, stock=stock)
     session.quiet_base()
     session.one_idle()
     session.beside(("base",), "beside the base model")

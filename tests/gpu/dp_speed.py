@@ -5,30 +5,31 @@
 GLM-4.5-Air's shapes with 8 MoE layers and dummy weights, adapters of r = 32, CUDA graphs. Stock is right
 only where all engines have the same adapters in the same slots, so there one adapter is used on both.
 Decode: 32 requests of 32 tokens that generate 128 each. Prefill: 32 requests of 960 tokens that generate
-one. Medians of some repeats after one that is not counted. About 100 s a server, one after the other.
+one. All servers are up at the same time and are asked in turn, so that whatever else slows the host down
+meets all of them; medians of the rounds after one that is not counted. FILE is written after each round.
 """
 
 import argparse
 import json
+import os
 import random
-import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tests.gpu.checkpoint import save_tokenizer
-from tests.gpu.dp import ASKED_FOR
 from tests.gpu.load_adapters import VOCABULARY, adapter_directory
 from tests.gpu.nccl import nccl_variables
-from tests.gpu.processes import child_environment, exit_after, run
+from tests.gpu.processes import child_environment, run
 from tests.gpu.server import Server
 
 KINDS = ("dp", "dp-stock", "tp")
-NUM_REQUESTS, REPEATS = 32, 4
-LIMIT_S = 280
+NUM_REQUESTS, ROUNDS = 32, 9
+WORKLOADS = {"decode": (32, 128), "prefill": (960, 1)}  # tokens of a prompt, and generated
 # Served name -> adapter. Stock is asked for one.
 SERVED = {"a": 0, "b": 1}
 # What each of two engines, or halves of the requests, is asked for.
@@ -44,7 +45,7 @@ def command(work: Path, kind: str) -> list[str]:
         *("--load-format", "dummy", *parallel, "--enable-expert-parallel", "--enable-lora"),
         *("--max-lora-rank", "32", "--max-loras", "2", "--max-cpu-loras", "2"),
         *("--served-model-name", "base", "--max-model-len", "1024", "--max-num-seqs", "32"),
-        *("--gpu-memory-utilization", "0.8", "--kv-cache-memory-bytes", str(4 << 30)),
+        *("--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(2 << 30)),
         *("--no-enable-prefix-caching", "--compilation-config"),
         json.dumps({"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]}),
         "--lora-modules",
@@ -80,39 +81,30 @@ def tokens_a_second(
     return (done if generated > 1 else NUM_REQUESTS * prompt) / seconds
 
 
-def measure(work: Path, kind: str, log: Path) -> dict[str, Any]:
-    """The figures of one server."""
-    server = Server(command(work, kind), log, stock=kind == "dp-stock")
-
-    def stop(*_: object) -> None:
-        server.end()
-        raise RuntimeError(f"not finished within {LIMIT_S} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LIMIT_S)
-    found: dict[str, Any] = {}
-    try:
-        found["started"] = round(server.wait(), 1)
-        for what, prompt, generated in (("decode", 32, 128), ("prefill", 960, 1)):
-            for mix, names in MIXES.items():
+def measure_round(
+    servers: Mapping[str, Server], figures: dict[str, dict[str, list[float]]]
+) -> None:
+    """One more figure of each server for each workload and mix of adapters."""
+    for workload, (prompt, generated) in WORKLOADS.items():
+        for mix, names in MIXES.items():
+            for kind, server in servers.items():
                 if kind == "dp-stock" and mix == "two adapters":
                     continue
-                figures = [
-                    tokens_a_second(
-                        server, names, by_engine=kind != "tp", prompt=prompt, generated=generated
-                    )
-                    for _ in range(REPEATS + 1)
-                ]
-                found[f"{what}, {mix}"] = {
-                    "tokens_a_second": round(statistics.median(figures[1:]), 1),
-                    "all": [round(figure, 1) for figure in figures],
-                }
-    except (RuntimeError, OSError) as err:
-        found["failure"] = str(err)[:500]
-    finally:
-        signal.alarm(0)
-        server.end()
-    return found
+                figure = tokens_a_second(
+                    server, names, by_engine=kind != "tp", prompt=prompt, generated=generated
+                )
+                figures[kind].setdefault(f"{workload}, {mix}", []).append(round(figure, 1))
+
+
+def summarise(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """For each server and what it was asked: the median, and all figures."""
+    return {
+        kind: {
+            what: {"tokens_a_second": statistics.median(all_of[1:] or all_of), "all": all_of}
+            for what, all_of in found.items()
+        }
+        for kind, found in figures.items()
+    }
 
 
 def _main() -> None:
@@ -124,40 +116,36 @@ def _main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--nccl", type=Path, help="a library that tests.gpu.nccl has built")
-    parser.add_argument("--engine", choices=KINDS, help="that server, in this process")
     args = parser.parse_args()
     work = args.work.absolute() / "load"
-    if args.engine:
-        exit_after(
-            lambda: args.out.write_text(
-                json.dumps(measure(work, args.engine, args.out.with_suffix(".server.log")))
-            )
-        )
     from importlib.metadata import version
 
     release = version("vllm").split("+")[0]
     logs = args.work.absolute() / "logs" / f"{release}-dp-speed"
     logs.mkdir(parents=True, exist_ok=True)
-    variables = nccl_variables(logs, args.nccl)
+    os.environ.update(nccl_variables(logs, args.nccl))
     adapters = ["-m", "tests.gpu.load_adapters", str(work), "--form", "per_expert"]
     run(adapters, logs / "load_adapters.log", child_environment(stock=True), 150.0)
     save_tokenizer(work / "model", VOCABULARY)
-    found: dict[str, Any] = {}
-    for kind in args.only:
-        out = logs / f"{kind}.json"
-        out.unlink(missing_ok=True)
-        one = ["-m", "tests.gpu.dp_speed", "--work", str(args.work), "--out", str(out)]
-        changes = {ASKED_FOR: "1", **variables}
-        environment = child_environment(stock=kind == "dp-stock", changes=changes)
-        ended = run([*one, "--engine", kind], out.with_suffix(".log"), environment, LIMIT_S + 30)
-        found[kind] = json.loads(out.read_text()) if out.exists() else {"ended": ended}
-        short = {
-            k: v["tokens_a_second"] if isinstance(v, dict) else v for k, v in found[kind].items()
-        }
-        print(kind, json.dumps(short), flush=True)
-        document = {"release": release, "stock": False, "cases": [], "dp_speed": found}
-        args.out.write_text(json.dumps(document, indent=1))
+    document: dict[str, Any] = {"release": release, "stock": False, "cases": []}
+    figures: dict[str, dict[str, list[float]]] = {kind: {} for kind in args.only}
+    with ExitStack() as stack:
+        servers = {}
+        for kind in args.only:
+            log = logs / kind / "server.log"
+            log.parent.mkdir(exist_ok=True)
+            servers[kind] = Server(command(work, kind), log, stock=kind == "dp-stock")
+            stack.callback(servers[kind].end)
+        for kind, server in servers.items():
+            print(f"{kind}: started, {server.wait():.0f} s", flush=True)
+        for _ in range(args.rounds + 1):
+            measure_round(servers, figures)
+            document["dp_speed"] = summarise(figures)
+            args.out.write_text(json.dumps(document, indent=1))
+    for kind, found in document["dp_speed"].items():
+        print(kind, {what: of["tokens_a_second"] for what, of in found.items()}, flush=True)
 
 
 if __name__ == "__main__":

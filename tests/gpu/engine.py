@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tests.gpu.cases import CASES, PLAIN, Case, Check, as_stock
 
-# Room above the base model's own error. A token whose router scores nearly tie goes to another
-# expert in bf16, so one adapter's error is not another's: transformers itself, in bf16 on the CPU
-# with merged weights, is 0.022 to 0.041 from its float32 self for glm16's adapters. Half of the
-# experts wrong gives 0.137 and more.
+# Room above the noise, the base model's own error or the adapter's in the reference, whichever is
+# more. A token whose router scores nearly tie goes to another expert in bf16 or FP8, so one adapter's
+# noise is not another's: for qwen16's it is 0.02 to 0.05 in bf16, and 0.10 to 0.21 in FP8. Half of the
+# experts wrong gives 0.137 and more in bf16.
 ERROR_FACTOR, ERROR_ROOM, MIN_CORRELATION = 1.35, 0.035, 0.9
 # The base model's answer to two tokens, before and after a request with an adapter.
 LEAK_ROOM = 0.02
@@ -51,6 +51,9 @@ class Expected:
         effects = torch.stack([(got - base).flatten(), (self.of(name) - self.of("base")).flatten()])
         correlation = torch.corrcoef(effects)[0, 1].item()
         limit = max(ERROR_FACTOR * base_error, base_error + ERROR_ROOM)
+        noisy = self.values.get(f"{name}{self.suffix}_noisy")
+        if noisy is not None:
+            limit = max(limit, (noisy - self.of(name)).abs().mean().item() + ERROR_ROOM)
         return {
             "error": round(error, 4),
             "limit": round(limit, 4),

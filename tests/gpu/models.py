@@ -5,7 +5,8 @@
 OUT/<model>/model           bf16 checkpoint with random weights
 OUT/<model>/model_fp8       compressed-tensors: channel weights, dynamic token activations
 OUT/<model>/<adapter>       PEFT adapters
-OUT/<model>/reference.safetensors   log-probabilities: base, base_fp8, <adapter>, <adapter>_fp8
+OUT/<model>/reference.safetensors   log-probabilities: base, base_fp8, <adapter>, <adapter>_fp8, and
+                            <adapter>_noisy in bf16, <adapter>_fp8_noisy with activations in FP8
 """
 
 import argparse
@@ -208,6 +209,7 @@ def build(name: str, out: Path) -> None:
     for adapter, made in adapters.items():
         made.save(directory / adapter)
         results[adapter] = reference.log_probs(made.factors)
+        results[f"{adapter}_noisy"] = reference.log_probs(made.factors, in_bf16=True)
     if recipe.fp8:
         scales = quantise_views(reference.views)
         save_fp8(directory / "model", directory / "model_fp8", scales)
@@ -215,6 +217,9 @@ def build(name: str, out: Path) -> None:
         results["base_fp8"] = reference.log_probs()
         for adapter, made in adapters.items():
             results[f"{adapter}_fp8"] = reference.log_probs(made.factors)
+            results[f"{adapter}_fp8_noisy"] = reference.log_probs(
+                made.factors, inputs_in_fp8=scales
+            )
     save_file(results, directory / FINISHED)
     for adapter in adapters:
         effect = (results[adapter] - results["base"]).abs().mean().item()

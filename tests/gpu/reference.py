@@ -1,14 +1,18 @@
 """What a model should answer: log-probabilities in float32, with adapters merged into the weights."""
 
+import copy
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tests.gpu.loras import Factor
 
 NUM_PROMPTS, PROMPT_LENGTH, VOCABULARY = 4, 48, 1024
+LARGEST_E4M3 = 448.0
 
 
 def make_prompts() -> Tensor:
@@ -40,6 +44,37 @@ def weight_views(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, 
     return views
 
 
+class _InputsInFp8(TorchFunctionMode):
+    """Rounds what some weights are multiplied with to FP8, one scale a token, as vLLM does."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._unseen = self._memory = frozenset(map(_memory, weights))
+
+    def __torch_function__(
+        self, func: Any, _: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear and _memory(args[1]) in self._memory:
+            self._unseen -= {_memory(args[1])}
+            args = (round_to_fp8(args[0], of_each=-1), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if self._unseen and error == (None, None, None):
+            raise RuntimeError("this transformers multiplies some FP8 weights in another way")
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def round_to_fp8(values: Tensor, *, of_each: int) -> Tensor:
+    """Rounded to what FP8 has, with a scale for all values along one dimension."""
+    scale = (values.abs().amax(of_each, keepdim=True) / LARGEST_E4M3).clamp(min=1e-12)
+    return (values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale
+
+
 class Reference:
     """A float32 copy of a model that can merge adapters and forget them again."""
 
@@ -55,12 +90,27 @@ class Reference:
         self._base = {name: tensor.clone() for name, tensor in self.state.items()}
 
     @torch.no_grad()
-    def log_probs(self, factors: Iterable[Factor] = ()) -> Tensor:
-        """Of each prompt token but the first, `[NUM_PROMPTS, PROMPT_LENGTH - 1]`."""
+    def log_probs(
+        self,
+        factors: Iterable[Factor] = (),
+        *,
+        in_bf16: bool = False,
+        inputs_in_fp8: Iterable[str] = (),
+    ) -> Tensor:
+        """Of each prompt token but the first, `[NUM_PROMPTS, PROMPT_LENGTH - 1]`.
+
+        in_bf16: compute in it, to see how much noise that makes. inputs_in_fp8: weights whose inputs
+        are rounded, for the same reason.
+        """
         for factor in factors:
             delta = factor.lora_b.float() @ factor.lora_a.float()
             self.views[factor.weight].add_(delta * factor.scaling)
-        logits = self._model(self._prompts).logits.float()
+        rounded = [self.views[weight] for weight in inputs_in_fp8]
+        if rounded:
+            self._model.set_experts_implementation("eager")  # one by one, by nn.functional.linear
+        model = copy.deepcopy(self._model).to(torch.bfloat16) if in_bf16 else self._model
+        with _InputsInFp8(rounded) if rounded else nullcontext():
+            logits = model(self._prompts).logits.float()
         for name, tensor in self.state.items():
             tensor.copy_(self._base[name])
         chosen = torch.log_softmax(logits[:, :-1], -1).gather(-1, self._prompts[:, 1:, None])

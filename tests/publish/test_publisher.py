@@ -14,6 +14,7 @@ import pytest
 
 from lorashard import AdapterWriter, Publisher, SplitRequest, split_adapter, verify_shards
 from lorashard.errors import ManifestError, ServerError, ShardError
+from lorashard.storage.locked_directory import locked_directory
 from lorashard.storage.spares import SPARE_NAME
 from tests.lora_endpoints import Endpoints
 from tests.tiny import RANK_FILES, contents, per_expert_tensors, save_adapter
@@ -523,3 +524,25 @@ def test_what_makes_no_sense_is_refused_at_once(tmp_path: Path, given: dict[str,
 def test_versions_count_from_0(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="version -1"):
         publisher_of(tmp_path, ()).path(-1)
+
+
+def test_what_a_killed_writer_left_of_an_older_version_goes_with_the_next_one(
+    tmp_path: Path,
+) -> None:
+    publisher = publisher_of(tmp_path, ())
+    write(publisher, 3)
+    folder = tmp_path / "versions"
+    for name in ("policy-v00001", "policy-v00002", "policy-v00004", "other-v00001"):
+        (folder / f".{name}.lorashard-partial").mkdir()
+        (folder / f".{name}.lorashard-partial" / "ep-00000-of-00002.safetensors").touch()
+    at_work = folder / ".policy-v00002.lorashard-partial"
+    with locked_directory(at_work, publisher.path(2)):
+        publisher.publish(3)
+    kept = {"policy-v00002", "policy-v00004", "other-v00001"}
+    assert {name for name in os.listdir(folder) if "partial" in name} == {
+        f".{name}.lorashard-partial" for name in kept
+    }
+    publisher.withdraw()
+    assert {name for name in os.listdir(folder) if "partial" in name} == {
+        ".other-v00001.lorashard-partial"
+    }

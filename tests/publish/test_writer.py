@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lorashard import LayoutOptions, SplitRequest, split_adapter, verify_shards
-from lorashard.errors import LayoutError, OutputExistsError
+from lorashard.errors import LayoutError, LorashardError, OutputExistsError
+from lorashard.publish.exchange import Exchange
 from lorashard.publish.rounds import OwnShare
 from lorashard.publish.writer import AdapterWriter
 from lorashard.shards.manifest import Manifest
@@ -338,3 +339,22 @@ def test_another_job_on_the_same_target_is_left_alone(tmp_path: Path) -> None:
         assert leftovers(staging) == {".session"}
     assert "another lorashard is writing it" in str(errors[0])
     assert "rank 0 has not begun" in str(errors[1])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_cannot_read_what_another_said_does_not_let_it_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    path = gathered(tmp_path)
+    original = Exchange._read
+
+    def fail(self: Exchange, name: str, rank: int) -> Any:
+        if self._rank == failing and name == "write":
+            raise OSError(5, "Input/output error")
+        return original(self, name, rank)
+
+    monkeypatch.setattr(Exchange, "_read", fail)
+    errors = commit_all(dealt(path, tmp_path / "out", [0, 1, 2], [3, 4, 5]))
+    assert "Input/output error" in str(errors[failing])
+    assert isinstance(errors[1 - failing], LorashardError)
+    assert leftovers(tmp_path) == {"gathered"}

@@ -93,6 +93,14 @@ def test_many_buffers_are_read_and_written_as_one(path: Path, count: int) -> Non
     assert path.read_bytes() == CONTENT[:7] + CONTENT[100 : 100 + size] + CONTENT[7 + size :]
 
 
+@pytest.mark.parametrize("sizes", [(700_000,), (3, 700_000, 5), (200_000, 200_000, 9, 0, 7)])
+def test_long_buffers_are_written_whole_and_in_order(path: Path, sizes: tuple[int, ...]) -> None:
+    pieces = [memoryview(random.Random(size).randbytes(size)) for size in sizes]
+    with path.open("r+b") as file:
+        write_pieces(file.fileno(), pieces, 7)
+    assert path.read_bytes() == CONTENT[:7] + b"".join(pieces)
+
+
 @pytest.mark.parametrize("at_once", [1, 10, 99])
 def test_buffers_of_which_the_kernel_takes_only_some_are_read_and_written_whole(
     path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int

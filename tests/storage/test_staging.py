@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorashard.errors import OutputExistsError, ShardError
-from lorashard.storage.staging import staged_directory
+from lorashard.storage.staging import clear_leftovers, staged_directory
 from tests.tiny import REPO, contents, mounted_tmpfs, run_cli, save_adapter
 
 FOREIGN = {"thesis.txt": b"three years"}
@@ -274,3 +274,19 @@ def test_a_finished_target_that_appears_during_the_work_needs_force(target: Path
         fill(staging, b"new")
         make(target, {"data": b"other", "last": b""})
     assert contents(target)["data"] == b"other"
+
+
+@pytest.mark.parametrize("left", [".out.lorashard-old", ".out.lorashard-partial"])
+def test_what_is_left_beside_a_finished_target_can_be_cleared(target: Path, left: str) -> None:
+    write(target)
+    make(target.with_name(left), {"last": b""})
+    clear_leftovers(target)
+    assert os.listdir(target.parent) == ["out"]
+
+
+def test_the_work_of_another_run_is_not_cleared(target: Path) -> None:
+    write(target)
+    with staged(target, force=True) as staging:
+        fill(staging, b"newer")
+        clear_leftovers(target)
+    assert contents(target) == {"data": b"newer", "last": b""}

@@ -6,52 +6,28 @@ the power may fail as well is tested by the order of fsync and rename.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorashard import verify_shards
-from tests.tiny import RANK_FILES, REPO, contents, mounted_tmpfs, per_expert_tensors, save_adapter
+from tests.faulty_runs import Runner, runner
+from tests.file_calls import CLEANING, WRITING
+from tests.tiny import RANK_FILES, contents, mounted_tmpfs, per_expert_tensors, save_adapter
 
 ENDLESS = 500
-WRITING = ("mkdir", "truncate", "pwrite", "pwritev", "fsync", "rename", "exchange")
-CLEANING = ("unlink", "rmdir")
-
-Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """A function that runs one command with a fault; see fault_runner.py for its answer."""
-    runner = subprocess.Popen(
-        [sys.executable, REPO / "tests" / "fault_runner.py"],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def job(
-        *argv: object, action: str = "", at: int = 0, calls: tuple[str, ...] = WRITING
-    ) -> dict[str, Any]:
-        assert runner.stdin
-        assert runner.stdout
-        request = {"argv": list(map(str, argv)), "action": action, "at": at}
-        runner.stdin.write(json.dumps(request | {"calls": calls}) + "\n")
-        runner.stdin.flush()
-        return json.loads(runner.stdout.readline())
-
-    with runner:
-        yield job
-        assert runner.stdin
-        runner.stdin.close()
+def run() -> Iterator[Runner]:
+    """Runs one command with a fault; see fault_runner.py for its answer."""
+    with runner() as run:
+        yield run
 
 
 class Place:
@@ -102,7 +78,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(params=["nothing there", "an old one to replace"])
-def place(request: pytest.FixtureRequest, run: Run, folder: Path) -> Place:
+def place(request: pytest.FixtureRequest, run: Runner, folder: Path) -> Place:
     old: dict[str, bytes] = {}
     if request.param == "an old one to replace":
         other = save_adapter(folder / "before" / "adapter", per_expert_tensors(seed=1))
@@ -117,7 +93,7 @@ def clear(directory: Path) -> None:
         subprocess.run(["rm", "-rf", directory / name], check=True)
 
 
-def every_point(run: Run, place: Place, action: str, **options: Any) -> Iterator[dict[str, Any]]:
+def every_point(run: Runner, place: Place, action: str, **options: Any) -> Iterator[dict[str, Any]]:
     """Run the command with the fault at its 1st, 2nd, ... call until none is left."""
     for at in range(1, ENDLESS):
         place.restore()
@@ -131,7 +107,7 @@ def every_point(run: Run, place: Place, action: str, **options: Any) -> Iterator
 
 
 def test_a_kill_leaves_a_whole_target_or_none_and_the_same_command_finishes_it(
-    run: Run, place: Place
+    run: Runner, place: Place
 ) -> None:
     for answer in every_point(run, place, "kill", calls=WRITING + CLEANING):
         assert answer["code"] == -9
@@ -142,14 +118,14 @@ def test_a_kill_leaves_a_whole_target_or_none_and_the_same_command_finishes_it(
         assert place.beside() == set()
 
 
-def test_sigterm_at_any_point_leaves_nothing_else_behind(run: Run, place: Place) -> None:
+def test_sigterm_at_any_point_leaves_nothing_else_behind(run: Runner, place: Place) -> None:
     for answer in every_point(run, place, "term"):
         assert answer["code"] == 143, answer
         assert place.state() in ("absent", "old", "new")
         assert place.beside() == set()
 
 
-def test_sigterm_during_the_cleaning_leaves_nothing_else_behind(run: Run, folder: Path) -> None:
+def test_sigterm_during_the_cleaning_leaves_nothing_else_behind(run: Runner, folder: Path) -> None:
     place = Place(folder, {})
     assert run(*place.argv)["code"] == 0
     for at in range(1, ENDLESS):
@@ -164,7 +140,7 @@ def test_sigterm_during_the_cleaning_leaves_nothing_else_behind(run: Run, folder
     ("failure", "words"), [("EIO", "Input/output error"), ("ENOSPC", "no space left")]
 )
 def test_an_error_of_any_call_leaves_nothing_else_behind(
-    run: Run, place: Place, failure: str, words: str
+    run: Runner, place: Place, failure: str, words: str
 ) -> None:
     for answer in every_point(run, place, failure):
         assert answer["code"] in (5, 0), answer  # 0: a call that may fail
@@ -173,7 +149,7 @@ def test_an_error_of_any_call_leaves_nothing_else_behind(
         assert place.beside() == set()
 
 
-def test_a_killed_merge_can_be_done_again(run: Run, folder: Path) -> None:
+def test_a_killed_merge_can_be_done_again(run: Runner, folder: Path) -> None:
     adapter = save_adapter(folder / "adapter")
     run("split", adapter, "--ep-size", 2, "-o", folder / "shards")
     argv = ["merge", folder / "shards", "-o", folder / "merged"]
@@ -191,7 +167,7 @@ def test_a_killed_merge_can_be_done_again(run: Run, folder: Path) -> None:
 
 
 @pytest.fixture
-def shards(run: Run, folder: Path) -> Path:
+def shards(run: Runner, folder: Path) -> Path:
     run("split", save_adapter(folder / "adapter"), "--ep-size", 2, "-o", folder / "shards")
     return folder / "shards"
 
@@ -202,11 +178,13 @@ def inode(path: Path) -> int:
 
 def renamed_to(path: Path, recorded: list[Any]) -> int:
     """When what is at `path` now was renamed to it, as an index into the recorded calls."""
-    return recorded.index(["rename", inode(path), str(path)])
+    return next(
+        i for i, call in enumerate(recorded) if call[:3] == ["rename", inode(path), str(path)]
+    )
 
 
 def synced(recorded: list[Any]) -> set[int]:
-    return {number for call, number, _ in recorded if call == "fsync"}
+    return {number for call, number, *_ in recorded if call == "fsync"}
 
 
 COMMANDS = {
@@ -221,7 +199,7 @@ COMMANDS = {
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_all_is_synced_before_the_target_appears_and_its_name_after(
-    run: Run, folder: Path, shards: Path, command: str, force: bool
+    run: Runner, folder: Path, shards: Path, command: str, force: bool
 ) -> None:
     target = folder / "made" / "out"
 
@@ -243,7 +221,7 @@ def test_all_is_synced_before_the_target_appears_and_its_name_after(
 
 
 def test_a_file_that_pull_adds_is_synced_before_it_has_its_name(
-    run: Run, folder: Path, shards: Path
+    run: Runner, folder: Path, shards: Path
 ) -> None:
     argv = ["pull", shards, "-o", folder / "out", "--ep-rank"]
     assert run(*argv, 0)["code"] == 0
@@ -255,7 +233,7 @@ def test_a_file_that_pull_adds_is_synced_before_it_has_its_name(
 
 
 @pytest.fixture
-def mount(run: Run, tmp_path: Path) -> Iterator[Path]:
+def mount(run: Runner, tmp_path: Path) -> Iterator[Path]:
     with mounted_tmpfs(tmp_path / "mount", "size=1m") as mounted:
         if not mounted:
             pytest.skip("mounting needs root")
@@ -263,7 +241,7 @@ def mount(run: Run, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_in_a_mount_point_all_else_is_durable_before_the_manifest_appears(
-    run: Run, mount: Path, tmp_path: Path
+    run: Runner, mount: Path, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     recorded = run("split", adapter, "--ep-size", 2, "-o", mount, action="record")["recorded"]
@@ -278,7 +256,7 @@ def test_in_a_mount_point_all_else_is_durable_before_the_manifest_appears(
 
 @pytest.mark.parametrize("action", ["kill", "term"])
 def test_an_interrupted_move_into_a_mount_point_can_be_done_again(
-    run: Run, mount: Path, tmp_path: Path, action: str
+    run: Runner, mount: Path, tmp_path: Path, action: str
 ) -> None:
     adapter = save_adapter(tmp_path / "adapter")
     argv = ["split", adapter, "--ep-size", 2, "-o", mount]
@@ -296,7 +274,7 @@ def test_an_interrupted_move_into_a_mount_point_can_be_done_again(
 
 @pytest.mark.parametrize("action", ["kill", "term"])
 def test_a_replaced_mount_point_is_never_a_mixture(
-    run: Run, mount: Path, tmp_path: Path, action: str
+    run: Runner, mount: Path, tmp_path: Path, action: str
 ) -> None:
     adapters = [
         save_adapter(tmp_path / str(seed), per_expert_tensors(seed=seed)) for seed in range(2)

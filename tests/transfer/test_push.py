@@ -307,3 +307,16 @@ def test_a_local_path_is_no_target(shards: Path, tmp_path: Path) -> None:
     done = run_cli("push", shards, tmp_path / "elsewhere")
     assert done.returncode == 3
     assert "hf://owner/name" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_model.safetensors", "lorashard.json"])
+def test_an_empty_file_of_an_upload_that_ended_is_written_again(
+    tmp_path: Path, shards: Path, name: str
+) -> None:
+    whole, target = tmp_path / "whole", tmp_path / "bucket"
+    assert run_cli("push", shards, f"file://{whole}").returncode == 0
+    target.mkdir()
+    (target / name).touch()
+    assert run_cli("push", shards, f"file://{target}", "--force").returncode == 0
+    assert set(contents(target)) == set(contents(whole))
+    assert (target / name).stat().st_size > 0

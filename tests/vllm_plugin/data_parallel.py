@@ -27,8 +27,6 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 from lorashard.vllm_plugin import register
 
 STOCK = os.environ.get("LORASHARD_DISABLE") == "1"  # then it does nothing
-# Refused unless it is asked for, as it has not run on GPUs.
-os.environ["LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL"] = "1"
 register()
 
 from tests.vllm_plugin import harness  # noqa: E402

@@ -590,7 +590,7 @@ def engine_refusals() -> dict[str, tuple[str, str]]:
 
     eplb = SimpleNamespace(num_redundant_experts=0, communicator="nixl")
     start("eplb", parallel={"enable_eplb": True, "eplb_config": eplb})
-    start("data parallel", parallel={"data_parallel_size": 2})
+    start("data parallel", parallel={"data_parallel_size": 2, "enable_dbo": True})
     experts = harness.TritonExperts
     if hasattr(experts, "supports_lora"):
         apply = experts.apply

@@ -167,8 +167,10 @@ class Worker:
         ]
         for name, sign in (("w13_weight", 1.0), ("w2_weight", -1.0)):
             values = torch.tensor([[sign * _base(layer_number, e)] * NUM_BASE for e in experts])
+            # The first as FP8's, of one byte, which EPLB gets another view of.
+            dtype = torch.int8 if name == "w13_weight" else values.dtype
             parameter = torch.nn.Parameter(
-                values.view(self.num_local, NUM_BASE, 1), requires_grad=False
+                values.view(self.num_local, NUM_BASE, 1).view(dtype), requires_grad=False
             )
             setattr(base_layer.routed_experts, name, parameter)
         object.__setattr__(base_layer, "router", SimpleNamespace(eplb_state=None))
@@ -279,7 +281,8 @@ class Worker:
             held = maps[layer_number][first : first + self.num_local]
             for slot, expert in enumerate(held):
                 weights = layer.base_layer.routed_experts
-                if weights.w13_weight[slot, 0].item() != _base(layer_number, expert):
+                held_value = weights.w13_weight[slot, 0].view(torch.float32).item()
+                if held_value != _base(layer_number, expert):
                     found.append(f"base weight of layer {layer_number} slot {slot}")
         for number in filter(None, self.manager.lora_index_to_id):
             loaded = harness.deltas(self.engine, harness.slot_of(self.engine, number))
@@ -534,15 +537,16 @@ def traffic(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
             worker.load(num_adapters)
         sent.clear()
         worker.begin_cycle()
+        stacks = moving_stacks(worker.layers[0])
         base = [sizes for sizes in sent if len(sizes) == 2]  # two base weights
-        lora = [sizes[0] for sizes in sent if len(sizes) == 1]  # w13's two A and B, w2's, in one
-        row = sum(stack[0, 0].numel() for stack in moving_stacks(worker.layers[0]))
+        lora = [sizes for sizes in sent if len(sizes) == len(stacks)]
+        row = sum(stack[0, 0].numel() for stack in stacks)
         if len(base) + len(lora) < len(sent) or not base:
             wrong.append(f"{num_adapters} adapters: {sent}")
-        if sum(lora) != len(base) * num_adapters * row:
-            wrong.append(f"{num_adapters} adapters: {sum(lora)} values for {len(base)} experts")
+        if sum(map(sum, lora)) != len(base) * num_adapters * row:
+            wrong.append(f"{num_adapters} adapters: {lora} values for {len(base)} experts")
         if len(lora) > len(worker.layers) * (ep_size - 1):
-            wrong.append(f"{num_adapters} adapters: {len(lora)} messages")
+            wrong.append(f"{num_adapters} adapters: {len(lora)} times something was sent")
         calls: list[str] = []
         for name in ("begin_transfer", "arrived", "activated", "_move"):
             setattr(worker.rows, name, partial(calls.append, name))

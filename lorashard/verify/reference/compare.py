@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.errors import AdapterError
-from lorashard.verify.reference.files import SafetensorsFile, load_source
+from lorashard.verify.reference.files import SafetensorsFile, load_source, read_file
 from lorashard.verify.reference.patterns import Patterns
 from lorashard.verify.reference.pieces import Facts, plain_key
 from lorashard.verify.reference.projections import Factor, Projection, SourceReading, read_source
@@ -47,7 +47,7 @@ def compare_with_source(
     manifest: lorashard.json as plain JSON values; checked for its form by the caller.
     """
     tensors = load_source(adapter_dir, allow_pickle=allow_pickle)
-    config_bytes = (adapter_dir / _CONFIG).read_bytes()
+    config_bytes = read_file(adapter_dir / _CONFIG)
     config = json.loads(config_bytes)
     yield _compare_configs(shard_dir / _CONFIG, config_bytes, config, manifest)
     reading = read_source(tensors.shapes, _facts(config, manifest))
@@ -118,7 +118,7 @@ def _factors(reading: SourceReading) -> Iterator[tuple[str, Factor]]:
 def _compare_configs(
     copied: Path, config_bytes: bytes, config: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> Iterator[str]:
-    if not copied.is_file() or copied.read_bytes() != config_bytes:
+    if not copied.is_file() or read_file(copied) != config_bytes:
         yield f"{_CONFIG}: not the same bytes as in the source."
     options = manifest["options"]
     if {"rank_major", "grouped_by_expert"} <= {_layout(config), options["lora_b_layout"]}:

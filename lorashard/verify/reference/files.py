@@ -47,8 +47,8 @@ class SafetensorsFile:
                 pass
         except (OSError, SafetensorError) as err:
             raise AdapterError(f"{path}: {err}.", hint="Copy or download it again.") from err
-        (length,) = struct.unpack("<Q", self._file.read(8))
-        header: dict[str, Any] = json.loads(self._file.read(length))
+        (length,) = struct.unpack("<Q", self._read(0, 8))
+        header: dict[str, Any] = json.loads(self._read(8, length))
         header.pop("__metadata__", None)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -63,12 +63,22 @@ class SafetensorsFile:
 
     def read_into(self, name: str, begin: int, out: Bits) -> None:
         """Fill `out` with the bits of a tensor's elements from `begin` on."""
-        size = self.item_sizes[name]
-        data, offset = out.data.cast("B"), self._begins[name] + begin * size
+        offset = self._begins[name] + begin * self.item_sizes[name]
+        self._fill(out.data.cast("B"), offset, name)
+
+    def _read(self, offset: int, size: int) -> bytearray:
+        data = bytearray(size)
+        self._fill(memoryview(data), offset, "the header")
+        return data
+
+    def _fill(self, data: memoryview, offset: int, what: str) -> None:
         while data:
-            count = os.preadv(self._file.fileno(), [data], offset)
+            try:
+                count = os.preadv(self._file.fileno(), [data], offset)
+            except OSError as err:
+                raise AdapterError(f"{self.name}: cannot be read ({err.strerror}).") from err
             if not count:
-                raise AdapterError(f"{self.name}: ended while {name} was read.")
+                raise AdapterError(f"{self.name}: ended while {what} was read.")
             data, offset = data[count:], offset + count
 
 
@@ -97,6 +107,14 @@ class PickledTensors:
             # Only now: its shape is known to be right, and not that of a few bytes repeated.
             self._bits[name] = bits_of(self._tensors[name]).reshape(-1)
         out[:] = self._bits[name][begin : begin + len(out)]
+
+
+def read_file(path: Path) -> bytes:
+    """A small file. Raises AdapterError."""
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        raise AdapterError(f"{path}: cannot be read ({err.strerror}).") from err
 
 
 def load_source(

@@ -36,11 +36,6 @@ class EngineFacts:
     contract_breaks: tuple[str, ...] = ()
     displaced: tuple[str, ...] = ()
 
-    @property
-    def data_parallel_reason(self) -> str:
-        """Why engines that share experts are not served without being asked for."""
-        return self.data_parallel_obstacle or UNMEASURED
-
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -108,11 +103,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         variable="LORASHARD_RISK_WRONG_ADAPTERS_WITH_DATA_PARALLEL",
-        applies=lambda facts: facts.data_parallel_size > 1,
+        applies=lambda facts: (
+            facts.data_parallel_size > 1 and facts.data_parallel_obstacle is not None
+        ),
         reason="LoRA with expert parallelism and --data-parallel-size {facts.data_parallel_size}: "
         "engines exchange tokens with the numbers of their LoRA slots, so a token can be computed with "
         "another request's adapter, unless all engines agree on the slots in each step. "
-        "{facts.data_parallel_reason}",
+        "{facts.data_parallel_obstacle}",
         way_out="Use tensor parallelism alone (-tp N --enable-expert-parallel), or one server for "
         "each data-parallel rank.",
     ),
@@ -161,8 +158,6 @@ MICROBATCHES = (
 EPLB_TOO = "With --enable-eplb as well they do not."
 ELASTIC_ENGINES = "With elastic scaling (--enable-elastic-ep) they do not: engines come and go."
 TOO_FEW_SLOTS = "That takes a slot for each engine: --max-loras of at least the number of engines."
-# What remains where nothing else is in the way: tests/gpu/dp.py has not been run.
-UNMEASURED = "Here they do, but that was never measured on GPUs."
 
 
 def unknown_data_parallel(breaks: Sequence[str]) -> str:

@@ -15,15 +15,13 @@ class ExpertMoves:
 
     sent: for each rank, the slots whose rows it gets; for the own rank, those that stay here.
     received: for each rank, how many rows come from it; for the own rank, how many stay here.
-    targets, positions: slots that get another expert, and where its row is among those that arrive,
-        which are in the order of `received`.
+    targets: for each row that arrives, in the order of `received`, the slots that get it.
     most_sent: rows that the busiest rank sends, what stays included.
     """
 
     sent: tuple[tuple[int, ...], ...]
     received: tuple[int, ...]
-    targets: tuple[int, ...]
-    positions: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...]
     most_sent: int
 
 
@@ -63,10 +61,13 @@ def plan_moves(
             found = places
     received = tuple(len(sent[source][rank]) for source in range(num_ranks))
     begins = [sum(received[:source]) for source in range(num_ranks)]
+    slots_of: list[list[int]] = [[] for _ in range(sum(received))]
+    for slot, expert in targets:
+        source, place = found[expert]
+        slots_of[begins[source] + place].append(slot)
     return ExpertMoves(
         tuple(tuple(slots) for slots in sent[rank]),
         received,
-        tuple(slot for slot, _ in targets),
-        tuple(begins[found[expert][0]] + found[expert][1] for _, expert in targets),
+        tuple(tuple(slots) for slots in slots_of),
         max(loads),
     )

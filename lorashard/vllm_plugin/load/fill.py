@@ -17,7 +17,7 @@ from lorashard.storage.local import ByteSource
 from lorashard.vllm_plugin.load.contents import RankSources, Scaling
 from lorashard.vllm_plugin.load.reads import CopyJob, LayerPlan, PlacedFactor, ReadJob
 from lorashard.vllm_plugin.load.rearrangements import RearrangeJob
-from lorashard.writing.rearrange import LARGE_TILE_BYTES, copy_in_tiles
+from lorashard.writing.rearrange import copy_in_tiles
 
 Job = ReadJob | CopyJob | RearrangeJob
 
@@ -128,12 +128,10 @@ class Filler:
         for each in job.parts:
             part, values = self.tensor(each.into)[each.target], factors[each.source]
             if _torch_dtype(stored) == self._dtype:
-                copy_in_tiles(values, part.view(torch.uint8).numpy().view(bits), LARGE_TILE_BYTES)
+                copy_in_tiles(values, part.view(torch.uint8).numpy().view(bits))
             else:  # in order first: torch casts a row at a time
                 ordered = self._ordered.get(values.nbytes)
-                copy_in_tiles(
-                    values, np.frombuffer(ordered, bits).reshape(values.shape), LARGE_TILE_BYTES
-                )
+                copy_in_tiles(values, np.frombuffer(ordered, bits).reshape(values.shape))
                 cast = torch.frombuffer(ordered, dtype=_torch_dtype(stored)).view(values.shape)
                 part.copy_(cast)
             _scale(part, each.scaling)

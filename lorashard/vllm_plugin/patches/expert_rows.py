@@ -138,6 +138,8 @@ class ExpertRows:
 
         assert self._transfer is not None
         rank, slots = group.rank(), sorted(self._transfer.slots)
+        if not slots:
+            return
         moves = plan_moves(before, after, group.size(), rank)
         communicator = communicator_like(communicator, group, self._manager.device, stream)
         with _any_tensors(), torch.cuda.stream(stream):

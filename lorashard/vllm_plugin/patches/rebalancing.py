@@ -16,21 +16,6 @@ from lorashard.vllm_plugin.patches.expert_rows import layer_of, layer_rows
 EPLB = "--enable-eplb"  # the option that these patches are for
 
 
-def wrap_get_expert_weights(original: Callable[..., Any]) -> Callable[..., Any]:
-    """MoERunner.get_expert_weights: what EPLB gets there leads to the layer's LoRA."""
-
-    def get_expert_weights(self: Any) -> Any:
-        layer = layer_rows(self)
-        weights = original(self)
-        if layer is None:
-            return weights
-        weights = list(weights)
-        layer.tag(weights)
-        return weights
-
-    return get_expert_weights
-
-
 def wrap_add_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """EplbState.add_model: which layer has which number, and where experts are."""
 
@@ -45,11 +30,14 @@ def wrap_add_model(original: Callable[..., Any]) -> Callable[..., Any]:
                     "experts, so that answers would be wrong with any adapter and without one. "
                     "Start with num_redundant_experts 0 in --eplb-config, or with another release."
                 )
-            if len(known) < len(layers) or not all(map(layer_of, model.expert_weights)):
+            weights = model.expert_weights
+            if len(known) < len(layers) or not all(map(_are_weights_of, weights, model.moe_layers)):
                 raise ValueError(
                     f"lorashard: {type(model).__name__} gives EPLB the weights of its experts in a "
                     "way that leaves out their LoRA. Start without --enable-eplb."
                 )
+            for layer, of_layer in zip(known, weights, strict=True):
+                layer.tag(of_layer)
             state = self.model_states[model_config.compute_hash()]
             maps = state.physical_to_logical_map.tolist()
             names = [layer.name for layer in known]
@@ -150,6 +138,12 @@ def wrap_commit_maps_for_layer(original: Callable[..., Any]) -> Callable[..., An
         return done
 
     return _commit_eplb_maps_for_layer
+
+
+def _are_weights_of(weights: Any, layer: Any) -> bool:
+    """Whether what EPLB moves is this layer's: the same memory, perhaps as other values, uint8 for FP8."""
+    own = next(iter(layer.get_expert_weights()))
+    return bool(weights[0].data_ptr() == own.data_ptr())
 
 
 def _leaves_redundant_experts_out(model: Any) -> bool:

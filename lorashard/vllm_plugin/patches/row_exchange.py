@@ -1,8 +1,8 @@
-"""Rows of the LoRA stacks go from rank to rank: one message from each rank to each other.
+"""Rows of the LoRA stacks go from rank to rank: a message from each rank to each other for each stack.
 
-An expert's rows of all slots that travel, and of all stacks of a layer, lie side by side in a message.
-With a message for each expert and stack, as vLLM sends the base weights, sending them took longer
-than the base weights themselves, which are 30 times as large.
+An expert's rows of all slots that travel lie side by side in a message. With a message for each expert,
+as vLLM sends the base weights, sending them took longer than the base weights themselves, which are
+30 times as large.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _LIMIT = timedelta(minutes=5)  # for which a rank waits for the others, where al
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Rows that have come, of some slots. rows: [R, len(slots) of the first stack, then of the next, ...]."""
+    """Rows that have come, of some slots. blocks: of each stack, [R * len(slots), values]."""
 
     slots: tuple[int, ...]
-    rows: Any
+    blocks: tuple[Any, ...]
 
 
 def moving_stacks(wrapper: Any) -> list[Any]:
@@ -53,44 +53,47 @@ def exchange_rows(
     dimension, at least sum(moves.received) * len(slots) * row_width(stacks) values.
     On the current stream, on which the communicator has to be, too.
     """
+    others = [peer for peer in range(len(moves.sent)) if peer != rank]
+    sent = [slot for peer in others for slot in moves.sent[peer]]
     num_rows, width, begin = sum(moves.received), row_width(stacks), 0
     arrivals = []
     for group in _groups(slots, moves.most_sent * width * room.element_size()):
         end = begin + num_rows * len(group) * width
-        rows = room[begin:end].view(num_rows, len(group) * width)
+        incoming = _blocks(room[begin:end], stacks, num_rows * len(group))
         begin = end
-        outgoing = _gather(stacks, group, [slot for sent in moves.sent for slot in sent])
+        outgoing = _blocks(
+            room.new_empty(len(sent) * len(group) * width), stacks, len(sent) * len(group)
+        )
+        at_in = sum(moves.received[:rank]) * len(group)
+        stay = [block[at_in : at_in + moves.received[rank] * len(group)] for block in incoming]
+        _gather(stacks, group, sent, outgoing)
+        _gather(stacks, group, moves.sent[rank], stay)
         at_out = at_in = 0
-        for peer, (sent, count) in enumerate(zip(moves.sent, moves.received, strict=True)):
-            out = outgoing[at_out : at_out + len(sent)]
-            incoming = rows[at_in : at_in + count]
-            at_out, at_in = at_out + len(sent), at_in + count
-            if peer == rank:
-                incoming.copy_(out)
-                continue
-            if len(out):
-                communicator.add_send([out], peer, expert_id=0)
-            if count:
-                communicator.add_recv([incoming], peer, expert_id=0)
+        for peer in range(len(moves.sent)):
+            num_in = moves.received[peer] * len(group)
+            if peer != rank:
+                num_out = len(moves.sent[peer]) * len(group)
+                if num_out:
+                    rows = [block[at_out : at_out + num_out] for block in outgoing]
+                    communicator.add_send(rows, peer, expert_id=0)
+                if num_in:
+                    rows = [block[at_in : at_in + num_in] for block in incoming]
+                    communicator.add_recv(rows, peer, expert_id=0)
+                at_out += num_out
+            at_in += num_in
         communicator.execute()
-        arrivals.append(Arrivals(group, rows))
+        arrivals.append(Arrivals(group, tuple(incoming)))
     return arrivals
 
 
 def put_rows(stacks: Sequence[Any], moves: ExpertMoves, arrivals: Sequence[Arrivals]) -> None:
     """What has arrived goes into the stacks."""
-    if not moves.targets:
-        return
-    for arrived in arrivals:
-        num_slots = len(arrived.slots)
-        into = [
-            slot * stacks[0].shape[1] + target for target in moves.targets for slot in arrived.slots
-        ]
-        into, positions = (_numbers(n, arrived.rows.device) for n in (into, moves.positions))
-        for stack, columns in _columns(stacks, num_slots):
-            values = arrived.rows[:, columns].index_select(0, positions)
-            rows = _rows(stack)
-            rows.index_copy_(0, into, values.view(-1, rows.shape[1]))
+    first = [slots[0] for slots in moves.targets]
+    again = [(row, slot) for row, slots in enumerate(moves.targets) for slot in slots[1:]]
+    for arrived in arrivals if first else ():
+        _put(stacks, arrived, first)
+        if again:
+            _put(stacks, arrived, [slot for _, slot in again], [row for row, _ in again])
 
 
 def _groups(slots: Sequence[int], slot_bytes: int) -> Iterator[tuple[int, ...]]:
@@ -99,38 +102,69 @@ def _groups(slots: Sequence[int], slot_bytes: int) -> Iterator[tuple[int, ...]]:
         yield tuple(slots[first : first + count])
 
 
-def _gather(stacks: Sequence[Any], slots: Sequence[int], experts: Sequence[int]) -> Any:
-    """[len(experts), values of all slots of the first stack, then of the next, ...]."""
+def _gather(
+    stacks: Sequence[Any], slots: Sequence[int], experts: Sequence[int], blocks: Sequence[Any]
+) -> None:
+    """Copy the rows of these experts. blocks: for each stack, [len(experts) * len(slots), values]."""
     import torch
 
-    num_local = stacks[0].shape[1]
-    chosen = [slot * num_local + expert for expert in experts for slot in slots]
-    numbers = _numbers(chosen, stacks[0].device)
-    found = stacks[0].new_empty(len(experts), len(slots) * row_width(stacks))
-    for stack, columns in _columns(stacks, len(slots)):
-        values = torch.index_select(_rows(stack), 0, numbers)
-        found[:, columns] = values.view(len(experts), columns.stop - columns.start)
-    return found
+    if experts:
+        numbers = _row_numbers(stacks[0].shape[1], slots, experts, stacks[0].device)
+        for table, block in zip(_tables(stacks), blocks, strict=True):
+            torch.index_select(table, 0, numbers, out=block.view(table.dtype))
 
 
-def _columns(stacks: Sequence[Any], num_slots: int) -> Iterator[tuple[Any, slice]]:
-    """Each stack, and where its values are in a row."""
-    begin = 0
+def _put(
+    stacks: Sequence[Any],
+    arrived: Arrivals,
+    experts: Sequence[int],
+    rows: Sequence[int] | None = None,
+) -> None:
+    """What has arrived, or some `rows` of it, becomes that of `experts`: positions in the stacks."""
+    into = _row_numbers(stacks[0].shape[1], arrived.slots, experts, stacks[0].device)
+    chosen = None
+    if rows is not None:
+        num_slots = len(arrived.slots)
+        chosen = _row_numbers(1, range(num_slots), [row * num_slots for row in rows], into.device)
+    for table, block in zip(_tables(stacks), arrived.blocks, strict=True):
+        values = block.view(table.dtype)
+        table.index_copy_(0, into, values if chosen is None else values.index_select(0, chosen))
+
+
+def _blocks(memory: Any, stacks: Sequence[Any], num_rows: int) -> list[Any]:
+    """Each stack's part of the memory, [num_rows, values]."""
+    blocks, begin = [], 0
     for stack in stacks:
-        end = begin + num_slots * stack[0, 0].numel()
-        yield stack, slice(begin, end)
+        end = begin + num_rows * stack[0, 0].numel()
+        blocks.append(memory[begin:end].view(num_rows, stack[0, 0].numel()))
         begin = end
+    return blocks
 
 
-def _rows(stack: Any) -> Any:
-    """[slots * E_local, values], the same memory."""
-    return stack.view(stack.shape[0] * stack.shape[1], -1)
+def _tables(stacks: Sequence[Any]) -> list[Any]:
+    """The stacks' memory as [slots * E_local, values], the values as wide as possible.
 
-
-def _numbers(numbers: Sequence[int], device: Any) -> Any:
+    What is copied by index takes as long for 2 bytes as for 16.
+    """
     import torch
 
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+    tables = [stack.view(stack.shape[0] * stack.shape[1], -1) for stack in stacks]
+    offsets = [n * t.element_size() for t in tables for n in (t.shape[1], t.storage_offset())]
+    for dtype in (torch.complex128, torch.int64, torch.int32):
+        if all(offset % dtype.itemsize == 0 for offset in offsets):
+            return [table.view(dtype) for table in tables]
+    return tables
+
+
+def _row_numbers(slot_rows: int, slots: Sequence[int], experts: Sequence[int], device: Any) -> Any:
+    """[len(experts) * len(slots)], on the device, without waiting for what it is busy with.
+
+    Not from pinned memory: what little there is CUDA takes along with the command, and pinning waits.
+    """
+    import torch
+
+    numbers = [slot * slot_rows + expert for expert in experts for slot in slots]
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def communicator_like(given: Any, cpu_group: Any, device: Any, stream: Any) -> Any:

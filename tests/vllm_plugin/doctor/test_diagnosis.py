@@ -82,7 +82,6 @@ def test_eplb_is_refused_where_its_patches_cannot_be_applied() -> None:
 @pytest.mark.parametrize(
     ("changes", "vllm", "named"),
     [
-        ({}, "0.24.0", "never measured on GPUs"),
         ({"max_loras": 1}, "0.24.0", "--max-loras of at least"),
         ({"enable_eplb": True}, "0.33.0", "--enable-eplb"),
         ({"tensor_parallel_size": 2}, "0.33.0", "-tp above 1"),
@@ -96,6 +95,11 @@ def test_data_parallelism_is_refused_where_engines_cannot_agree(
     refusals = report(replace(flags, **changes), vllm=vllm).refusals
     assert [r.variable for r in refusals] == [DP_RISK]
     assert named in refusals[0].reason
+
+
+def test_data_parallelism_is_served_where_engines_can_agree() -> None:
+    flags = EngineFlags(1, data_parallel_size=2, enable_expert_parallel=True, max_loras=2)
+    assert report(flags, vllm="0.24.0").refusals == ()
 
 
 def test_data_parallelism_is_refused_where_its_patches_cannot_be_applied() -> None:

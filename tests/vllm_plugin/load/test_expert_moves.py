@@ -32,8 +32,9 @@ def carried_out(num_ranks: int, before: list[int], plans: list[ExpertMoves]) -> 
             sent = other.sent[rank]
             assert len(sent) == plan.received[source]
             arrivals += [before[source * num_local + slot] for slot in sent]
-        for slot, position in zip(plan.targets, plan.positions, strict=True):
-            after[rank * num_local + slot] = arrivals[position]
+        for expert, slots in zip(arrivals, plan.targets, strict=True):
+            for slot in slots:
+                after[rank * num_local + slot] = expert
     return after
 
 
@@ -50,12 +51,13 @@ def test_each_slot_gets_its_expert_once_for_each_rank(
         new = {after[place] for place in own if after[place] != before[place]}
         assert sum(plan.received) == len(new)
         assert plan.received[rank] == len(new & {before[place] for place in own})
+        assert all(plan.targets)
         assert plan.most_sent == max(sum(map(len, each.sent)) for each in plans)
 
 
 def test_slots_without_an_expert_get_nothing() -> None:
     plan = plan_moves([0, 1, 2, -1], [1, 0, -1, 2], 2, 1)
-    assert plan.targets == (1,)
+    assert plan.targets == ((1,),)
     assert plan.received == (0, 1)
 
 

@@ -453,12 +453,6 @@ VLLM = {
     """,
     "vllm/model_executor/__init__.py": "", "vllm/model_executor/layers/__init__.py": "",
     "vllm/model_executor/layers/fused_moe/__init__.py": "",
-    "vllm/model_executor/layers/fused_moe/runner/__init__.py": "",
-    "vllm/model_executor/layers/fused_moe/runner/moe_runner.py": """
-        class MoERunner:
-            def get_expert_weights(self):
-                return []
-    """,
     "vllm/entrypoints/__init__.py": "", "vllm/entrypoints/openai/__init__.py": "",
     "vllm/entrypoints/openai/models/__init__.py": "",
     "vllm/entrypoints/openai/models/serving.py": """
@@ -507,7 +501,6 @@ MODULES = (
     "vllm.v1.engine.core",
     "vllm.v1.core.sched.scheduler", "vllm.v1.core.kv_cache_utils",
     "vllm.distributed.eplb.eplb_state", "vllm.distributed.eplb.async_worker",
-    "vllm.model_executor.layers.fused_moe.runner.moe_runner",
     "vllm.v1.worker.dp_utils", "vllm.v1.worker.gpu.dp_utils", "vllm.v1.worker.gpu.model_runner",
     "vllm.v1.worker.gpu_worker", "vllm.v1.worker.lora_model_runner_mixin",
     "vllm.v1.cudagraph_dispatcher",
