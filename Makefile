@@ -94,11 +94,12 @@ $(VENV)/.bare: pyproject.toml
 	$(VENV)/bare/bin/python -m pip install --quiet --disable-pip-version-check .
 	touch $@
 
-# The same with the lowest versions that pyproject.toml allows.
+# The same with the lowest versions that pyproject.toml allows and that have wheels for this Python.
 $(VENV)/.lowest: $(VENV)/.test
 	$(PIP) --group resolve
 	$(PYTHON) -m venv --clear $(VENV)/lowest
-	$(BIN)/python -m uv pip install --quiet --python $(VENV)/lowest/bin/python --resolution lowest-direct .
+	$(BIN)/python -m uv pip install --quiet --python $(VENV)/lowest/bin/python --resolution lowest-direct \
+		--only-binary numpy --only-binary blake3 --only-binary google-re2 --only-binary safetensors .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base

@@ -8,6 +8,7 @@ the one that `split` recorded.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
@@ -15,7 +16,6 @@ from lorashard.adapter.read import is_plain_adapter
 from lorashard.errors import ShardError, VerificationError
 from lorashard.progress import Progress
 from lorashard.shards.directory import (
-    LocatedShards,
     Shards,
     local_shards,
     locate_shards,
@@ -54,7 +54,7 @@ def merge_shards(
     check_target(out, force=force, replaceable=is_plain_adapter)
     check_disk_space(out, located.manifest.source.files[WEIGHTS_NAME].size_bytes)
     with local_shards(located) as directory:
-        checked = check_shards(LocatedShards(directory, located.manifest))
+        checked = check_shards(replace(located, place=directory))
         _write_adapter(checked, out, force=force, progress=progress)
     return located.manifest
 

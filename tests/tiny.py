@@ -130,7 +130,10 @@ def split_wrongly_placed(directory: Path, dtype: str | None = None) -> Path:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change fields of a JSON file; of a manifest, without the digest that would tell of it."""
+    document = json.loads(path.read_text()) | changes
+    document.pop("blake3", None)
+    path.write_text(json.dumps(document))
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Optional
 
 import typer
@@ -41,7 +42,6 @@ def convert(
     from lorashard.adapter.read import is_plain_adapter  # noqa: PLC0415
     from lorashard.convert.convert import prepare_conversion, write_conversion  # noqa: PLC0415
     from lorashard.shards.directory import (  # noqa: PLC0415
-        LocatedShards,
         local_shards,
         locate_shards,
     )
@@ -51,7 +51,7 @@ def convert(
     check_target(out, force=force, replaceable=is_plain_adapter)
     located = locate_shards(shards)
     with local_shards(located) as directory:
-        local = LocatedShards(directory, located.manifest)
+        local = replace(located, place=directory)
         prepared = prepare_conversion(local, layout, model=model, orientation=orientation)
         conversion = prepared.conversion
         for note in conversion.notes:

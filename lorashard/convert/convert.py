@@ -99,7 +99,7 @@ def convert_shards(
     check_target(target, force=force, replaceable=is_plain_adapter)
     located = locate_shards(shards)
     with local_shards(located) as directory:
-        local = LocatedShards(directory, located.manifest)
+        local = replace(located, place=directory)
         prepared = prepare_conversion(local, layout, model=model, orientation=orientation)
         write_conversion(prepared, target, force=force, progress=progress)
     return prepared

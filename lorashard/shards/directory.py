@@ -20,6 +20,7 @@ from lorashard.header import Header
 from lorashard.shards.manifest import FileDigest, Manifest, ShardFile, format_manifest
 from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
+from lorashard.shards.seal import is_seal_broken
 from lorashard.storage.ahead import WINDOW_BYTES
 from lorashard.storage.digests import digest_of
 from lorashard.storage.local import ByteSource, LocalFile, write_new
@@ -39,10 +40,14 @@ _TOO_LARGE = f"larger than {MAX_MANIFEST_BYTES} bytes, so not a manifest"
 
 @dataclass(frozen=True, slots=True)
 class LocatedShards:
-    """A shard directory whose manifest has been read, and nothing else yet."""
+    """A shard directory whose manifest has been read, and nothing else yet.
+
+    was_changed: whether the manifest is another one than was written, as the digest in it shows.
+    """
 
     place: Location
     manifest: Manifest
+    was_changed: bool = False
 
 
 # What the functions of the Python API take: a path, hf://owner/name[@revision], another URL.
@@ -58,7 +63,9 @@ def locate_shards(shards: Shards) -> LocatedShards:
     if isinstance(shards, LocatedShards):
         return shards
     place = locate(shards)
-    return LocatedShards(place, read_manifest(place))
+    content = manifest_bytes(place)
+    manifest = parse_manifest(content, f"{place}/{MANIFEST_NAME}")
+    return LocatedShards(place, manifest, is_seal_broken(content))
 
 
 @contextmanager

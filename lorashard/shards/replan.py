@@ -38,6 +38,7 @@ from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
 from lorashard.shards.placement import linear_placement, round_robin_placement
 from lorashard.shards.plan import ShardPlan, build_plan
+from lorashard.shards.seal import CHANGED
 from lorashard.storage.remote import Location, RemoteFile
 from lorashard.storage.small_files import read_small_file
 
@@ -81,6 +82,8 @@ def check_shards(shards: LocatedShards) -> CheckedShards:
     contradiction = next(find_contradictions(manifest, rebuilt), None)
     if contradiction is not None:
         raise ManifestError(f"{place}/{MANIFEST_NAME}", contradiction)
+    if shards.was_changed:
+        raise ManifestError(f"{place}/{MANIFEST_NAME}", CHANGED)
     if isinstance(place, Path) and (partial := find_partial(manifest, place)) is not None:
         raise partial
     files = find_files(shards)

@@ -30,7 +30,6 @@ from lorashard.shards.directory import (
     is_repository_file,
     local_shards,
     locate_shards,
-    manifest_bytes,
     needed_files,
     opened_files,
     shard_directory_names,
@@ -45,7 +44,7 @@ from lorashard.shards.replan import (
     is_own_config,
     rebuild_plan,
 )
-from lorashard.shards.seal import CHANGED, is_seal_broken
+from lorashard.shards.seal import CHANGED
 from lorashard.storage.digests import read_in_steps
 from lorashard.storage.local import LocalFile
 from lorashard.storage.parallel import cancellable_pool, result_of
@@ -85,6 +84,8 @@ def verify_shards(
     manifest = located.manifest
     with local_shards(located, ep_ranks) as directory:
         findings, rebuilt = _check_manifest(manifest, directory)
+        if located.was_changed:
+            findings.insert(0, f"{MANIFEST_NAME}: {CHANGED}")
         needed = manifest.files if ep_ranks is None else needed_files(manifest, ep_ranks, directory)
         readable, unreadable = _check_headers(manifest, directory, needed)
         findings.extend(unreadable)
@@ -114,8 +115,7 @@ def proves_placement(manifest: Manifest, ep_ranks: Sequence[int] | None) -> bool
 def _check_manifest(manifest: Manifest, shards: Path) -> tuple[list[str], RebuiltPlan | None]:
     """What is wrong with the config, and with the manifest as far as the config is right."""
     rebuilt = None
-    is_changed = is_seal_broken(manifest_bytes(shards))
-    findings = [f"{MANIFEST_NAME}: {CHANGED}"] if is_changed else []
+    findings = []
     try:
         config_bytes = read_small_file(shards, CONFIG_NAME)
         if is_own_config(manifest, config_bytes):

@@ -37,6 +37,7 @@ def test_an_order_that_only_the_manifest_claims_is_not_believed(tmp_path: Path, 
     split_adapter(adapter, tmp_path / "shards", SplitRequest(2))
     path = tmp_path / "shards" / "lorashard.json"
     document = json.loads(path.read_text())
+    del document["blake3"]  # an earlier release wrote none
     document["options"]["gate_up_known"] = True
     document["modules"][MODULE]["gate_up"] = order
     path.write_text(json.dumps(document))

@@ -61,6 +61,7 @@ def test_the_lowest_versions_that_are_allowed_do_all_that_needs_no_torch(
     assert "--ep-size" in run("split", "--help")
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="numpy 1.26 has no wheel for this Python")
 def test_the_lowest_versions_are_those_of_pyproject() -> None:
     require(LOWEST.exists(), f"{LOWEST} is missing: make .venv/.lowest")
     script = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
