@@ -108,6 +108,9 @@ def _deepseek_v3() -> Any:
             n_group=4,
             topk_group=2,
             first_k_dense_replace=1,
+            # For vLLM; transformers knows no other way.
+            scoring_func="sigmoid",
+            topk_method="noaux_tc",
             q_lora_rank=256,
             # vLLM's kernels for this attention are made for these sizes alone.
             kv_lora_rank=512,
@@ -127,6 +130,10 @@ def _minimax_m2() -> Any:
             intermediate_size=INTERMEDIATE,
             num_local_experts=16,
             num_experts_per_tok=4,
+            # As published; vLLM needs them, transformers knows no other way.
+            rotary_dim=64,
+            scoring_func="sigmoid",
+            use_routing_bias=True,
         )
     )
 

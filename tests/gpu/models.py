@@ -165,7 +165,7 @@ MODELS: Mapping[str, TinyModel] = {
     "nemotron_h": TinyModel(_nemotron_h, ("e0", "e1", "fused0"), fp8=False, optional=True),
     "glm16-shared": TinyModel(lambda: _glm4_moe(16), ("e0", "shared0")),
     "glm16-quantised": TinyModel(
-        lambda: _glm4_moe(16), _PER_EXPERT[:2], fp8=False, quantised=tuple(KINDS), optional=True
+        lambda: _glm4_moe(16), _PER_EXPERT[:2], fp8=False, quantised=tuple(KINDS)
     ),
     **FAMILIES,
 }
