@@ -206,7 +206,11 @@ def _granite_shared() -> Any:
 # Kimi-K2 and Kimi-K2.5's language model are DeepSeek-V3's class, with other sizes.
 FAMILIES: Mapping[str, TinyModel] = {
     "qwen3_vl_moe": TinyModel(
-        _qwen3_vl_moe, ("fused0", "fused1", "e0", "text0"), fp8=False, optional=True
+        _qwen3_vl_moe,
+        ("fused0", "fused1", "e0", "text0"),
+        fp8=False,
+        transposed_on_disk=True,
+        optional=True,
     ),
     "qwen3_next": TinyModel(
         _qwen3_next, ("e0", "e1", "fused0", "shared0", "linear0"), fp8=False, optional=True

@@ -83,10 +83,10 @@ _QUANTISED: tuple[Case, ...] = (
         refused=_IGNORES_LORA,
     ),
     Case(
-        "glm16-gptq-moe_wna16",
+        "glm16-awq-moe_wna16",
         "glm16-quantised",
         (),
-        quantised="gptq",
+        quantised="awq",
         engine={"quantization": "moe_wna16"},
         refused=_IGNORES_LORA,
     ),

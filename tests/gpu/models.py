@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.gpu.adapter import Adapter
-from tests.gpu.checkpoint import quantise_views, save_fp8, save_tokenizer
+from tests.gpu.checkpoint import quantise_views, save_fp8, save_tokenizer, transpose_experts
 from tests.gpu.families import FAMILIES
 from tests.gpu.loras import RECIPES, VERSIONS
 from tests.gpu.processes import one_at_a_time
@@ -208,6 +208,8 @@ def build(name: str, out: Path) -> None:
     _randomise(model)
     model.to(torch.bfloat16).save_pretrained(directory / "model")
     _name_experts_as_transformers_4(directory / "model" / "config.json")
+    if recipe.transposed_on_disk:
+        transpose_experts(directory / "model", HIDDEN)
     save_tokenizer(directory / "model")
     reference = Reference(
         model.to(torch.float32), transposed=recipe.transposed, interleaved=recipe.interleaved

@@ -13,7 +13,8 @@ class TinyModel:
 
     make: returns a model of transformers. fp8: there is a checkpoint with FP8 projections as well;
     quantised: other kinds of weights, of quantised.KINDS. transposed: experts are stored
-    `[E, in, out]`; interleaved: gate and up rows take turns. per_expert_names: what adapters with
+    `[E, in, out]`; interleaved: gate and up rows take turns. transposed_on_disk: published
+    checkpoints are `[E, in, out]`, other than the model. per_expert_names: what adapters with
     tensors for each expert call things that transformers 5 calls otherwise, as pairs (ours, theirs).
     """
 
@@ -23,6 +24,7 @@ class TinyModel:
     quantised: tuple[str, ...] = ()
     transposed: bool = False
     interleaved: bool = False
+    transposed_on_disk: bool = False
     per_expert_names: tuple[tuple[str, str], ...] = ()
     # Not every transformers release can make it.
     optional: bool = False
