@@ -157,6 +157,11 @@ def _compressed(packing: str, weights: Mapping[str, Any], inputs: Any = None) ->
     }
 
 
+def _blocks(weights: list[str]) -> list[str]:
+    """What has these weights, since vLLM's own layers (`qkv_proj`) are looked for in such a list."""
+    return sorted({w.rpartition(".")[0] if w.endswith("_proj") else w for w in weights})
+
+
 _FOUR_BIT_FLOAT = {"type": "float", "strategy": "tensor_group", "group_size": NVFP4_GROUP}
 # Kind of weights -> how a weight is written, and the config, given the names of all other weights.
 KINDS: Mapping[str, tuple[Callable[[Tensor], Quantised], Callable[[list[str]], Any]]] = {
@@ -209,7 +214,7 @@ KINDS: Mapping[str, tuple[Callable[[Tensor], Quantised], Callable[[list[str]], A
             "bits": 4,
             "group_size": GROUP,
             "zero_point": True,
-            "modules_to_not_convert": others,
+            "modules_to_not_convert": _blocks(others),
         },
     ),
 }  # fmt: skip
