@@ -3,7 +3,9 @@
     python -m tests.gpu --work DIR                       the matrix, with the plugin
     python -m tests.gpu --work DIR --stock               the same without it; nothing can fail
     python -m tests.gpu --work DIR --only glm15 glm16    some cases
+    python -m tests.gpu --work DIR --kinds               other families and kinds of weights
     python -m tests.gpu --work DIR --http --load         also a real server, also load times
+    python -m tests.gpu --work DIR --no-matrix --start-line    the server as users start theirs
 
 Needs vLLM on PYTHONPATH and, but for --stock, lorashard's entry point. Ends with 1 if a case is
 not as expected. Logs: DIR/logs.
@@ -15,14 +17,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.cases import CASES, Case, applying, as_stock
+from tests.gpu.cases import Case, as_stock
 from tests.gpu.engine import LEAK_ROOM
-from tests.gpu.models import MODELS, build_all
+from tests.gpu.kinds_cases import applying
+from tests.gpu.models import FINISHED, build_all
 from tests.gpu.prepare import split_all
 from tests.gpu.processes import child_environment, last_error, run
 
@@ -41,12 +44,14 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="models, adapters and logs")
     parser.add_argument("--release-label", help="vLLM's release (default: the installed one)")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="only these cases")
+    parser.add_argument("--kinds", action="store_true", help="kinds_cases.py, not the matrix")
     parser.add_argument("--jobs", type=int, default=5, help="engines at a time (default: 5)")
     parser.add_argument("--stock", action="store_true", help="without the plugin, for comparison")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     parser.add_argument("--prepare", action="store_true", help="only make models and shards")
-    parser.add_argument("--no-matrix", action="store_true", help="only --http, --load or --align")
+    parser.add_argument("--no-matrix", action="store_true", help="only what is asked for beside it")
     parser.add_argument("--http", action="store_true", help="also a real server")
+    parser.add_argument("--start-line", action="store_true", help="also start_line.py")
     parser.add_argument("--load", action="store_true", help="also load times")
     parser.add_argument("--align", action="store_true", help="also the op that sorts tokens")
     parser.add_argument("--kernels", help="whose kernels these are, if not the release's own")
@@ -73,6 +78,7 @@ def _run_case(args: argparse.Namespace, asked: Case) -> Result:
     case = as_stock(asked) if args.stock else asked
     log, result = _place(args, case.name, ".log"), _place(args, case.name, ".jsonl")
     result.unlink(missing_ok=True)
+    made = (args.work / "models" / case.model / FINISHED).exists()
     command = ["-m", "tests.gpu.engine", "--work", str(args.work), "--case", case.name]
     command += ["--result", str(result), *(["--stock"] if args.stock else [])]
     # Engines of one configuration share a compile cache and would write to it at the same time.
@@ -94,7 +100,8 @@ def _run_case(args: argparse.Namespace, asked: Case) -> Result:
         "model": case.model,
         "flags": case.flags,
         "refused": bool(case.refused),
-        "optional": case.optional or args.stock,
+        # transformers cannot make every model: build_all has said why.
+        "optional": case.optional or args.stock or not made,
         "seconds": round(time.monotonic() - started, 1),
         "results": lines,
         "ended": ended,
@@ -143,14 +150,12 @@ def _summary(result: Result) -> str:
     return "\n       ".join([text, *result["problems"]])
 
 
-def _run_matrix(args: argparse.Namespace, document: dict[str, Any]) -> None:
+def _run_matrix(args: argparse.Namespace, cases: Sequence[Case], document: dict[str, Any]) -> None:
     """Run the cases; every result is written as soon as it is there."""
     results: list[Result] = []
     document["cases"] = results
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [
-            pool.submit(_run_case, args, case) for case in applying(args.release_label, args.only)
-        ]
+        futures = [pool.submit(_run_case, args, case) for case in cases]
         for future in as_completed(futures):
             results.append(future.result())
             print(_summary(results[-1]), flush=True)
@@ -184,18 +189,25 @@ def main() -> int:
     if not args.release_label:
         args.release_label = _installed_release()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    build_all(args.work / "models", dict.fromkeys(case.model for case in CASES))
-    split_all(args.work / "models", MODELS)
+    servers = args.http or args.start_line
+    cases = applying(args.release_label, args.only, kinds=args.kinds)
+    if args.no_matrix:
+        cases = []
+    # Servers serve glm16.
+    models = dict.fromkeys([*(case.model for case in cases), *(["glm16"] if servers else [])])
+    build_all(args.work / "models", models)
+    split_all(args.work / "models", models)
     if args.prepare:
         return 0
     document: dict[str, Any] = {"release": args.release_label, "stock": args.stock}
     if args.kernels:
         document["kernels"] = args.kernels
     document["cases"] = []
-    if not args.no_matrix:
-        _run_matrix(args, document)
+    _run_matrix(args, cases, document)
     if args.http:
         document["http"] = _run_extra(args, "server", 420.0)
+    if args.start_line:
+        document["start_line"] = _run_extra(args, "start_line", 420.0)
     if args.load:
         document["load"] = _run_extra(args, "load_time", 560.0)
     if args.align:
@@ -206,7 +218,7 @@ def main() -> int:
         for case in document["cases"]
         if not case["as_expected"] and not case["optional"]
     ]
-    extras = [document[key] for key in ("http", "load", "align") if key in document]
+    extras = [document[key] for key in ("http", "start_line", "load", "align") if key in document]
     return int(bool(wrong) or not all(extra["as_expected"] for extra in extras))
 
 

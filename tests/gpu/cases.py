@@ -1,6 +1,6 @@
 """The matrix as data: which engine, which adapters in which form, and what must come out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,8 @@ class Case:
     model: str
     checks: tuple[Check, ...]
     fp8: bool = False
+    # Another kind of weights for the routed experts, of quantised.KINDS.
+    quantised: str = ""
     ep: bool = True
     fully_sharded: bool = False
     graphs: bool = False
@@ -52,11 +54,17 @@ class Case:
     warmup_tokens: int = 0
 
     @property
+    def weights(self) -> str:
+        """What the names of the checkpoint and of reference answers end with: "", "_fp8", "_awq"."""
+        return f"_{self.quantised}" if self.quantised else "_fp8" if self.fp8 else ""
+
+    @property
     def flags(self) -> str:
         """What differs from a plain bf16 eager start, for tables."""
         names = {
             "EP": self.ep,
             "FP8": self.fp8,
+            f"{self.quantised} experts": bool(self.quantised),
             "fully sharded": self.fully_sharded,
             "graphs": self.graphs,
             "round_robin": self.engine.get("expert_placement_strategy") == "round_robin",
@@ -66,12 +74,12 @@ class Case:
         return ", ".join(name for name, on in names.items() if on)
 
 
-def _checks(form: str, *adapters: str, optional: bool = False) -> tuple[Check, ...]:
+def checks(form: str, *adapters: str, optional: bool = False) -> tuple[Check, ...]:
     return tuple(Check(adapter, form, optional) for adapter in adapters)
 
 
 _E = ("e0", "e1", "e2")
-_BOTH = (*_checks("plain", *_E), *_checks("shards", *_E))
+_BOTH = (*checks("plain", *_E), *checks("shards", *_E))
 # More of it: eplb_cases.py.
 _EPLB = {"window_size": 8, "step_interval": 4, "communicator": "torch_gloo"}
 _ROUND_ROBIN = {"expert_placement_strategy": "round_robin"}
@@ -86,17 +94,17 @@ CASES: tuple[Case, ...] = (
     Case(
         "glm16-fp8-fs-graphs",
         "glm16",
-        (*_BOTH, *_checks("shards", "fused0", "rs", "half")),
+        (*_BOTH, *checks("shards", "fused0", "rs", "half")),
         fp8=True,
         fully_sharded=True,
         graphs=True,
     ),
     Case("glm16-fp8-graphs", "glm16", _BOTH, fp8=True, graphs=True),
-    Case("glm16-graphs", "glm16", (*_BOTH, *_checks("shards", "fused0")), graphs=True),
+    Case("glm16-graphs", "glm16", (*_BOTH, *checks("shards", "fused0")), graphs=True),
     Case(
         "glm16g2-rr-fp8-fs-graphs",
         "glm16g2",
-        (*_checks("plain", *_E), *_checks("shards-rr", *_E)),
+        (*checks("plain", *_E), *checks("shards-rr", *_E)),
         fp8=True,
         fully_sharded=True,
         graphs=True,
@@ -105,7 +113,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "glm16-eplb",
         "glm16",
-        _checks("plain", *_E),
+        checks("plain", *_E),
         warmup_tokens=32,
         since="0.24.0",
         engine={"enable_eplb": True, "eplb_config": _EPLB},
@@ -115,19 +123,19 @@ CASES: tuple[Case, ...] = (
         "glm16",
         (
             *_BOTH,
-            *_checks("shards", "fused0", "rs", "half"),
+            *checks("shards", "fused0", "rs", "half"),
             _OTHER_EP_SIZE,
-            *_checks("plain", "rs", "half", "half_padded", "fused0"),
+            *checks("plain", "rs", "half", "half_padded", "fused0"),
         ),
         max_cpu_loras=16,
     ),
-    Case("glm15", "glm15", (*_BOTH, *_checks("shards", "fused0", "half")), max_cpu_loras=16),
+    Case("glm15", "glm15", (*_BOTH, *checks("shards", "fused0", "half")), max_cpu_loras=16),
     Case(
         "glm16g2-rr",
         "glm16g2",
         (
-            *_checks("plain", *_E),
-            *_checks("shards-rr", *_E, "fused0", "half"),
+            *checks("plain", *_E),
+            *checks("shards-rr", *_E, "fused0", "half"),
             _OTHER_PLACEMENT,
         ),
         engine=_ROUND_ROBIN,
@@ -136,7 +144,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "glm16-fs",
         "glm16",
-        (*_BOTH, *_checks("shards", "fused0", "half")),
+        (*_BOTH, *checks("shards", "fused0", "half")),
         fully_sharded=True,
         max_cpu_loras=16,
     ),
@@ -151,7 +159,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "glm16g2-rr-fp8",
         "glm16g2",
-        (*_checks("plain", *_E), *_checks("shards-rr", *_E)),
+        (*checks("plain", *_E), *checks("shards-rr", *_E)),
         fp8=True,
         engine=_ROUND_ROBIN,
     ),
@@ -191,13 +199,13 @@ CASES: tuple[Case, ...] = (
     Case(
         "glm16-no-ep",
         "glm16",
-        (*_checks("plain", *_E), *_checks("shards", *_E, optional=True)),
+        (*checks("plain", *_E), *checks("shards", *_E, optional=True)),
         ep=False,
     ),
     Case(
         "glm16-no-ep-fp8",
         "glm16",
-        (*_checks("plain", *_E), *_checks("shards", *_E, optional=True)),
+        (*checks("plain", *_E), *checks("shards", *_E, optional=True)),
         fp8=True,
         ep=False,
     ),
@@ -205,14 +213,14 @@ CASES: tuple[Case, ...] = (
     Case(
         "qwen1",
         "qwen1",
-        (*_checks("plain", "e0", "fused0"), *_checks("shards", "e0")),
+        (*checks("plain", "e0", "fused0"), *checks("shards", "e0")),
         engine=_ONE_EXPERT,
         optional=True,
     ),
     Case(
         "qwen1-fp8-fs-graphs",
         "qwen1",
-        (*_checks("plain", "e0"), *_checks("shards", "e0", "e1")),
+        (*checks("plain", "e0"), *checks("shards", "e0", "e1")),
         fp8=True,
         fully_sharded=True,
         graphs=True,
@@ -222,18 +230,18 @@ CASES: tuple[Case, ...] = (
     Case(
         "gpt_oss",
         "gpt_oss",
-        (*_checks("plain", "fused0", "fused1"), *_checks("shards", "fused0", "fused1")),
+        (*checks("plain", "fused0", "fused1"), *checks("shards", "fused0", "fused1")),
     ),
     Case(
         "gpt_oss-fs",
         "gpt_oss",
-        (*_checks("plain", "fused0"), *_checks("shards", "fused0", "fused1")),
+        (*checks("plain", "fused0"), *checks("shards", "fused0", "fused1")),
         fully_sharded=True,
     ),
     Case(
         "nemotron_h",
         "nemotron_h",
-        (*_checks("plain", "e0", "e1"), *_checks("shards", "e0", "e1", "fused0")),
+        (*checks("plain", "e0", "e1"), *checks("shards", "e0", "e1", "fused0")),
         optional=True,
         since="0.26.0",
     ),
@@ -243,17 +251,6 @@ CASES: tuple[Case, ...] = (
 def release_key(release: str) -> tuple[int, ...]:
     """0.33.0 -> (0, 33, 0), so that releases compare."""
     return tuple(int(part) for part in release.split(".") if part.isdigit())
-
-
-def applying(release: str, only: Sequence[str] = ()) -> list[Case]:
-    """The cases that a release can run."""
-    unknown = set(only) - {case.name for case in CASES}
-    if unknown:
-        raise SystemExit(f"unknown cases: {', '.join(sorted(unknown))}")
-    key = release_key(release)
-    return [
-        case for case in CASES if release_key(case.since) <= key and (not only or case.name in only)
-    ]
 
 
 def as_stock(case: Case) -> Case:

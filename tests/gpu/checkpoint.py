@@ -1,4 +1,4 @@
-"""The two parts of a checkpoint that transformers does not write here: FP8 weights, a tokenizer."""
+"""What transformers does not write of a checkpoint: FP8 weights, Qwen3-VL's layout, a tokenizer."""
 
 import json
 import shutil
@@ -65,6 +65,20 @@ def _compressed_tensors(num_layers: int) -> dict[str, Any]:
             }
         },
     }
+
+
+def transpose_experts(directory: Path, hidden_size: int) -> None:
+    """Store experts `[E, in, out]`, as Qwen3-VL-MoE is published and vLLM reads it.
+
+    transformers 5 turns them when it reads such a checkpoint, and not every release turns them back.
+    """
+    path = directory / "model.safetensors"
+    state = load_file(path)
+    for name, tensor in state.items():
+        inputs = {"gate_up_proj": 1, "down_proj": 2}.get(name.rpartition(".")[2])
+        if inputs and tensor.dim() == 3 and tensor.shape[inputs] != hidden_size:
+            state[name] = tensor.transpose(1, 2).contiguous()
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def save_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.gpu.cases import CASES, PLAIN, Case, Check, as_stock
+from tests.gpu.cases import PLAIN, Case, Check, as_stock
+from tests.gpu.kinds_cases import ALL
 
 # Room above the noise, the base model's own error or the adapter's in the reference, whichever is
 # more. A token whose router scores nearly tie goes to another expert in bf16 or FP8, so one adapter's
@@ -39,7 +40,7 @@ class Expected:
     @staticmethod
     def load(work: Path, case: Case) -> "Expected":
         values = load_file(work / "models" / case.model / "reference.safetensors")
-        return Expected(values.pop("prompts"), values, "_fp8" if case.fp8 else "")
+        return Expected(values.pop("prompts"), values, case.weights)
 
     def of(self, name: str) -> Tensor:
         return self.values[name + self.suffix]
@@ -85,7 +86,7 @@ def adapter_path(work: Path, case: Case, check: Check) -> Path:
 def engine_arguments(work: Path, case: Case) -> dict[str, Any]:
     """Keywords of `vllm.LLM`."""
     arguments: dict[str, Any] = {
-        "model": str(work / "models" / case.model / ("model_fp8" if case.fp8 else "model")),
+        "model": str(work / "models" / case.model / f"model{case.weights}"),
         "skip_tokenizer_init": True,
         "tensor_parallel_size": 2,
         "enable_expert_parallel": case.ep,
@@ -154,7 +155,7 @@ def run_checks(
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.engine")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--case", choices=[case.name for case in CASES], required=True)
+    parser.add_argument("--case", choices=[case.name for case in ALL], required=True)
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--stock", action="store_true")
     return parser.parse_args()
@@ -165,7 +166,7 @@ def _main() -> None:
     from vllm.lora.request import LoRARequest
 
     args = _parse_arguments()
-    case = next(case for case in CASES if case.name == args.case)
+    case = next(case for case in ALL if case.name == args.case)
     if args.stock:
         case = as_stock(case)
     expected = Expected.load(args.work, case)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tests.bench.trainer_ranks import ATTENTION as ATTENTION_SHAPES
 from tests.bench.trainer_ranks import HIDDEN, INTERMEDIATE, LORA_RANK, NUM_EXPERTS
-from tests.gpu.loras import ATTENTION, peft_config
+from tests.gpu.adapter import peft_config
+from tests.gpu.loras import ATTENTION
 
 FORMATS = ("per_expert", "fused")
 ADAPTERS_PER_FORMAT = 2

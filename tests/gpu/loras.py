@@ -3,94 +3,21 @@
 Shape letters: `E` experts, `r` LoRA rank, `H` hidden size, `I` expert intermediate size.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-LORA_RANK = 8
+from tests.gpu.adapter import LORA_RANK, Adapter, Factor, peft_config
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-@dataclass(frozen=True, slots=True)
-class Factor:
-    """`weight += scaling * lora_b @ lora_a` for one weight, named as `reference.weight_views` does."""
-
-    weight: str
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """What goes to disk, and the same as factors for the reference."""
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    factors: tuple[Factor, ...]
-
-    def save(self, directory: Path) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.tensors.items()},
-            directory / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        text = json.dumps(self.config, indent=2, sort_keys=True)
-        (directory / "adapter_config.json").write_text(text)
-
+# DeepSeek's; without kv_b_proj, whose LoRA vLLM does not apply to tokens that it decodes.
+LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")
+SHARED_EXPERTS = ("shared_expert", "shared_experts", "shared_mlp")
 
 Views = Mapping[str, Tensor]
-
-
-def peft_config(**changes: Any) -> dict[str, Any]:
-    """An `adapter_config.json` with the fields that PEFT 0.18 writes."""
-    return {
-        "alora_invocation_tokens": None,
-        "alpha_pattern": {},
-        "arrow_config": None,
-        "auto_mapping": None,
-        "base_model_name_or_path": "tiny",
-        "bias": "none",
-        "corda_config": None,
-        "ensure_weight_tying": False,
-        "eva_config": None,
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
-        "lora_alpha": 2 * LORA_RANK,
-        "lora_bias": False,
-        "lora_dropout": 0.0,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "peft_version": "0.18.1",
-        "qalora_group_size": 16,
-        "r": LORA_RANK,
-        "rank_pattern": {},
-        "revision": None,
-        "target_modules": [],
-        "target_parameters": None,
-        "task_type": "CAUSAL_LM",
-        "trainable_token_indices": None,
-        "use_dora": False,
-        "use_qalora": False,
-        "use_rslora": False,
-    } | changes
 
 
 class _Draw:
@@ -116,7 +43,19 @@ def _leaf(weight: str) -> str:
 
 
 def _is_attention(weight: str) -> bool:
-    return _leaf(weight) in ATTENTION
+    return _leaf(weight) in ATTENTION + LATENT_ATTENTION
+
+
+def _is_shared_expert(weight: str) -> bool:
+    return f".{weight}".split(".")[-2] in SHARED_EXPERTS
+
+
+def _is_linear_attention(weight: str) -> bool:
+    return f".{weight}".split(".")[-2] == "linear_attn"
+
+
+def _nothing(_: str) -> bool:
+    return False
 
 
 def _is_split_expert(weight: str) -> bool:
@@ -143,18 +82,17 @@ def _from_pairs(
     return Adapter(config, tensors, tuple(factors))
 
 
-def per_expert(views: Views, seed: int) -> Adapter:
-    """Attention and every expert, two tensors for each projection of each expert."""
-    targets = sorted(
-        {_leaf(weight) for weight in views if _is_attention(weight) or _is_split_expert(weight)}
-    )
-    return _from_pairs(
-        views,
-        peft_config(target_modules=targets),
-        _Draw(seed, 0.05),
-        lambda weight: _is_attention(weight) or _is_split_expert(weight),
-        lambda _: 2.0,
-    )
+def per_expert(views: Views, seed: int, also: Callable[[str], bool] = _nothing) -> Adapter:
+    """Attention and every expert, two tensors for each projection of each expert.
+
+    also: other weights that get LoRA.
+    """
+
+    def is_wanted(weight: str) -> bool:
+        return _is_attention(weight) or _is_split_expert(weight) or also(weight)
+
+    config = peft_config(target_modules=sorted({_leaf(w) for w in views if is_wanted(w)}))
+    return _from_pairs(views, config, _Draw(seed, 0.05), is_wanted, lambda _: 2.0)
 
 
 def half_experts(views: Views, seed: int) -> Adapter:
@@ -207,31 +145,54 @@ def rslora(views: Views, seed: int) -> Adapter:
     )
 
 
-def fused(views: Views, seed: int) -> Adapter:
+def fused(
+    views: Views,
+    seed: int,
+    also: Callable[[str], bool] = _nothing,
+    *,
+    swapped: bool = False,
+    linears: bool = False,
+) -> Adapter:
     """Attention and, with `target_parameters`, the experts: four tensors for each MoE layer.
 
     The first parameter of the module (gate_up_proj, or up_proj without a gate) is `base_layer`.
     lora_A is `[E, r, in]` flattened, lora_B is `[out, r, E]` flattened: the expert varies fastest.
+    also: other weights that get LoRA. swapped: the parameter was taken for `[E, in, out]`, or the
+    other way round, so lora_A has `out` and lora_B has `in`. linears: Granite's names in
+    transformers 4, `input_linear` and `output_linear` beside where the experts are now.
     """
     draw = _Draw(seed, 0.05)
     names = {_leaf(weight) for weight in views if ".experts." in weight}
     first = "gate_up_proj" if "gate_up_proj" in names else "up_proj"
-    attention = _from_pairs(views, {}, draw, _is_attention, lambda _: 2.0)
-    tensors, factors = dict(attention.tensors), list(attention.factors)
+    dense = [weight for weight in views if _is_attention(weight) or also(weight)]
+    others = _from_pairs(views, {}, draw, set(dense).__contains__, lambda _: 2.0)
+    tensors, factors = dict(others.tensors), list(others.factors)
     stems = sorted({weight.rsplit(".", 2)[0] for weight in views if ".experts." in weight})
+    places = (
+        ("{0}.input_linear", "{0}.output_linear")
+        if linears
+        else ("{0}.experts.base_layer", "{0}.experts")
+    )
     for experts in stems:
-        for leaf, place in ((first, f"{experts}.base_layer"), ("down_proj", experts)):
+        block = experts.removesuffix(".experts")
+        for leaf, place in zip((first, "down_proj"), places):
             weights = [f"{experts}.{e}.{leaf}" for e in range(_num_experts(views, experts))]
             pairs = [draw.pair(views[weight]) for weight in weights]
             factors += [Factor(w, a, b, 2.0) for w, (a, b) in zip(weights, pairs)]
-            prefix = f"base_model.model.{place}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.cat([a for a, _ in pairs])
-            tensors[f"{prefix}.lora_B.weight"] = torch.stack([b for _, b in pairs], 2).flatten(1)
-    block = stems[0].rsplit(".", 2)[-2]
+            stored = [(b.t(), a.t()) for a, b in pairs] if swapped else pairs
+            prefix = f"base_model.model.{place.format(block)}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.cat([a for a, _ in stored])
+            tensors[f"{prefix}.lora_B.weight"] = torch.stack([b for _, b in stored], 2).flatten(1)
+    name = stems[0].rsplit(".", 2)[-2]
+    parameters = (
+        ("input_linear.weight", "output_linear.weight")
+        if linears
+        else (f"experts.{first}", "experts.down_proj")
+    )
     config = peft_config(
-        peft_version="0.19.1",
-        target_modules=sorted(ATTENTION),
-        target_parameters=[f"{block}.experts.{first}", f"{block}.experts.down_proj"],
+        peft_version="0.18.1" if linears else "0.19.1",
+        target_modules=sorted({_leaf(weight) for weight in dense}),
+        target_parameters=[f"{name}.{parameter}" for parameter in parameters],
     )
     return Adapter(config, tensors, tuple(factors))
 
@@ -253,5 +214,11 @@ RECIPES: Mapping[str, Callable[[Views], Adapter]] = {
     "rs": lambda views: rslora(views, 105),
     "fused0": lambda views: fused(views, 106),
     "fused1": lambda views: fused(views, 107),
+    "shared0": lambda views: per_expert(views, 108, _is_shared_expert),
+    "linear0": lambda views: per_expert(views, 109, _is_linear_attention),
+    "swapped0": lambda views: fused(views, 110, swapped=True),
+    "linears0": lambda views: fused(views, 111, swapped=True, linears=True),
+    "fused_shared0": lambda views: fused(views, 112, _is_shared_expert),
+    "text0": lambda views: per_expert(views, 113).renamed([("language_model.", "")]),
     **{name: partial(per_expert, seed=200 + number) for number, name in enumerate(VERSIONS)},
 }

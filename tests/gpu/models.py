@@ -4,42 +4,34 @@
 
 OUT/<model>/model           bf16 checkpoint with random weights
 OUT/<model>/model_fp8       compressed-tensors: channel weights, dynamic token activations
+OUT/<model>/model_<kind>    experts in another kind of weights, of quantised.py
 OUT/<model>/<adapter>       PEFT adapters
 OUT/<model>/reference.safetensors   log-probabilities: base, base_fp8, <adapter>, <adapter>_fp8, and
-                            <adapter>_noisy in bf16, <adapter>_fp8_noisy with activations in FP8
+                            <adapter>_noisy in bf16, <adapter>_fp8_noisy with activations in FP8; and
+                            the same for each kind, in bf16
 """
 
 import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from tests.gpu.checkpoint import quantise_views, save_fp8, save_tokenizer
+from tests.gpu.adapter import Adapter
+from tests.gpu.checkpoint import quantise_views, save_fp8, save_tokenizer, transpose_experts
+from tests.gpu.families import FAMILIES
 from tests.gpu.loras import RECIPES, VERSIONS
 from tests.gpu.processes import one_at_a_time
+from tests.gpu.quantised import KINDS, quantise, save_quantised
 from tests.gpu.reference import VOCABULARY, Reference, make_prompts
+from tests.gpu.tiny_model import HIDDEN, INTERMEDIATE, TinyModel
 
-HIDDEN, INTERMEDIATE = 512, 384
 FINISHED = "reference.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class TinyModel:
-    """How to make one base model, and the adapters that it gets."""
-
-    make: Callable[[], Any]
-    adapters: tuple[str, ...]
-    fp8: bool = True
-    transposed: bool = False
-    # Not every transformers release can make it.
-    optional: bool = False
 
 
 def _glm4_moe(num_experts: int, num_groups: int = 1) -> Any:
@@ -167,8 +159,15 @@ MODELS: Mapping[str, TinyModel] = {
     "glm16g2": TinyModel(lambda: _glm4_moe(16, num_groups=2), (*_PER_EXPERT, "half", "fused0")),
     "qwen16": TinyModel(lambda: _qwen3_moe(16), (*_PER_EXPERT, "half", "fused0")),
     "qwen1": TinyModel(lambda: _qwen3_moe(1), ("e0", "e1", "fused0"), optional=True),
-    "gpt_oss": TinyModel(_gpt_oss, ("fused0", "fused1"), fp8=False, transposed=True),
+    "gpt_oss": TinyModel(
+        _gpt_oss, ("fused0", "fused1"), fp8=False, transposed=True, interleaved=True
+    ),
     "nemotron_h": TinyModel(_nemotron_h, ("e0", "e1", "fused0"), fp8=False, optional=True),
+    "glm16-shared": TinyModel(lambda: _glm4_moe(16), ("e0", "shared0")),
+    "glm16-quantised": TinyModel(
+        lambda: _glm4_moe(16), _PER_EXPERT[:2], fp8=False, quantised=tuple(KINDS)
+    ),
+    **FAMILIES,
 }
 
 
@@ -191,6 +190,13 @@ def _name_experts_as_transformers_4(config: Path) -> None:
         config.write_text(json.dumps(values | {"num_experts": values["num_local_experts"]}))
 
 
+def _as_users_have_it(recipe: TinyModel, adapter: Adapter) -> Adapter:
+    """With the names of the model's own code, where the adapter has tensors for each expert."""
+    if adapter.config["target_parameters"]:
+        return adapter
+    return adapter.renamed(recipe.per_expert_names)
+
+
 @torch.no_grad()
 def build(name: str, out: Path) -> None:
     """Make one model with all that belongs to it."""
@@ -202,9 +208,17 @@ def build(name: str, out: Path) -> None:
     _randomise(model)
     model.to(torch.bfloat16).save_pretrained(directory / "model")
     _name_experts_as_transformers_4(directory / "model" / "config.json")
+    if recipe.transposed_on_disk:
+        transpose_experts(directory / "model", HIDDEN)
     save_tokenizer(directory / "model")
-    reference = Reference(model.to(torch.float32), transposed=recipe.transposed)
-    adapters = {adapter: RECIPES[adapter](reference.views) for adapter in recipe.adapters}
+    reference = Reference(
+        model.to(torch.float32), transposed=recipe.transposed, interleaved=recipe.interleaved
+    )
+    adapters = {
+        adapter: _as_users_have_it(recipe, RECIPES[adapter](reference.views))
+        for adapter in recipe.adapters
+    }
+    exact = {name: tensor.clone() for name, tensor in reference.state.items()}
     results = {"prompts": make_prompts(), "base": reference.log_probs()}
     for adapter, made in adapters.items():
         made.save(directory / adapter)
@@ -220,6 +234,15 @@ def build(name: str, out: Path) -> None:
             results[f"{adapter}_fp8_noisy"] = reference.log_probs(
                 made.factors, inputs_in_fp8=scales
             )
+    for kind in recipe.quantised:
+        reference.restore(exact)
+        tensors = quantise(kind, reference.views)
+        save_quantised(kind, directory / "model", directory / f"model_{kind}", tensors)
+        reference.remember()
+        results[f"base_{kind}"] = reference.log_probs()
+        for adapter, made in adapters.items():
+            results[f"{adapter}_{kind}"] = reference.log_probs(made.factors)
+            results[f"{adapter}_{kind}_noisy"] = reference.log_probs(made.factors, in_bf16=True)
     save_file(results, directory / FINISHED)
     for adapter in adapters:
         effect = (results[adapter] - results["base"]).abs().mean().item()

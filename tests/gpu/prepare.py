@@ -7,16 +7,18 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.gpu.cases import CASES, PLAIN, SPLITS
-from tests.gpu.models import FINISHED, TinyModel
+from tests.gpu.cases import PLAIN, SPLITS
+from tests.gpu.kinds_cases import ALL
+from tests.gpu.models import FINISHED
 from tests.gpu.processes import ROOT, one_at_a_time
+from tests.gpu.tiny_model import TinyModel
 
 
 def _wanted(model: str) -> set[tuple[str, str]]:
     """Pairs (adapter, form) that some case asks for."""
     return {
         (check.adapter, check.form)
-        for case in CASES
+        for case in ALL
         if case.model == model
         for check in case.checks
         if check.form != PLAIN

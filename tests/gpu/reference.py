@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tests.gpu.loras import Factor
+from tests.gpu.adapter import Factor
 
 NUM_PROMPTS, PROMPT_LENGTH, VOCABULARY = 4, 48, 1024
 LARGEST_E4M3 = 448.0
@@ -21,12 +21,14 @@ def make_prompts() -> Tensor:
     return torch.randint(3, VOCABULARY, (NUM_PROMPTS, PROMPT_LENGTH), generator=generator)
 
 
-def weight_views(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tensor]:
+def weight_views(
+    state: Mapping[str, Tensor], *, transposed: bool, interleaved: bool
+) -> dict[str, Tensor]:
     """Every 2-D weight as a view `[out, in]` into `state`, stacked experts one by one.
 
     transformers 5 stacks experts: `experts.gate_up_proj` becomes `experts.N.gate_proj`, `.up_proj`
-    and, both together, `.gate_up_proj`. `transposed` models (gpt-oss) store `[E, in, out]`, with
-    gate and up rows interleaved, so there only the view of both is given.
+    and, both together, `.gate_up_proj`. `transposed` models (gpt-oss, Llama 4) store `[E, in, out]`.
+    Where gate and up rows are interleaved (gpt-oss), only the view of both is given.
     """
     views: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -35,7 +37,7 @@ def weight_views(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, 
             for expert, stored in enumerate(tensor):
                 weight = stored.t() if transposed else stored
                 views[f"{stem}.{expert}.{leaf}"] = weight
-                if leaf == "gate_up_proj" and not transposed:
+                if leaf == "gate_up_proj" and not interleaved:
                     half = weight.shape[0] // 2
                     views[f"{stem}.{expert}.gate_proj"] = weight[:half]
                     views[f"{stem}.{expert}.up_proj"] = weight[half:]
@@ -78,16 +80,21 @@ def round_to_fp8(values: Tensor, *, of_each: int) -> Tensor:
 class Reference:
     """A float32 copy of a model that can merge adapters and forget them again."""
 
-    def __init__(self, model: Any, *, transposed: bool) -> None:
+    def __init__(self, model: Any, *, transposed: bool, interleaved: bool) -> None:
         self._model = model
         self.state: dict[str, Tensor] = model.state_dict()
-        self.views = weight_views(self.state, transposed=transposed)
+        self.views = weight_views(self.state, transposed=transposed, interleaved=interleaved)
         self._base = {name: tensor.clone() for name, tensor in self.state.items()}
         self._prompts = make_prompts()
 
     def remember(self) -> None:
         """Take the weights as they are now for the base model."""
         self._base = {name: tensor.clone() for name, tensor in self.state.items()}
+
+    def restore(self, exact: Mapping[str, Tensor]) -> None:
+        """Put other weights into the model."""
+        for name, tensor in self.state.items():
+            tensor.copy_(exact[name])
 
     @torch.no_grad()
     def log_probs(
@@ -111,7 +118,6 @@ class Reference:
         model = copy.deepcopy(self._model).to(torch.bfloat16) if in_bf16 else self._model
         with _InputsInFp8(rounded) if rounded else nullcontext():
             logits = model(self._prompts).logits.float()
-        for name, tensor in self.state.items():
-            tensor.copy_(self._base[name])
+        self.restore(self._base)
         chosen = torch.log_softmax(logits[:, :-1], -1).gather(-1, self._prompts[:, 1:, None])
         return chosen.squeeze(-1).contiguous()

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.cases import CASES, release_key
+from tests.gpu.cases import release_key
 from tests.gpu.dp_report import dp_part
 from tests.gpu.eplb_report import eplb_part
+from tests.gpu.kinds_cases import ALL
 
 Document = Mapping[str, Any]
 Result = Mapping[str, Any]
@@ -67,7 +68,7 @@ def matrix_tables(documents: Sequence[Document]) -> str:
         rows = [["case", "flags", "without lorashard", "with lorashard"], ["---"] * 4]
         rows += [
             [case.name, case.flags or "–", *(_cell(found[s].get(case.name)) for s in (True, False))]
-            for case in CASES
+            for case in ALL
             if any(case.name in column for column in found.values())
         ]
         if len(rows) == 2:
@@ -212,12 +213,15 @@ experts wrong, the error is 0.14 or more.
 `tests/gpu/cases.py` defines the cases: plain adapters and shard directories, one tensor per expert and fused, half of the experts, rsLoRA
 with an alpha pattern, directories split for another number of ranks or another placement, more adapters than slots. glm is a GLM-4-MoE (15
 means 8 + 7 experts; g2 means expert groups, so that round-robin placement takes effect), gpt_oss has the 3-D LoRA class, and nemotron_h has
-experts without a gate. "Without lorashard" is the same engine with `LORASHARD_DISABLE=1` and plain adapters.
+experts without a gate. `tests/gpu/kinds_cases.py` has models of more families, and routed experts in other kinds of weights. "Without
+lorashard" is the same engine with `LORASHARD_DISABLE=1` and plain adapters.
 
 To repeat, for each release (results go to `docs/gpu/`); the last line writes this page:
 
     python -m tests.gpu --work W --out docs/gpu/RELEASE.json --http --load    # make gpu-test
     python -m tests.gpu --work W --stock --out docs/gpu/RELEASE-stock.json
+    python -m tests.gpu --work W --kinds --out docs/gpu/RELEASE-kinds.json
+    python -m tests.gpu --work W --no-matrix --start-line --out docs/gpu/RELEASE-start-line.json
     python -m tests.gpu.eplb --work W --out docs/gpu/RELEASE-eplb.json [--stock]
     python -m tests.gpu.dp --work W --out docs/gpu/RELEASE-dp.json [--stock]
     python -m tests.gpu.dp_speed --work W --out docs/gpu/RELEASE-dp-speed.json

@@ -41,10 +41,12 @@ SMALL = (
 class Server:
     """The process and its HTTP interface."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, *, stock: bool = False) -> None:
-        """arguments: of Python, all but host and port. stock: without the plugin."""
+    def __init__(
+        self, arguments: Sequence[str], log: Path, *, stock: bool = False, port: int = 0
+    ) -> None:
+        """arguments: of Python, all but host and port. stock: without the plugin. port: 0 = a free one."""
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind(("127.0.0.1", port))
             self._port = int(probe.getsockname()[1])
         metrics = log.parent / "prometheus"
         shutil.rmtree(metrics, ignore_errors=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.gpu.adapter import LORA_RANK
 from tests.gpu.cases import EP_SIZE, Case
 from tests.gpu.engine import (
     ERROR_FACTOR,
@@ -25,7 +26,7 @@ from tests.gpu.engine import (
     engine_arguments,
     prompt_log_probs,
 )
-from tests.gpu.loras import LORA_RANK, VERSIONS
+from tests.gpu.loras import VERSIONS
 from tests.gpu.processes import exit_after
 from tests.gpu.reference import VOCABULARY
 from tests.gpu.verl_files import worker_extension_module
