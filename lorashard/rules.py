@@ -56,7 +56,7 @@ EPLB = Rule(
 DATA_PARALLEL = Rule(
     "data-parallel-slots",
     "Engines that share experts send the numbers of their own LoRA slots along, so a token is computed with another request's adapter.",
-    "Refused unless it is asked for; then the engines agree on the slots in each step.",
+    "From vLLM 0.24.0 on the engines agree on the slots in each step; where they cannot, it is refused.",
     ("doctor", "start"),
     "https://github.com/PrimeIntellect-ai/prime-rl/issues/2073",
 )
@@ -80,6 +80,13 @@ IGNORED_LORA = Rule(
     "Refused as vLLM starts, with the name of the class.",
     ("start",),
     f"{_VLLM}/blob/v0.33.0/vllm/model_executor/layers/fused_moe/experts/triton_moe.py#L656",
+)
+WEIGHTED_INPUTS = Rule(
+    "router-weight-on-input",
+    "Models that weigh an expert's input and not its output (Llama 4) get LoRA of the input without the weight, and the weight on the LoRA of the output.",
+    "Refused as vLLM starts.",
+    ("start",),
+    f"{_VLLM}/blob/v0.33.0/vllm/model_executor/layers/fused_moe/modular_kernel.py#L1561",
 )
 OTHER_KERNEL = Rule(
     "weights-of-another-kernel",
@@ -217,7 +224,7 @@ DAMAGED_BYTES = Rule(
 
 RULES: tuple[Rule, ...] = (
     UNEVEN_EXPERTS, OTHER_PLACEMENT, EPLB, DATA_PARALLEL, UNKNOWN_VLLM, PATCHED_BY_OTHERS, IGNORED_LORA,
-    OTHER_KERNEL, STALE_ROWS, FP8_ACTIVATIONS, SORTED_BY_LOCAL_EXPERT, EARLIER_DELTAS,
+    WEIGHTED_INPUTS, OTHER_KERNEL, STALE_ROWS, FP8_ACTIVATIONS, SORTED_BY_LOCAL_EXPERT, EARLIER_DELTAS,
     UNLOADED_ONLY_BY_NAME, STALE_PREFIX_CACHE, RANKS_DIFFER, REPLACED_WHILE_READ, RENAMED_EXPERTS,
     PATTERNS_IGNORED, PARTIAL_EXPERTS, RANKS_OF_EXPERTS, FUSED_ORDER, FUSED_ORIENTATION, BASE_CHANGED,
     UNSUPPORTED_VARIANTS, LOST_IN_A_CAST, DAMAGED_BYTES,

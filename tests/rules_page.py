@@ -20,6 +20,7 @@ TESTS = {
     "unknown-vllm": f"{_CONFORMANCE}/engine/test_guards.py::test_broken_contracts_are_refused_without_expert_parallelism_too",
     "patched-by-others": f"{_CONFORMANCE}/test_beside_conformance.py::test_no_load_is_wrong",
     "ignored-expert-lora": f"{_CONFORMANCE}/engine/test_facts.py::test_one_layer_that_ignores_lora_is_enough",
+    "router-weight-on-input": f"{_CONFORMANCE}/engine/test_facts.py::test_one_layer_that_weighs_inputs_is_enough",
     "weights-of-another-kernel": f"{_CONFORMANCE}/engine/test_facts.py::test_weights_laid_out_for_a_kernel_that_lora_does_not_use",
     "stale-remote-rows": f"{_CONFORMANCE}/engine/test_facts.py::test_unfused_gpt_oss_experts_without_a_masked_sum_leave_rows",
     "fp8-activations": f"{_CONFORMANCE}/patches/test_activations.py::test_releases_from_0_20_to_0_23_need_it",

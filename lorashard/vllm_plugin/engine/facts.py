@@ -129,6 +129,7 @@ def module_facts(
         experts_class=type(experts[-1]).__name__ if experts else None,
         reads_lora=all(map(reads_lora_context, classes)),
         leaves_rows=any(map(_leaves_rows, classes)),
+        weighs_inputs=any(map(_weighs_inputs, wrappers.values())),
         rearranged_for=next(filter(None, map(_rearranged_for, wrappers.values())), None),
     )
 
@@ -157,6 +158,15 @@ def _rearranged_for(wrapper: Any) -> str | None:
     if backend is None or getattr(method, "supports_internal_mk", False):
         return None
     return None if backend.name == "TRITON" else str(backend.value)
+
+
+def _weighs_inputs(wrapper: Any) -> bool:
+    """Whether the router's weight is on an expert's input: an attribute of the layer up to 0.23, and of
+    its `routed_experts` since 0.24.
+    """
+    layer = wrapper.base_layer
+    holder = getattr(layer, "routed_experts", layer)
+    return bool(getattr(holder, "apply_router_weight_on_input", False))
 
 
 def reads_lora_context(experts_class: type) -> bool:

@@ -20,6 +20,7 @@ class EngineFacts:
     data_parallel_obstacle: why engines that share experts cannot agree on LoRA slots; None if they can.
     experts_class: the class that computes the experts. reads_lora: whether its code looks at the
     LoRA context. leaves_rows: it sums rows of remote experts that nothing has written.
+    weighs_inputs: the router's weight is on an expert's input, not on its output.
     rearranged_for: the kernel whose weight layout the experts have, where LoRA computes them with
     another. contract_breaks: sentences on how this vLLM differs from what the plugin relies on.
     displaced: sentences on what other packages have put in the place of the plugin's patches.
@@ -34,6 +35,7 @@ class EngineFacts:
     experts_class: str | None = None
     reads_lora: bool = True
     leaves_rows: bool = False
+    weighs_inputs: bool = False
     rearranged_for: str | None = None
     contract_breaks: tuple[str, ...] = ()
     displaced: tuple[str, ...] = ()
@@ -130,7 +132,15 @@ RULES: tuple[Rule, ...] = (
         applies=lambda facts: not facts.reads_lora,
         reason="The experts run in {facts.experts_class}, which accepts LoRA weights but never "
         "applies them.",
-        way_out="Choose another MoE backend or quantization for the model (--moe-backend triton).",
+        way_out="Choose another MoE backend or quantization for the model (--moe-backend auto; marlin for four bits).",
+    ),
+    Rule(
+        hazard=rules.WEIGHTED_INPUTS,
+        variable="LORASHARD_RISK_WRONGLY_WEIGHTED_EXPERT_LORA",
+        applies=lambda facts: facts.weighs_inputs,
+        reason="This model multiplies an expert's input by the router's weight, not its output (Llama 4 "
+        "does). vLLM's LoRA takes the input without the weight, and multiplies the output's LoRA by it.",
+        way_out="Use a checkpoint into which the adapter is merged, or start without --enable-lora.",
     ),
     Rule(
         hazard=rules.OTHER_KERNEL,

@@ -214,6 +214,19 @@ def test_one_layer_that_ignores_lora_is_enough() -> None:
     assert module_facts(config(), layers, []).reads_lora is False
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_one_layer_that_weighs_inputs_is_enough(inside: bool) -> None:
+    weighing = wrapper(ReadsLora())
+    holder = SimpleNamespace(apply_router_weight_on_input=True)
+    if inside:
+        weighing.base_layer.routed_experts = holder
+    else:
+        vars(weighing.base_layer).update(vars(holder))
+    layers = {"a": wrapper(ReadsLora()), "b": weighing}
+    assert module_facts(config(), layers, []).weighs_inputs is True
+    assert module_facts(config(), {"a": layers["a"]}, []).weighs_inputs is False
+
+
 @pytest.mark.parametrize(
     ("experts_class", "expected"),
     [(ReadsLora, True), (Inherits, True), (Delegates, True), (Ignores, False),

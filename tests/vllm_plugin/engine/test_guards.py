@@ -50,6 +50,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"experts_class": "TritonWNA16Experts", "reads_lora": False},
         "TritonWNA16Experts",
     ),
+    "LORASHARD_RISK_WRONGLY_WEIGHTED_EXPERT_LORA": ({"weighs_inputs": True}, "router's weight"),
     "LORASHARD_RISK_WEIGHTS_OF_ANOTHER_KERNEL": (
         {"rearranged_for": "FlashInfer CUTLASS"},
         "FlashInfer CUTLASS",
