@@ -182,14 +182,14 @@ RANKS_OF_EXPERTS = Rule(
 FUSED_ORDER = Rule(
     "order-of-fused-columns",
     "Unsloth until September 2026, and Megatron, write the columns of a fused lora_B expert by expert, PEFT rank by rank.",
-    "What the file or its config tells decides, or it is refused; an older Unsloth adapter looks like PEFT's and needs `--lora-b-layout`.",
+    "What the file or its config tells decides, or it is refused; an older Unsloth adapter looks like PEFT's and needs `lora_b_layout`.",
     ("split", "load"),
     f"{_UNSLOTH}/pull/1269",
 )
 FUSED_ORIENTATION = Rule(
     "orientation-of-fused-factors",
     "PEFT 0.17 and 0.18 with transformers 5 write the factors of fused experts in each other's place.",
-    "Told by their sizes; where those fit both ways, `--model` or `--orientation` is asked for.",
+    "Told by their sizes; where those fit both ways, `model` or `orientation` is asked for.",
     ("split", "load"),
     f"{_VLLM}/issues/52198",
 )
@@ -210,7 +210,7 @@ UNSUPPORTED_VARIANTS = Rule(
 LOST_IN_A_CAST = Rule(
     "lost-in-a-cast",
     "Values too small for another dtype become zero, and too large ones infinite.",
-    "`split --dtype` refuses what overflows, and says how much has become zero.",
+    "A cast by `split` refuses what overflows, and says how much has become zero.",
     ("split",),
     "",
 )

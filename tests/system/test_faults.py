@@ -363,7 +363,8 @@ def test_of_two_on_one_target_one_wins_and_the_other_says_so(place: Place) -> No
             continue
         codes = (answer["code"], other["code"])
         ends.add(codes)
-        assert 0 in codes, where
+        # Of a batch, each of the two may win another adapter.
+        assert 0 in codes or len(place.finished_paths()) > 1, where
         for one in (answer, other):
             assert one["code"] == 0 or any(words in one["stderr"] for words in REFUSED), where
             assert "Traceback" not in one["stderr"], where

@@ -63,6 +63,7 @@ def header_length(weights: Path) -> int:
 def without_place(manifest: Path) -> dict[str, Any]:
     document = json.loads(manifest.read_text())
     document["source"] |= {"repo": None, "revision": None}
+    del document["blake3"]  # of all else
     return document
 
 

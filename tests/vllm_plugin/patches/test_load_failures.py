@@ -10,7 +10,7 @@ import pytest
 from lorashard.errors import ShardError
 from lorashard.vllm_plugin.patches import adapter_loading
 
-REQUEST = SimpleNamespace(lora_name="mine", lora_int_id=3)
+REQUEST = SimpleNamespace(lora_name="mine", lora_int_id=3, lora_path="none/such")
 
 
 @pytest.mark.parametrize(
