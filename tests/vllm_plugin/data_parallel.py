@@ -517,7 +517,7 @@ def sequences(engine: Engine) -> list[str]:
 
     # Without a failure, and without what differs between processes, all engines try the same.
     @settings(
-        max_examples=60, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+        max_examples=30, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(strategies.lists(strategies.tuples(between, batches), min_size=1, max_size=6))

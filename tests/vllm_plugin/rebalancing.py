@@ -501,7 +501,7 @@ def _tries(worker: Worker, wrong: list[str]) -> None:
 
     # Without a failure, and without what differs between processes, all ranks try the same.
     @settings(
-        max_examples=40, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+        max_examples=20, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(strategies.lists(happenings, min_size=1, max_size=12))

@@ -13,7 +13,7 @@ import pytest
 from tests.tiny import REPO
 from tests.vllm_release import PLUGIN_RELEASES, run_in_release
 
-CYCLES = int(os.environ.get("LORASHARD_LOAD_CYCLES", "150"))  # 3,000 take three minutes
+CYCLES = int(os.environ.get("LORASHARD_LOAD_CYCLES", "100"))  # 3,000 take three minutes
 RELEASES = PLUGIN_RELEASES if "LORASHARD_RELEASES" in os.environ else PLUGIN_RELEASES[:1]
 
 
