@@ -1,7 +1,8 @@
 """The directory of a version that no one uses -> gone, or left alone with the reason.
 
 In: a path that names a version. It is renamed before its files are deleted: whatever kills the process,
-under the version's name is a whole directory or none. `clear_removed` deletes what was left, `clear_unfinished` what a writer left.
+under the version's name is a whole directory or none. `clear_removed` deletes what was left of such a
+run, `clear_unfinished` what a killed writer left.
 """
 
 from __future__ import annotations

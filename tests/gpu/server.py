@@ -263,6 +263,15 @@ def run_session(
     return session.lines
 
 
+def write_checks(document: dict[str, Any], out: Path) -> None:
+    """The document of a session, and whether all of it was as expected."""
+    checks = document["checks"]
+    document["as_expected"] = (
+        bool(checks) and "failure" not in document and all(check["right"] for check in checks)
+    )
+    out.write_text(json.dumps(document, indent=1))
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.server")
     parser.add_argument("--work", type=Path, required=True)
@@ -286,11 +295,7 @@ def _main() -> None:
         document["failure"] = str(err)[:1000]
     finally:
         server.end()
-    checks = document["checks"]
-    document["as_expected"] = (
-        bool(checks) and "failure" not in document and all(check["right"] for check in checks)
-    )
-    args.out.write_text(json.dumps(document, indent=1))
+    write_checks(document, args.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 from tests.gpu.chat_checkpoint import MAX_MODEL_LEN, make_chat_checkpoint
 from tests.gpu.engine import Expected
 from tests.gpu.kinds_cases import ALL
-from tests.gpu.server import Server
+from tests.gpu.server import Server, write_checks
 
 MODEL = "GLM-4.5-Air"
 # Served name -> adapter of glm16: shard directories, and one as the trainer wrote it.
@@ -192,11 +192,7 @@ def _main() -> None:
         document["failure"] = f"{type(err).__name__}: {err}"[:1000]
     finally:
         server.end()
-    checks = document["checks"]
-    document["as_expected"] = (
-        bool(checks) and "failure" not in document and all(check["right"] for check in checks)
-    )
-    args.out.write_text(json.dumps(document, indent=1))
+    write_checks(document, args.out)
 
 
 if __name__ == "__main__":

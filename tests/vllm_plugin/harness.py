@@ -254,6 +254,16 @@ def buffers(engine: LRUCacheWorkerLoRAManager, slot: int) -> dict[str, dict[str,
     return found
 
 
+def are_equal(one: dict[str, dict[str, Pair]], other: dict[str, dict[str, Pair]]) -> bool:
+    """Whether all of one slot, as `buffers` copies it, is in another."""
+    return all(
+        torch.equal(a, b)
+        for module, projections in one.items()
+        for projection, pair in projections.items()
+        for a, b in zip(pair, other[module][projection], strict=True)
+    )
+
+
 def deltas(engine: LRUCacheWorkerLoRAManager, slot: int) -> dict[str, dict[int, dict[str, Tensor]]]:
     """{module: {global expert: {projection: lora_B @ lora_A}}} in float32, MoE modules only.
 

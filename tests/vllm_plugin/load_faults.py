@@ -22,7 +22,6 @@ from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 import vllm
 from safetensors.torch import load_file
@@ -300,12 +299,7 @@ class Worker:
     def _version(self, number: int) -> int | None:
         found = harness.buffers(self.engine, harness.slot_of(self.engine, number))
         for version, known in enumerate(self.known):
-            if all(
-                torch.equal(one, other)
-                for module, projections in known.items()
-                for projection, pair in projections.items()
-                for one, other in zip(pair, found[module][projection], strict=True)
-            ):
+            if harness.are_equal(known, found):
                 return version
         return None
 

@@ -21,7 +21,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 
 from lorashard import SplitRequest, split_adapter
@@ -37,7 +36,7 @@ from lorashard.vllm_plugin.patches.adapter_loading import attached_loader  # noq
 from tests.vllm_plugin import harness  # noqa: E402
 from tests.vllm_plugin.harness_selfcheck import SIZES, adapter_of, mismatches, modules  # noqa: E402
 from tests.vllm_plugin.loading import expected_of  # noqa: E402
-from tests.vllm_plugin.swaps import _resident_mb  # noqa: E402
+from tests.vllm_plugin.swaps import resident_mb  # noqa: E402
 
 NUM_ADAPTERS, MAX_LORAS = 8, 3
 TIMEOUT_S = 10  # of what ranks agree in
@@ -127,18 +126,13 @@ class Worker:
             {number: self._adapter_in_slot(number) for number in manager._active_adapters},
             tuple(manager.lora_index_to_id),
             len(self._loader.regions.sizes()) + len(registered),
-            _resident_mb(),
+            resident_mb(),
         )
 
     def _adapter_in_slot(self, number: int) -> int:
         found = harness.buffers(self.engine, harness.slot_of(self.engine, number))
         for adapter, known in enumerate(self._known):
-            if all(
-                torch.equal(one, other)
-                for module, projections in known.items()
-                for projection, pair in projections.items()
-                for one, other in zip(pair, found[module][projection], strict=True)
-            ):
+            if harness.are_equal(known, found):
                 return adapter
         return -1
 

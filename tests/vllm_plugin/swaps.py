@@ -51,13 +51,13 @@ def swap_many(steps: int) -> dict[str, Any]:
         if kind not in known:
             wrong += mismatches(engine, slot, expected_deltas(weights[kind]))
             known[kind] = harness.buffers(engine, slot)
-        elif not _equal(known[kind], harness.buffers(engine, slot)):
+        elif not harness.are_equal(known[kind], harness.buffers(engine, slot)):
             wrong.append(f"step {step}: not the weights of its version")
         while len(served) > KEEP:
             number, old = served.pop(0)
             engine.remove_adapter(number)
             shutil.rmtree(old)
-        resident.append(_resident_mb())
+        resident.append(resident_mb())
     size = (shards[0] / "ep-00001-of-00002.safetensors").stat().st_size
     shutil.rmtree(work)
     return {"wrong": wrong, "resident_mb": resident, "mb_a_step": size / 1e6}
@@ -79,16 +79,8 @@ def _weights(seed: int) -> Adapter:
     )
 
 
-def _equal(one: Any, other: Any) -> bool:
-    return all(
-        torch.equal(a, b)
-        for module, projections in one.items()
-        for projection, pair in projections.items()
-        for a, b in zip(pair, other[module][projection], strict=True)
-    )
-
-
-def _resident_mb() -> float:
+def resident_mb() -> float:
+    """Memory of this process, in MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024 / 1e6

@@ -28,6 +28,7 @@ from lorashard.vllm_plugin.engine.guards import (
     unknown_data_parallel,
     unknown_eplb,
 )
+from lorashard.vllm_plugin.engine.live import routed_experts
 
 _ALL2ALL = "allgather_reducescatter"
 _TRITON_EXPERTS = "model_executor/layers/fused_moe/experts/triton_moe.py"
@@ -161,12 +162,8 @@ def _rearranged_for(wrapper: Any) -> str | None:
 
 
 def _weighs_inputs(wrapper: Any) -> bool:
-    """Whether the router's weight is on an expert's input: an attribute of the layer up to 0.23, and of
-    its `routed_experts` since 0.24.
-    """
-    layer = wrapper.base_layer
-    holder = getattr(layer, "routed_experts", layer)
-    return bool(getattr(holder, "apply_router_weight_on_input", False))
+    """Whether the router's weight is on an expert's input."""
+    return bool(getattr(routed_experts(wrapper), "apply_router_weight_on_input", False))
 
 
 def reads_lora_context(experts_class: type) -> bool:

@@ -98,20 +98,23 @@ def num_logical_experts(moe_config: Any) -> int:
     return int(getattr(moe_config, "num_logical_experts", moe_config.num_experts))
 
 
+def routed_experts(wrapper: Any) -> Any:
+    """What has the attributes of a layer's routed experts: the layer up to 0.23, a part of it since 0.24."""
+    layer = wrapper.base_layer
+    return getattr(layer, "routed_experts", layer)
+
+
 def local_experts(wrapper: Any, name: str) -> tuple[int, ...]:
     """Global expert ids in slot order; all of them without expert parallelism.
 
     Under EPLB they are those of the start: redundant experts are the first ones again
     (0.33.0 eplb_state.py:301).
 
-    The map is an attribute of the layer up to 0.23, and of its `routed_experts` since 0.24. The
-    public `expert_map` is something else on ROCm (0.33.0 routed_experts.py:257). Raises
+    The public `expert_map` is something else on ROCm (0.33.0 routed_experts.py:257). Raises
     PlacementError for a map whose slots have gaps, or for none under expert parallelism.
     """
-    layer = wrapper.base_layer
-    config = layer.moe_config
-    holder = getattr(layer, "routed_experts", layer)
-    expert_map = getattr(holder, "_expert_map", None)
+    config = wrapper.base_layer.moe_config
+    expert_map = getattr(routed_experts(wrapper), "_expert_map", None)
     if expert_map is None:
         if config.moe_parallel_config.use_ep and config.moe_parallel_config.ep_size > 1:
             raise PlacementError(f"{name}: expert parallelism without an expert map.")
