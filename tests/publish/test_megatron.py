@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lorashard import SplitRequest, save_megatron, split_adapter, verify_shards
 from lorashard.errors import UnsupportedAdapterError
 from tests.publish.megatron_run import EXPERTS, LAYERS, Case
+from tests.publish.ranks import run_ranks
 from tests.tiny import REPO
 
 RUN = REPO / "tests" / "publish" / "megatron_run.py"
@@ -81,18 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for world, cases in CASES.items():
         folder = folders[world] = tmp_path_factory.mktemp(f"world{world}")
         told = json.dumps({name: asdict(case) for name, case in cases.items()})
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(RUN), str(rank), str(world), str(folder), told],
-                env=os.environ | {"PYTHONPATH": f"{REPO}:{INSTALLED}", "OMP_NUM_THREADS": "1"},
-                stderr=(folder / f"{rank}.log").open("wb"),
-                stdout=subprocess.DEVNULL,
-            )
-            for rank in range(world)
-        ]
-        ended = [process.wait(timeout=280) for process in ranks]
-        logs = [(folder / f"{rank}.log").read_text()[-1500:] for rank in range(world)]
-        assert ended == [0] * world, "\n".join(logs)
+        run_ranks(RUN, world, folder, told, packages=INSTALLED, timeout_s=280)
     return folders
 
 

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lorashard import SplitRequest, split_adapter, verify_shards
 from lorashard.publish.peft_models import save_sharded
+from tests.publish.ranks import run_ranks
 from tests.tiny import REPO
 
 RUN = REPO / "tests" / "publish" / "fsdp_run.py"
-
-
-def start(rank: int, world: int, folder: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, str(RUN), str(rank), str(world), str(folder)],
-        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        stderr=(folder / f"{rank}.log").open("wb"),
-        stdout=subprocess.DEVNULL,
-    )
 
 
 def split_of_saved(folder: Path) -> dict[str, bytes]:
@@ -45,9 +34,7 @@ def split_of_saved(folder: Path) -> dict[str, bytes]:
 def test_a_model_that_fsdp2_shards_is_saved_as_if_it_had_been_gathered(
     tmp_path: Path, world: int
 ) -> None:
-    ranks = [start(rank, world, tmp_path) for rank in range(world)]
-    ended = [process.wait(timeout=180) for process in ranks]
-    assert ended == [0] * world, (tmp_path / "0.log").read_text()[-2000:]
+    run_ranks(RUN, world, tmp_path)
     saved = {path.name: path.read_bytes() for path in (tmp_path / "sharded").iterdir()}
     assert saved == split_of_saved(tmp_path)
     verify_shards(tmp_path / "sharded", against=tmp_path / "gathered")

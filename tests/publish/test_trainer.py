@@ -7,8 +7,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 import textwrap
 import weakref
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ from lorashard import PublishCallback
 from lorashard.errors import AdapterError, OutputExistsError
 from tests.imports import imported_by
 from tests.publish.fsdp_run import peft_model
+from tests.publish.ranks import run_ranks
 from tests.publish.test_peft_models import split_of_saved
 from tests.publish.test_writer import files_of
 from tests.publish.trainer_run import (
@@ -225,17 +224,7 @@ def test_importing_it_imports_no_transformers() -> None:
 
 def run(kind: str, folder: Path, world: int = 2) -> list[dict[str, Any]]:
     """What each rank has said."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(RUN), kind, str(rank), str(world), str(folder)],
-            env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-            stderr=(folder / f"{rank}.log").open("wb"),
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(world)
-    ]
-    ended = [process.wait(timeout=180) for process in ranks]
-    assert ended == [0] * world, (folder / "0.log").read_text()[-2000:]
+    run_ranks(RUN, world, folder, kind)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 

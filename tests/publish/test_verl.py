@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lorashard import SplitRequest, split_adapter, verify_shards
+from tests.publish.ranks import run_ranks
 from tests.tiny import REPO
 from tests.vllm_plugin.beside_packages import INSTALLED
 
@@ -24,17 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.fail("verl is not there: make .venv/.beside")
         pytest.skip("make .venv/.beside")
     folder = tmp_path_factory.mktemp("verl")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(RUN), str(rank), str(WORLD), str(folder)],
-            env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-            stderr=(folder / f"{rank}.log").open("wb"),
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(WORLD)
-    ]
-    ended = [process.wait(timeout=180) for process in ranks]
-    assert ended == [0] * WORLD, (folder / "0.log").read_text()[-2000:]
+    run_ranks(RUN, WORLD, folder)
     return folder
 
 

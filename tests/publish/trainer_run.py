@@ -1,4 +1,4 @@
-"""Trainings of a few steps. As a rank of several: python trainer_run.py KIND RANK WORLD FOLDER.
+"""Trainings of a few steps. As a rank of several: python trainer_run.py RANK WORLD FOLDER KIND.
 
 KIND is ddp (transformers' Trainer), fails (as ddp, and publishing fails on rank 0), lost (as ddp, and
 rank 1 has no path) or fsdp2 (a step by hand, and the events of transformers' CallbackHandler: its Trainer shards on GPUs only).
@@ -6,6 +6,7 @@ rank 1 has no path) or fsdp2 (a step by hand, and the events of transformers' Ca
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -77,6 +78,12 @@ def train(folder: Path, callbacks: list[Any], **changes: Any) -> Any:
     return trainer
 
 
+def train_together(folder: Path, callback: PublishCallback) -> str:
+    """Returns what the trainer has wrapped the model in."""
+    trainer = train(folder, [SaveWhole(folder), callback], ddp_backend="gloo")
+    return type(trainer.model_wrapped).__name__
+
+
 def tokenizer() -> Any:
     """One token for each word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -103,7 +110,7 @@ def train_by_hand(folder: Path, rank: int, world: int, publisher: Publisher) -> 
 
 
 def main() -> None:
-    kind, rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    rank, world, folder, kind = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     # What torchrun sets. The address is not used: in a file, no other test can take the port away.
     os.environ |= {
         "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}",
@@ -123,13 +130,15 @@ def main() -> None:
             train_by_hand(folder, rank, world, publisher)
         else:
             callback = PublishCallback(publisher, ep_size=EP_SIZE, every=EVERY)
-            trainer = train(folder, [SaveWhole(folder), callback], ddp_backend="gloo")
-            said["wrapped"] = type(trainer.model_wrapped).__name__
+            said["wrapped"] = train_together(folder, callback)
     except Exception as err:  # noqa: BLE001 - the answer
         said["error"] = f"{type(err).__name__}: {err}"
     said["published"] = publisher.published
     (folder / f"{rank}.json").write_text(json.dumps(said))
     dist.barrier()
+    # DDP's reducer must not be the last to hold the process group: PyTorch would then join gloo's
+    # threads with the GIL held, which one of them may wait for.
+    gc.collect()
     dist.destroy_process_group()
 
 
