@@ -216,7 +216,8 @@ means 8 + 7 experts; g2 means expert groups, so that round-robin placement takes
 experts without a gate. `tests/gpu/kinds_cases.py` has models of more families, and routed experts in other kinds of weights. "Without
 lorashard" is the same engine with `LORASHARD_DISABLE=1` and plain adapters.
 
-To repeat, for each release (results go to `docs/gpu/`); the last line writes this page:
+To repeat, for each release (results go to `docs/gpu/`; `python -m tests.gpu.stages` runs several of these on one host, side by side and in
+turn); the last line writes this page:
 
     python -m tests.gpu --work W --out docs/gpu/RELEASE.json --http --load    # make gpu-test
     python -m tests.gpu --work W --stock --out docs/gpu/RELEASE-stock.json

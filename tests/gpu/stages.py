@@ -1,0 +1,147 @@
+"""Programs of this folder on one host, in stages: those of a stage side by side, the stages in turn.
+
+    python -m tests.gpu.stages PLAN --sites DIR --work DIR --out DIR [--limit SECONDS]
+
+PLAN is a text. An empty line begins the next stage, # a comment, and any other line is a program:
+
+    NAME SECONDS RELEASE MODULE ARGUMENTS...
+    cost 180     0.33.0  tests.gpu.eplb_cost
+
+It runs as `python -m MODULE --work WORK --out OUT/NAME.json ARGUMENTS...` with SITES/RELEASE and
+SITES/common on its path, for SECONDS at most, and prints to OUT/NAME.log. What is left of it then, an
+engine in a session of its own included, is ended before the next stage, whose figures it would spoil. A
+program that the limit leaves no time for is not started.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.gpu.processes import child_environment, end, start
+
+MARK = "LORASHARD_GPU_STAGES"  # in the environment of all that a program starts
+_SPARE_S = 10.0  # to end engines and write files
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One line of a plan."""
+
+    name: str
+    limit_s: float
+    release: str
+    arguments: tuple[str, ...]  # the module, and its own
+
+    def command(self, work: Path, out: Path) -> list[str]:
+        """Arguments of Python."""
+        module, *more = self.arguments
+        places = ("--work", str(work), "--out", str(out / f"{self.name}.json"))
+        return ["-m", module, *places, *more]
+
+
+def read_plan(text: str) -> list[list[Program]]:
+    """The stages. Raises ValueError for a line that is no program, or a name that comes twice."""
+    stages: list[list[Program]] = [[]]
+    names: set[str] = set()
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            if stages[-1] and not line.strip():
+                stages.append([])
+            continue
+        if len(words) < 4:
+            raise ValueError(f"not NAME SECONDS RELEASE MODULE ...: {line}")
+        name, seconds, release, *arguments = words
+        if name in names:
+            raise ValueError(f"two programs are called {name}")
+        names.add(name)
+        stages[-1].append(Program(name, float(seconds), release, tuple(arguments)))
+    return [stage for stage in stages if stage]
+
+
+def run_stage(
+    stage: Sequence[Program], sites: Path, work: Path, out: Path, ends: float
+) -> dict[str, str]:
+    """How each program ended. ends: the time, on the monotonic clock, at which all are ended."""
+    began = time.monotonic()
+    running = {}
+    for program in stage:
+        path = os.pathsep.join(str(sites / name) for name in (program.release, "common"))
+        environment = child_environment(False, {MARK: program.name})
+        environment["PYTHONPATH"] += os.pathsep + path
+        command = program.command(work, out)
+        running[program] = start(command, out / f"{program.name}.log", environment)
+    said: dict[str, str] = {}
+    while len(said) < len(running):
+        time.sleep(0.05)
+        now = time.monotonic()
+        for program, process in running.items():
+            if program.name in said:
+                continue
+            status = process.poll()
+            if status is not None:
+                said[program.name] = f"exit status {status} after {now - began:.0f} s"
+            elif now > min(ends, began + program.limit_s):
+                end(process)
+                said[program.name] = f"no end after {now - began:.0f} s"
+    end_marked()
+    return said
+
+
+def end_marked() -> None:
+    """End all that a program has started and left."""
+    import psutil
+
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and MARK in process.environ():
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=_SPARE_S)  # a GPU's memory is free once they are gone
+
+
+def run_stages(
+    stages: Sequence[Sequence[Program]], sites: Path, work: Path, out: Path, limit_s: float
+) -> dict[str, str]:
+    """How each program ended; printed as well, once it is known."""
+    ends = time.monotonic() + limit_s - _SPARE_S
+    said: dict[str, str] = {}
+    for stage in stages:
+        if time.monotonic() < ends:
+            new = run_stage(stage, sites, work, out, ends)
+        else:
+            new = {program.name: "not started: no time is left" for program in stage}
+        for name, how in new.items():
+            print(f"{name}: {how}", flush=True)
+        said |= new
+    return said
+
+
+def main() -> int:
+    """Run what the command line says; 1 unless all programs ended well."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.gpu.stages",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--sites", type=Path, required=True, help="a folder of packages by release")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=float, default=590, help="seconds for all of it (590)")
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    stages = read_plan(asked.plan.read_text())
+    said = run_stages(stages, asked.sites, asked.work, asked.out, asked.limit)
+    return 0 if all(how.startswith("exit status 0") for how in said.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
