@@ -55,17 +55,21 @@ def wrap_rearrange(original: Callable[..., Any]) -> Callable[..., Any]:
     def rearrange_expert_weights_inplace(*args: Any, **kwargs: Any) -> Any:
         call = parameters.bind(*args, **kwargs)
         given = call.arguments
-        done = original(*call.args, **call.kwargs)
         layers = list(map(layer_of, given["expert_weights"]))
-        if layers[0] is not None and not given.get("is_profile"):
-            from vllm.distributed.parallel_state import get_ep_group
+        first = None if given.get("is_profile") else layers[0]
+        if first is None:
+            return original(*call.args, **call.kwargs)
+        from vllm.distributed.parallel_state import get_ep_group
 
-            group = get_ep_group().cpu_group
-            layers[0].rows.begin_transfer(group)
-            maps = (given[f"{age}_global_expert_indices"].tolist() for age in ("old", "new"))
-            for layer, before, after in zip(layers, *maps, strict=True):
-                layer.rows.send(layer.name, before, after, group, given["communicator"])
-                layer.rows.put(layer.name)
+        # What waits for the GPU or for other ranks comes before vLLM's part, so that ours is on its
+        # way to the GPU while that is busy with the base weights.
+        group = get_ep_group().cpu_group
+        maps = [given[f"{age}_global_expert_indices"].tolist() for age in ("old", "new")]
+        first.rows.begin_transfer(group)
+        done = original(*call.args, **call.kwargs)
+        for layer, before, after in zip(layers, *maps, strict=True):
+            layer.rows.send(layer.name, before, after, group, given["communicator"])
+            layer.rows.put(layer.name)
         return done
 
     return rearrange_expert_weights_inplace
