@@ -24,6 +24,9 @@ RELEASES_DIR = Path(__file__).resolve().parents[1] / ".venv" / "vllm"
 # and two between, where much changes.
 _RELEASES = os.environ.get("LORASHARD_RELEASES", "0.33.0 0.22.1 0.20.2 0.16.0")
 PLUGIN_RELEASES = tuple(_RELEASES.split())
+# Slow tests run at the ends of the range, or in the newest, unless LORASHARD_RELEASES says where.
+_ARE_CHOSEN = "LORASHARD_RELEASES" in os.environ
+END_RELEASES = PLUGIN_RELEASES if _ARE_CHOSEN else (PLUGIN_RELEASES[0], PLUGIN_RELEASES[-1])
 
 # What `vllm.lora.worker_manager` and `vllm.model_executor.layers.fused_moe` of 0.16.0, 0.20.2 and
 # 0.33.0 import at module level, beyond torch, transformers and safetensors (and what these bring).
@@ -57,6 +60,11 @@ VLLM_LIGHT_PACKAGES = (
     "uvloop",
     "xgrammar",
 )
+
+
+def newest_of(releases: tuple[str, ...]) -> tuple[str, ...]:
+    """The first of these, or all where LORASHARD_RELEASES has chosen them."""
+    return releases if _ARE_CHOSEN else releases[:1]
 
 
 def release_sources(release: str) -> Path | None:

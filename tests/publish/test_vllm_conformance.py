@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+from tests.vllm_release import END_RELEASES, run_in_release
 
 SCRIPT = f"""
 import sys; sys.path.insert(0, {str(REPO)!r})
@@ -14,7 +14,7 @@ answer(vllm_models.run_all())
 """
 
 
-@pytest.mark.parametrize("release", PLUGIN_RELEASES)
+@pytest.mark.parametrize("release", END_RELEASES)
 def test_versions_come_and_go_in_vllms_own_list_of_models(release: str) -> None:
     found = run_in_release(release, SCRIPT)
     zero, one, two, three = (f"policy-v{version:05}" for version in range(4))

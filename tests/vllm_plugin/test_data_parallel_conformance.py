@@ -5,7 +5,6 @@ See data_parallel.py. In the newest release, or in those of LORASHARD_RELEASES w
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from tempfile import mkdtemp
@@ -15,10 +14,10 @@ import pytest
 
 from lorashard.vllm_plugin.doctor.releases import FIRST_WITH_EPLB, release_number
 from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, record, run_in_release
+from tests.vllm_release import PLUGIN_RELEASES, newest_of, record, run_in_release
 
 SUPPORTED = tuple(r for r in PLUGIN_RELEASES if (release_number(r) or (0,)) >= FIRST_WITH_EPLB)
-RELEASES = SUPPORTED if "LORASHARD_RELEASES" in os.environ else SUPPORTED[:1]
+RELEASES = newest_of(SUPPORTED)
 FAULTS = (
     "slots_of_each", "idle_engine", "others_tokens", "stale_mapping", "graph_of_own", "too_many",
 )  # fmt: skip

@@ -14,9 +14,9 @@ import pytest
 from tests.adapters import Spec, build
 from tests.hub_server import HubServer
 from tests.tiny import REPO, run_cli
-from tests.vllm_release import PLUGIN_RELEASES, require_release
+from tests.vllm_release import END_RELEASES, require_release
 
-pytestmark = pytest.mark.parametrize("release", PLUGIN_RELEASES)
+pytestmark = pytest.mark.parametrize("release", END_RELEASES)
 
 # What a server does with VLLM_PLUGINS and the list of repositories, and a request's model.
 SCRIPT = """

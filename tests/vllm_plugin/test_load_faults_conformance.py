@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 
 from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+from tests.vllm_release import PLUGIN_RELEASES, newest_of, run_in_release
 
 # Of how many lines one is tried: LORASHARD_FAULTS=1 takes all of them, several minutes a release.
 EVERY = int(os.environ.get("LORASHARD_FAULTS", "40"))
-RELEASES = PLUGIN_RELEASES if "LORASHARD_RELEASES" in os.environ else PLUGIN_RELEASES[:1]
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", newest_of(PLUGIN_RELEASES))
 def test_a_fault_on_one_rank_is_the_same_on_both_and_the_next_load_works(
     release: str, tmp_path: Path
 ) -> None:

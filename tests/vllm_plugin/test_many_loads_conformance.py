@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+from tests.vllm_release import PLUGIN_RELEASES, newest_of, run_in_release
 
 CYCLES = int(os.environ.get("LORASHARD_LOAD_CYCLES", "100"))  # 3,000 take three minutes
-RELEASES = PLUGIN_RELEASES if "LORASHARD_RELEASES" in os.environ else PLUGIN_RELEASES[:1]
 
 
 @pytest.mark.parametrize("ep_size", [2, 4])
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", newest_of(PLUGIN_RELEASES))
 def test_every_slot_is_right_whatever_was_tried_before(
     release: str, ep_size: int, tmp_path: Path
 ) -> None:

@@ -5,7 +5,6 @@ See rebalancing.py. In the newest release, or in those of LORASHARD_RELEASES in 
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from tempfile import mkdtemp
@@ -15,10 +14,10 @@ import pytest
 
 from lorashard.vllm_plugin.doctor.releases import FIRST_WITH_EPLB, release_number
 from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, record, run_in_release
+from tests.vllm_release import PLUGIN_RELEASES, newest_of, record, run_in_release
 
 WITH_EPLB = tuple(r for r in PLUGIN_RELEASES if (release_number(r) or (0,)) >= FIRST_WITH_EPLB)
-RELEASES = WITH_EPLB if "LORASHARD_RELEASES" in os.environ else WITH_EPLB[:1]
+RELEASES = newest_of(WITH_EPLB)
 ON_TWO_RANKS = (
     "sync", "sync_without_redundant", "thread", "points", "read_ahead", "shared_factors", "sequences",
     "traffic", "after_a_failure", "profile", "published_maps",

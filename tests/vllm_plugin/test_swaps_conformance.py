@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+from tests.vllm_release import END_RELEASES, run_in_release
 
 STEPS = 300
 SCRIPT = f"""
@@ -18,7 +18,7 @@ answer(swaps.swap_many({STEPS}))
 """
 
 
-@pytest.mark.parametrize("release", PLUGIN_RELEASES)
+@pytest.mark.parametrize("release", END_RELEASES)
 def test_each_version_is_right_and_memory_is_flat(release: str) -> None:
     found: Any = run_in_release(release, SCRIPT, timeout_s=300)
     assert found["wrong"] == []

@@ -12,11 +12,11 @@ import pytest
 from lorashard import SplitRequest, split_adapter
 from tests.adapters import Spec, build
 from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+from tests.vllm_release import END_RELEASES, run_in_release
 
 LAYOUTS = ("L1", "L2")
 
-pytestmark = pytest.mark.parametrize("release", PLUGIN_RELEASES)
+pytestmark = pytest.mark.parametrize("release", END_RELEASES)
 
 # The harness's model, as its class is and as models are that rename or skip what an adapter has.
 SCRIPT = """

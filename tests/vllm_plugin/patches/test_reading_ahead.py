@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+from tests.vllm_release import END_RELEASES, run_in_release
 
 SCRIPT = f"""
 import sys; sys.path.insert(0, {str(REPO)!r})
@@ -19,7 +19,7 @@ RIGHT = [[], []]  # nothing wrong on any rank
 READ, ADDED = "lorashard: to be read", "lorashard: was read"
 BY_THREADS = ["lorashard", "lorashard"]  # on each rank one, and only once
 
-each_release = pytest.mark.parametrize("release", PLUGIN_RELEASES)
+each_release = pytest.mark.parametrize("release", END_RELEASES)
 
 
 @cache

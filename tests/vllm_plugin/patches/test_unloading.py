@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, run_in_release
+from tests.vllm_release import END_RELEASES, run_in_release
 
 SCRIPT = f"""
 import sys; sys.path.insert(0, {str(REPO)!r})
@@ -19,7 +19,7 @@ ON_BOTH, ON_NONE = [[1], [1]], [[], []]
 RIGHT = [[], []]  # nothing wrong on any rank
 PROMPT = 32  # tokens of it that a cache of whole blocks can have
 
-each_release = pytest.mark.parametrize("release", PLUGIN_RELEASES)
+each_release = pytest.mark.parametrize("release", END_RELEASES)
 
 
 @cache
