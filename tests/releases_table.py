@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.glance_tables import kinds_table, modes_table
 from tests.gpu.cases import CASES, release_key
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -29,6 +30,18 @@ INTRO = """# vLLM releases
 
 What was run with lorashard in each minor release of vLLM, and what came out. `make docs` writes this page from the recorded
 results.
+
+On two GPUs, with lorashard and `-tp 2 --enable-expert-parallel` (data parallel: `-dp 2`). "right": every
+answer is, by the measure of [gpu.md](gpu.md); "refused": vLLM does not start, and the message says why; "–": not run. "Experts that
+move" is `--enable-eplb`.
+
+{modes}
+
+Kinds of experts, in the releases in which any was run. Rows below Nemotron-H are GLM-4-MoE with its experts' weights in that form.
+
+{kinds}
+
+## In detail
 
 **On the CPU** (`make compat`): the release's own LoRA manager, layer classes and adapter loading, around MoE layers without
 weights. Every adapter layout is loaded three ways: as a plain adapter, as its own shards, and as shards split for another number of
@@ -146,4 +159,8 @@ def make_page() -> str:
             _server(runs), kernels if ran else "–",
         ])  # fmt: skip
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{INTRO.strip()}\n\n{table}\n{NOTES}"
+    documents = list(gpu.values())
+    intro = INTRO.format(
+        modes=modes_table(documents, minor_releases()), kinds=kinds_table(documents)
+    )
+    return f"{intro.strip()}\n\n{table}\n{NOTES}"
