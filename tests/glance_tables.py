@@ -22,8 +22,8 @@ _FIRST_WITH_EPLB = "0.24.0"
 
 
 def _is_plain(case: Case) -> bool:
-    special = case.fp8 or case.quantised or case.fully_sharded or case.graphs
-    return not special and case.model not in _UNEVEN and case.engine != _ROUND_ROBIN
+    special = case.fp8 or case.quantised or case.fully_sharded or case.graphs or case.engine
+    return not special and case.model not in _UNEVEN
 
 
 # How vLLM serves -> the engines of the matrix that show it.
@@ -34,6 +34,8 @@ _MODES: Mapping[str, Callable[[Case], bool]] = {
     "fully sharded": lambda case: case.fully_sharded,
     "uneven": lambda case: case.model in _UNEVEN,
     "round-robin": lambda case: case.engine == _ROUND_ROBIN,
+    "speculative": lambda case: "speculative_config" in case.engine,
+    "Ray": lambda case: case.engine.get("distributed_executor_backend") == "ray",
 }
 
 # Experts -> what the names of their cases begin with.

@@ -29,12 +29,12 @@ def test_an_engine_counts_wherever_it_shows_something() -> None:
     assert cells(modes_table([found], ["0.33.0", "0.32.0"])) == {
         "0.33.0": {
             "bf16": "right", "FP8": "**1 of 2 wrong**", "CUDA graphs": "–", "fully sharded": "–",
-            "uneven": "**1 of 2 wrong**", "round-robin": "–", "`vllm serve`": "–",
-            "experts that move": "–", "data parallel": "–",
+            "uneven": "**1 of 2 wrong**", "round-robin": "–", "speculative": "–", "Ray": "–",
+            "`vllm serve`": "–", "experts that move": "–", "data parallel": "–",
         },
         "0.32.0": dict.fromkeys(
-            ("bf16", "FP8", "CUDA graphs", "fully sharded", "uneven", "round-robin", "`vllm serve`",
-             "experts that move", "data parallel"), "–",
+            ("bf16", "FP8", "CUDA graphs", "fully sharded", "uneven", "round-robin", "speculative", "Ray",
+             "`vllm serve`", "experts that move", "data parallel"), "–",
         ),
     }  # fmt: skip
 

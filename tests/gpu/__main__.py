@@ -138,6 +138,8 @@ def _describe(line: Result) -> str:
         return f"{name}: {line['failure'].splitlines()[0][:200]}"
     if line.get("leak", 0.0) >= LEAK_ROOM:
         return f"{name}: the base model's answer changed by {line['leak']} afterwards"
+    if "generated_error" in line:
+        name = f"{name} (generated: {line['generated_error']})"
     return f"{name}: error {line['error']} > {line['limit']} or correlation {line['correlation']}"
 
 

@@ -52,6 +52,8 @@ class Case:
     optional: bool = False
     # Tokens to generate before the checks, without an adapter.
     warmup_tokens: int = 0
+    # Tokens to generate with each adapter, which are as likely in a prompt.
+    generated_tokens: int = 0
 
     @property
     def weights(self) -> str:
@@ -68,6 +70,8 @@ class Case:
             "fully sharded": self.fully_sharded,
             "graphs": self.graphs,
             "round_robin": self.engine.get("expert_placement_strategy") == "round_robin",
+            "speculative": "speculative_config" in self.engine,
+            "Ray": self.engine.get("distributed_executor_backend") == "ray",
             "EPLB": bool(self.engine.get("enable_eplb")),
             "mixed format": bool(self.engine.get("enable_mixed_moe_lora_format")),
         }

@@ -1,4 +1,4 @@
-"""What transformers does not write of a checkpoint: FP8 weights, Qwen3-VL's layout, a tokenizer."""
+"""What transformers does not write of a checkpoint: FP8 weights, Qwen3-VL's layout, MTP, a tokenizer."""
 
 import json
 import shutil
@@ -79,6 +79,32 @@ def transpose_experts(directory: Path, hidden_size: int) -> None:
         if inputs and tensor.dim() == 3 and tensor.shape[inputs] != hidden_size:
             state[name] = tensor.transpose(1, 2).contiguous()
     save_file(state, path, metadata={"format": "pt"})
+
+
+def add_mtp_layer(directory: Path) -> None:
+    """Give a GLM-4-MoE a layer that predicts one more token, made of its last one, as vLLM reads it."""
+    config_path, weights_path = directory / "config.json", directory / "model.safetensors"
+    config, state = json.loads(config_path.read_text()), load_file(weights_path)
+    number, hidden_size = config["num_hidden_layers"], config["hidden_size"]
+    last, new = f"model.layers.{number - 1}.", f"model.layers.{number}."
+    layer = {
+        name.replace(last, new): tensor.clone()
+        for name, tensor in state.items()
+        if name.startswith(last)
+    }
+    ones = torch.ones(hidden_size, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    both = torch.randn(hidden_size, 2 * hidden_size, generator=generator) * 0.05
+    layer |= {
+        f"{new}enorm.weight": ones,
+        f"{new}hnorm.weight": ones.clone(),
+        f"{new}eh_proj.weight": both.to(torch.bfloat16),
+        f"{new}shared_head.norm.weight": ones.clone(),
+        f"{new}shared_head.head.weight": state["lm_head.weight"].clone(),
+        f"{new}embed_tokens.weight": state["model.embed_tokens.weight"].clone(),
+    }
+    save_file(state | layer, weights_path, metadata={"format": "pt"})
+    config_path.write_text(json.dumps(config | {"num_nextn_predict_layers": 1}, indent=1))
 
 
 def save_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:

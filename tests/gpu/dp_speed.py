@@ -12,11 +12,7 @@ meets all of them; medians of the rounds after one that is not counted. FILE is 
 import argparse
 import json
 import os
-import random
-import statistics
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,10 @@ from tests.gpu.load_adapters import VOCABULARY, adapter_directory
 from tests.gpu.nccl import nccl_variables
 from tests.gpu.processes import child_environment, run
 from tests.gpu.server import Server
+from tests.gpu.throughput import DECODE, PREFILL, Figures, summarise, tokens_a_second
 
 KINDS = ("dp", "dp-stock", "tp")
 NUM_REQUESTS, ROUNDS = 32, 9
-WORKLOADS = {"decode": (32, 128), "prefill": (960, 1)}  # tokens of a prompt, and generated
 # Served name -> adapter. Stock is asked for one.
 SERVED = {"a": 0, "b": 1}
 # What each of two engines, or halves of the requests, is asked for.
@@ -56,55 +52,20 @@ def command(work: Path, kind: str) -> list[str]:
     ]
 
 
-def tokens_a_second(
-    server: Server, names: Sequence[str], *, by_engine: bool, prompt: int, generated: int
-) -> float:
-    """Of all requests together: generated tokens, or those of prompts if one is generated."""
-    chance = random.Random(0)
-
-    def one(number: int) -> int:
-        half = number % 2
-        body = {
-            "model": names[half],
-            "prompt": [chance.randrange(5, VOCABULARY - 5) for _ in range(prompt)],
-            "max_tokens": generated, "ignore_eos": True, "temperature": 0,
-        }  # fmt: skip
-        status, text = server.post("/v1/completions", body, half if by_engine else None)
-        if status != 200:
-            raise RuntimeError(f"{names[half]}: {status} {text[:300]}")
-        return int(json.loads(text)["usage"]["completion_tokens"])
-
-    began = time.monotonic()
-    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        done = sum(pool.map(one, range(NUM_REQUESTS)))
-    seconds = time.monotonic() - began
-    return (done if generated > 1 else NUM_REQUESTS * prompt) / seconds
-
-
-def measure_round(
-    servers: Mapping[str, Server], figures: dict[str, dict[str, list[float]]]
-) -> None:
+def measure_round(servers: Mapping[str, Server], figures: Figures) -> None:
     """One more figure of each server for each workload and mix of adapters."""
-    for workload, (prompt, generated) in WORKLOADS.items():
+    for workload in (DECODE, PREFILL):
         for mix, names in MIXES.items():
             for kind, server in servers.items():
                 if kind == "dp-stock" and mix == "two adapters":
                     continue
                 figure = tokens_a_second(
-                    server, names, by_engine=kind != "tp", prompt=prompt, generated=generated
+                    server,
+                    names * (NUM_REQUESTS // len(names)),
+                    workload,
+                    num_engines=1 if kind == "tp" else 2,
                 )
-                figures[kind].setdefault(f"{workload}, {mix}", []).append(round(figure, 1))
-
-
-def summarise(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    """For each server and what it was asked: the median, and all figures."""
-    return {
-        kind: {
-            what: {"tokens_a_second": statistics.median(all_of[1:] or all_of), "all": all_of}
-            for what, all_of in found.items()
-        }
-        for kind, found in figures.items()
-    }
+                figures[kind].setdefault(f"{workload.name}, {mix}", []).append(round(figure, 1))
 
 
 def _main() -> None:
@@ -130,7 +91,7 @@ def _main() -> None:
     run(adapters, logs / "load_adapters.log", child_environment(stock=True), 150.0)
     save_tokenizer(work / "model", VOCABULARY)
     document: dict[str, Any] = {"release": release, "stock": False, "cases": []}
-    figures: dict[str, dict[str, list[float]]] = {kind: {} for kind in args.only}
+    figures: Figures = {kind: {} for kind in args.only}
     with ExitStack() as stack:
         servers = {}
         for kind in args.only:

@@ -116,18 +116,20 @@ def run_checks(
     ask: Callable[[Check | None, int, Tensor], Tensor],
     report: Callable[[dict[str, Any]], None],
     leak_room: float = LEAK_ROOM,
+    generated_error: Callable[[Check, int], float] | None = None,
 ) -> None:
     """Ask for the base model and every adapter, `case.rounds` times, and report each.
 
     Two tokens of one request are a batch that vLLM's LoRA kernels assign otherwise without expert
     parallelism; the base model is asked about them too, before any adapter and after each, and may
-    differ by less than leak_room.
+    differ by less than leak_room. generated_error: how far what is generated with an adapter is from
+    the same text as a prompt, in log-probabilities.
     """
     prompts, short = expected.prompts, expected.prompts[:1, :2]
     base = ask(None, 0, prompts)
     base_short = ask(None, 0, short)
-    error = (base - expected.of("base")).abs().mean().item()
-    report({"base": True, "error": round(error, 4)})
+    base_error = (base - expected.of("base")).abs().mean().item()
+    report({"base": True, "error": round(base_error, 4)})
     for number in range(case.rounds):
         for place, check in enumerate(case.checks):
             line: dict[str, Any] = {
@@ -142,13 +144,17 @@ def run_checks(
                 ask(check, place + 1, short)
                 leak = (ask(None, 0, short) - base_short).abs().mean().item()
                 line |= {"leak": round(leak, 4), "right": line["right"] and leak < leak_room}
+                if generated_error is not None:
+                    error = generated_error(check, place + 1)
+                    line["generated_error"] = round(error, 4)
+                    line["right"] = line["right"] and error < ERROR_ROOM
             except Exception as err:  # noqa: BLE001 - whatever the engine raises is the result
                 line |= {"right": False, "failure": f"{type(err).__name__}: {err}"[:2000]}
             report(line | {"seconds": round(time.perf_counter() - started, 2)})
     after = ask(None, 0, prompts)
     drift = (after - base).abs().mean().item()
     # FP8 without any adapter is not the same twice: up to 0.036 with stock vLLM's kernels.
-    room = max(ERROR_ROOM, (ERROR_FACTOR - 1) * error)
+    room = max(ERROR_ROOM, (ERROR_FACTOR - 1) * base_error)
     report({"base": True, "after": True, "error": round(drift, 4), "right": drift < room})
 
 
@@ -181,25 +187,54 @@ def _main() -> None:
     llm = LLM(**engine_arguments(args.work, case))
     report({"started": round(time.perf_counter() - started, 1)})
 
+    def request(check: Check, adapter_id: int) -> LoRARequest:
+        path = adapter_path(args.work, case, check)
+        name = f"{check.adapter}-{check.form}-{adapter_id}"
+        options = {"is_3d_lora_weight": True} if check.is_3d else {}
+        return LoRARequest(name, adapter_id, str(path), **options)
+
     def ask(check: Check | None, adapter_id: int, prompts: Tensor) -> Tensor:
-        request = None
+        lora = None
         if check is not None:
-            path = adapter_path(args.work, case, check)
-            name = f"{check.adapter}-{check.form}-{adapter_id}"
-            options = {"is_3d_lora_weight": True} if check.is_3d else {}
-            request = LoRARequest(name, adapter_id, str(path), **options)
+            lora = request(check, adapter_id)
             # Loading on its own first: an adapter that fails here fails alone, while one that
             # fails inside a step takes the engine with it.
-            llm.llm_engine.add_lora(request)
-        outputs = llm.generate(as_input(prompts), ask_for, lora_request=request, use_tqdm=False)
+            llm.llm_engine.add_lora(lora)
+        outputs = llm.generate(as_input(prompts), ask_for, lora_request=lora, use_tqdm=False)
         return prompt_log_probs(prompts, [output.prompt_logprobs for output in outputs])
+
+    def generated_error(check: Check, adapter_id: int) -> float:
+        generate = SamplingParams(
+            max_tokens=case.generated_tokens,
+            temperature=0,
+            logprobs=1,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        outputs = llm.generate(
+            as_input(expected.prompts),
+            generate,
+            lora_request=request(check, adapter_id),
+            use_tqdm=False,
+        )
+        made = [output.outputs[0] for output in outputs]
+        said = [
+            [place[token].logprob for token, place in zip(one.token_ids, one.logprobs)]
+            for one in made
+        ]
+        tokens = torch.tensor([list(one.token_ids) for one in made])
+        again = ask(check, adapter_id, torch.cat([expected.prompts, tokens], dim=1))
+        return (again[:, -case.generated_tokens :] - torch.tensor(said)).abs().mean().item()
 
     if case.warmup_tokens:
         warm = SamplingParams(
             max_tokens=case.warmup_tokens, temperature=0, ignore_eos=True, detokenize=False
         )
         llm.generate(as_input(expected.prompts), warm, use_tqdm=False)
-    run_checks(case, expected, ask, report)
+    run_checks(
+        case, expected, ask, report,
+        generated_error=generated_error if case.generated_tokens else None,
+    )  # fmt: skip
     report({"finished": True})
 
 

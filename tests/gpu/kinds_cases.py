@@ -92,8 +92,37 @@ _QUANTISED: tuple[Case, ...] = (
         refused=_IGNORES_LORA,
     ),
 )
-KINDS = _FAMILIES + _QUANTISED
-ALL = CASES + KINDS
+_GENERATED = 32  # tokens
+
+# Adapters on the model; what drafts tokens has none.
+_SPECULATIVE: tuple[Case, ...] = (
+    Case(
+        "glm16-ngram",
+        "glm16",
+        _both("e0", "fused0"),
+        generated_tokens=_GENERATED,
+        engine={
+            "speculative_config": {
+                "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3,
+            }
+        },
+    ),
+    Case(
+        "glm16-mtp",
+        "glm16-mtp",
+        _both("e0", "fused0"),
+        generated_tokens=_GENERATED,
+        engine={"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+    ),
+)  # fmt: skip
+# Only by name: they need packages that are not vLLM's.
+_EXECUTORS: tuple[Case, ...] = (
+    Case(
+        "glm16-ray", "glm16", _both("e0", "fused0"), engine={"distributed_executor_backend": "ray"}
+    ),
+)
+KINDS = _FAMILIES + _QUANTISED + _SPECULATIVE
+ALL = CASES + KINDS + _EXECUTORS
 
 
 def applying(release: str, only: Sequence[str] = (), *, kinds: bool = False) -> list[Case]:

@@ -23,7 +23,13 @@ import torch
 from safetensors.torch import save_file
 
 from tests.gpu.adapter import Adapter
-from tests.gpu.checkpoint import quantise_views, save_fp8, save_tokenizer, transpose_experts
+from tests.gpu.checkpoint import (
+    add_mtp_layer,
+    quantise_views,
+    save_fp8,
+    save_tokenizer,
+    transpose_experts,
+)
 from tests.gpu.families import FAMILIES
 from tests.gpu.loras import RECIPES, VERSIONS
 from tests.gpu.processes import one_at_a_time
@@ -164,6 +170,7 @@ MODELS: Mapping[str, TinyModel] = {
     ),
     "nemotron_h": TinyModel(_nemotron_h, ("e0", "e1", "fused0"), fp8=False, optional=True),
     "glm16-shared": TinyModel(lambda: _glm4_moe(16), ("e0", "shared0")),
+    "glm16-mtp": TinyModel(lambda: _glm4_moe(16), ("e0", "fused0"), fp8=False, mtp=True),
     "glm16-quantised": TinyModel(
         lambda: _glm4_moe(16), _PER_EXPERT[:2], fp8=False, quantised=tuple(KINDS)
     ),
@@ -210,6 +217,8 @@ def build(name: str, out: Path) -> None:
     _name_experts_as_transformers_4(directory / "model" / "config.json")
     if recipe.transposed_on_disk:
         transpose_experts(directory / "model", HIDDEN)
+    if recipe.mtp:
+        add_mtp_layer(directory / "model")
     save_tokenizer(directory / "model")
     reference = Reference(
         model.to(torch.float32), transposed=recipe.transposed, interleaved=recipe.interleaved

@@ -13,6 +13,7 @@ from tests.gpu.cases import release_key
 from tests.gpu.dp_report import dp_part
 from tests.gpu.eplb_report import eplb_part
 from tests.gpu.kinds_cases import ALL
+from tests.gpu.speed_report import speed_part
 
 Document = Mapping[str, Any]
 Result = Mapping[str, Any]
@@ -226,6 +227,7 @@ turn); the last line writes this page:
     python -m tests.gpu.eplb --work W --out docs/gpu/RELEASE-eplb.json [--stock]
     python -m tests.gpu.dp --work W --out docs/gpu/RELEASE-dp.json [--stock]
     python -m tests.gpu.dp_speed --work W --out docs/gpu/RELEASE-dp-speed.json
+    python -m tests.gpu.tp_speed --work W --out docs/gpu/RELEASE-tp-speed.json
     python -m tests.gpu.publishing --work W --eager --out docs/gpu/RELEASE-publishing.json
     python -m tests.gpu.load --work W --out docs/gpu/RELEASE-load.json --release RELEASE
     python -m tests.gpu.beside_verl --work W --out docs/gpu/RELEASE-verl.json    # with verl's files on PYTHONPATH
@@ -325,6 +327,7 @@ def make_report(documents: Sequence[Document]) -> str:
         ("Different adapters on data-parallel engines", dp_part(documents)),
         ("Beside verl, adapters in memory", verl_table(documents)),
         ("Load times, stock → lorashard", load_table(documents)),
+        ("Tokens a second", speed_part(documents)),
         (
             "From a trainer to answers, and what running requests notice",
             publishing_table(documents),

@@ -26,5 +26,7 @@ class TinyModel:
     interleaved: bool = False
     transposed_on_disk: bool = False
     per_expert_names: tuple[tuple[str, str], ...] = ()
+    # With a layer that predicts one more token (multi-token prediction), for speculative decoding.
+    mtp: bool = False
     # Not every transformers release can make it.
     optional: bool = False
