@@ -73,13 +73,15 @@ class Exchange:
             self._write(step.name, {"said": step.work(said)})
             self.seconds[step.name] = time.perf_counter() - began
         except Exception as err:  # noqa: BLE001 - raised again at the end
-            message = (
-                str(err) if isinstance(err, LorashardError) else f"{type(err).__name__}: {err}"
-            )
-            with suppress(OSError):  # the others find nothing then, and say so
-                self._write(step.name, {"error": message})
+            self.tell_failure(step.name, err)
             return err
         return None
+
+    def tell_failure(self, name: str, err: Exception) -> None:
+        """Say in a round why this rank cannot do its work."""
+        message = str(err) if isinstance(err, LorashardError) else f"{type(err).__name__}: {err}"
+        with suppress(OSError):  # the others find nothing then, and say so
+            self._write(name, {"error": message})
 
     def _write(self, name: str, document: dict[str, Any]) -> None:
         path = self._path(name, self._rank)

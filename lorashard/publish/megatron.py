@@ -14,7 +14,7 @@ from typing import Any
 from lorashard.adapter.options import LayoutOptions
 from lorashard.publish.bridged import BridgedAdapters
 from lorashard.publish.peft_models import process_group
-from lorashard.publish.writer import AdapterWriter
+from lorashard.publish.writer import AdapterWriter, make_and_commit
 from lorashard.shards.expert_map import ExpertMap
 from lorashard.shards.manifest import Manifest
 from lorashard.vllm_options import Strategy
@@ -47,25 +47,29 @@ def save_megatron(
     or ShardError, as AdapterWriter does.
     """
     rank, world_size, own_barrier = process_group()
-    adapters = BridgedAdapters(bridge, model)
-    adapters.refuse_unknown()
-    base = bridge.hf_pretrained
-    base_config = getattr(base, "config", base)
-    writer = AdapterWriter(
-        out,
-        adapters.peft_config(lora, base_model or _name_of(base)),
-        ep_size=ep_size,
-        strategy=strategy,
-        expert_map=expert_map,
-        model=base_config.to_dict(),
-        options=options,
-        rank=rank,
-        world_size=world_size,
-        force=force,
-        sync=sync,
-    )
-    adapters.give_own(writer)
-    return writer.commit(barrier or own_barrier)
+
+    def writer() -> AdapterWriter:
+        adapters = BridgedAdapters(bridge, model)
+        adapters.refuse_unknown()
+        base = bridge.hf_pretrained
+        base_config = getattr(base, "config", base)
+        made = AdapterWriter(
+            out,
+            adapters.peft_config(lora, base_model or _name_of(base)),
+            ep_size=ep_size,
+            strategy=strategy,
+            expert_map=expert_map,
+            model=base_config.to_dict(),
+            options=options,
+            rank=rank,
+            world_size=world_size,
+            force=force,
+            sync=sync,
+        )
+        adapters.give_own(made)
+        return made
+
+    return make_and_commit(writer, out, rank, world_size, barrier or own_barrier)
 
 
 def _name_of(base: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorashard.adapter.options import LayoutOptions
 from lorashard.errors import LayoutError
-from lorashard.publish.writer import AdapterWriter
+from lorashard.publish.writer import AdapterWriter, make_and_commit
 from lorashard.shards.expert_map import ExpertMap
 from lorashard.shards.manifest import Manifest
 from lorashard.vllm_options import Strategy
@@ -55,31 +55,35 @@ def save_sharded(
     from peft import get_peft_model_state_dict  # noqa: PLC0415 - of the trainer's environment
 
     rank, world_size, own_barrier = process_group()
-    writer = AdapterWriter(
-        out,
-        _config_of(model, adapter_name),
-        ep_size=ep_size,
-        strategy=strategy,
-        expert_map=expert_map,
-        model=_base_config(model),
-        options=options,
-        rank=rank,
-        world_size=world_size,
-        force=force,
-        sync=sync,
-    )
-    for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
-        part = _own_part(name, tensor)
-        if part is not None:
-            writer.tensor(
-                name,
-                part.values,
-                axis=part.axis,
-                begin=part.begin,
-                size=part.size,
-                is_copy=part.is_copy,
-            )
-    return writer.commit(barrier or own_barrier)
+
+    def writer() -> AdapterWriter:
+        made = AdapterWriter(
+            out,
+            _config_of(model, adapter_name),
+            ep_size=ep_size,
+            strategy=strategy,
+            expert_map=expert_map,
+            model=_base_config(model),
+            options=options,
+            rank=rank,
+            world_size=world_size,
+            force=force,
+            sync=sync,
+        )
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
+            part = _own_part(name, tensor)
+            if part is not None:
+                made.tensor(
+                    name,
+                    part.values,
+                    axis=part.axis,
+                    begin=part.begin,
+                    size=part.size,
+                    is_copy=part.is_copy,
+                )
+        return made
+
+    return make_and_commit(writer, out, rank, world_size, barrier or own_barrier)
 
 
 def process_group() -> tuple[int, int, Callable[[], object]]:

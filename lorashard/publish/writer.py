@@ -36,6 +36,7 @@ from lorashard.storage.targets import explained_write_errors, resolve_target
 from lorashard.vllm_options import Strategy
 
 _SESSION = ".session"
+_ROUNDS = ("describe", "write", "digest", "manifest")
 _FULL_DISK = "Nothing was published. Free some space, and commit the version again."
 _DEFAULT_OPTIONS = LayoutOptions()
 
@@ -209,15 +210,10 @@ class AdapterWriter:
             sync=self._sync,
         )
         exchange = Exchange(staging, self._rank, self._world_size, barrier)
-        exchange.run(
-            [
-                Round("describe", lambda _: share.describe()),
-                Round("write", share.write),
-                Round("digest", lambda _: share.digest()),
-                Round("manifest", share.describe_all),
-            ],
-            failed,
-        )
+        works = (
+            lambda _: share.describe(), share.write, lambda _: share.digest(), share.describe_all,
+        )  # fmt: skip
+        exchange.run(list(map(Round, _ROUNDS, works)), failed)
         self._seconds = exchange.seconds
         manifest = share.manifest
         began = time.perf_counter()
@@ -227,6 +223,42 @@ class AdapterWriter:
             share.finish(manifest)
         self._seconds["finish"] = time.perf_counter() - began
         return manifest
+
+
+def make_and_commit(
+    make: Callable[[], AdapterWriter],
+    out: str | os.PathLike[str],
+    rank: int,
+    world_size: int,
+    barrier: Callable[[], object],
+) -> Manifest:
+    """Make a rank's writer for `out`, give it what the rank has, and commit.
+
+    If `make` fails, the others are not left at their barriers, and are told why. Raises what `make` does.
+    """
+    try:
+        writer = make()
+    except Exception as err:
+        if world_size > 1:
+            _attend_commit(resolve_target(Path(out)), rank, world_size, barrier, err)
+        raise
+    return writer.commit(barrier)
+
+
+def _attend_commit(
+    target: Path, rank: int, world_size: int, barrier: Callable[[], object], error: Exception
+) -> None:
+    """Come to the barriers of the other ranks' `commit`, and tell them what this one has met."""
+    session = staging_path(target) / _SESSION
+    before = _identity(session)
+    barrier()
+    barrier()  # rank 0 has begun, unless it is this one
+    exchange = Exchange(session.parent, rank, world_size, barrier)
+    if rank != 0 and _identity(session) not in (None, before):
+        exchange.tell_failure(_ROUNDS[0], error)
+    for _ in _ROUNDS:
+        barrier()
+    barrier()
 
 
 def _facts(model: str | os.PathLike[str] | Mapping[str, Any] | None) -> ModelFacts | None:

@@ -19,7 +19,7 @@ from lorashard import LayoutOptions, SplitRequest, split_adapter, verify_shards
 from lorashard.errors import LayoutError, LorashardError, OutputExistsError
 from lorashard.publish.exchange import Exchange
 from lorashard.publish.rounds import OwnShare
-from lorashard.publish.writer import AdapterWriter
+from lorashard.publish.writer import AdapterWriter, make_and_commit
 from lorashard.shards.manifest import Manifest
 from lorashard.storage.staging import staged_directory
 from tests.adapters import ONE_TENSOR_PER_EXPERT, Spec, build
@@ -303,6 +303,35 @@ def test_a_rank_that_fails_in_any_round_leaves_nothing_and_nobody_waits(
         assert "no space left while writing out" in str(errors[failing])
         made = commit_all(dealt(path, tmp_path / "out", [0, 1, 2], [3, 4, 5]))
         assert isinstance(made[1], Manifest)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_cannot_make_its_writer_lets_nobody_wait(tmp_path: Path, failing: int) -> None:
+    path, barrier = gathered(tmp_path), threading.Barrier(2, timeout=60)
+
+    def publish(rank: int, expert_map: Path | None) -> Any:
+        def make() -> AdapterWriter:
+            return AdapterWriter(
+                tmp_path / "out",
+                config_of(path),
+                ep_size=2,
+                expert_map=expert_map,
+                rank=rank,
+                world_size=2,
+            )
+
+        try:
+            return make_and_commit(make, tmp_path / "out", rank, 2, barrier.wait)
+        except LorashardError as err:
+            return err
+
+    maps = [tmp_path / "nowhere.json" if rank == failing else None for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        errors = list(threads.map(publish, range(2), maps))
+    assert "nowhere.json" in str(errors[failing])
+    other = str(errors[1 - failing])
+    assert "rank 0 has not begun" in other if failing == 0 else "nowhere.json" in other
+    assert leftovers(tmp_path) == {"gathered"}
 
 
 def test_a_target_that_is_there_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:
