@@ -217,8 +217,8 @@ LOST_IN_A_CAST = Rule(
 DAMAGED_BYTES = Rule(
     "damaged-bytes",
     "A truncated, swapped or damaged file of some ranks is an adapter that is wrong on these.",
-    "Sizes and headers are checked at each load, digests with `verify` or `LORASHARD_VERIFY=full`.",
-    ("verify", "load"),
+    "Sizes, headers and the manifest's own digest are checked at each load, all digests with `verify` or `LORASHARD_VERIFY=full`.",
+    ("verify", "inspect", "doctor", "load"),
     "",
 )
 

@@ -12,6 +12,7 @@ import errno
 import io
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,11 @@ def follow(  # noqa: C901 - one replacement after the other
                 return original(place, *args, **options)
             ask(name, place)
             result = original(place, *args, **options)
-            if name == "mkdir" or (name == "open" and args and args[0] & os.O_CREAT):
-                done("mkdir" if name == "mkdir" else "create", os.lstat(path).st_ino, path)
+            if name == "open" and args and args[0] & os.O_CREAT:
+                done("create", os.fstat(result).st_ino, path)
+            if name == "mkdir":
+                with suppress(FileNotFoundError):  # another process may have moved it since
+                    done("mkdir", os.lstat(path).st_ino, path)
             if name in CLEANING:
                 done(name, 0, path)
             return result

@@ -47,8 +47,8 @@ INTRO = """\
 
 Each row is something known to give wrong answers, or none, without an error. The id is stable: `lorashard doctor --json` has it as
 `rule` in `refusals`. "Seen by" says where lorashard notices it: a command, vLLM's start, or the load of an adapter. A refusal at the
-start can be overridden by the variable that is named, which says what is risked. [releases.md](releases.md) has what was run,
-[messages.md](messages.md) the messages.
+start names it, and can be overridden by the variable that is named, which says what is risked. [releases.md](releases.md) has what was
+run, [messages.md](messages.md) the messages.
 
 | id | without lorashard | with it | seen by | upstream | test |
 |---|---|---|---|---|---|

@@ -77,7 +77,7 @@ class ContainerTensors:
     parameter: dict[FactorName, TensorEntry] = field(default_factory=dict)
     inner: dict[Matrix, TensorEntry] = field(default_factory=dict)
     outer: dict[Matrix, TensorEntry] = field(default_factory=dict)
-    empty: set[Projection] = field(default_factory=set)
+    has_empty_w3: bool = False
 
     @property
     def storages(self) -> tuple[Storage, ...]:
@@ -103,7 +103,8 @@ class ContainerTensors:
                 raise _bad_shape(entry, "at least one row and column")
             _add_new(self.per_expert.setdefault(name, {}), key.expert, entry)
         elif 0 in entry.shape:
-            self.empty.add(key.projection)  # Tinker writes an empty w3 for experts without a gate
+            # Tinker writes an empty w3 for experts without a gate.
+            self.has_empty_w3 |= ".w3." in entry.name
         else:
             tables = {"stacked": self.stacked, "native": self.native, "parameter": self.parameter}
             _add_new(tables[key.kind], name, entry)
@@ -144,7 +145,7 @@ def read_container(
         source_layout = SourceLayout(
             tensors.storages, reading.orientation, lora_b_layout, "up_proj" in reading.roles
         )
-    has_empty_half = bool(tensors.empty) and not any(name[0] == "up_proj" for name in factors)
+    has_empty_half = tensors.has_empty_w3 and not any(name[0] == "up_proj" for name in factors)
     if has_empty_half:  # the writer's w1 is then the up projection
         factors = {("up_proj" if p == "gate_proj" else p, m): f for (p, m), f in factors.items()}
     return ContainerFactors(

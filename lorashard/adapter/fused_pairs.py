@@ -82,7 +82,8 @@ def read_fused(
     hidden_size_hint: H as far as other tensors of the adapter show it.
     Raises LayoutError if no reading remains, or more than one.
     """
-    readings = list(_consistent_readings(pairs, _named_roles(target_parameters)))
+    named = _named_roles(module, target_parameters, len(pairs))
+    readings = list(_consistent_readings(pairs, named))
     shapes = "; ".join(
         f"lora_A {list(pair.lora_a.shape)}, lora_B {list(pair.lora_b.shape)}" for pair in pairs
     )
@@ -146,12 +147,24 @@ def _implied_sizes(pair: FusedPair, role: Role, orientation: Orientation) -> tup
     return (in_features, out_features // 2) if out_features % 2 == 0 else None
 
 
-def _named_roles(target_parameters: Iterable[str]) -> frozenset[Role]:
-    """The roles that adapter_config.json's target_parameters name; empty if it names none."""
-    names = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in target_parameters}
+def _named_roles(module: str, target_parameters: Iterable[str], num_pairs: int) -> frozenset[Role]:
+    """The roles that adapter_config.json's target_parameters name; empty if it names none.
+
+    PEFT compares them with the ends of full names. Where too few are this module's, which may have
+    another name in the file than in the model that was trained, their last words count.
+    """
     roles: dict[str, Role] = {
         "gate_up_proj": "gate_up_proj", "input_linear": "gate_up_proj",
         "up_proj": "up_proj",
         "down_proj": "down_proj", "output_linear": "down_proj",
     }  # fmt: skip
-    return frozenset(roles[name] for name in names if name in roles)
+    of_module: set[Role] = set()
+    of_any: set[Role] = set()
+    for target in target_parameters:
+        name = target.removesuffix(".weight")
+        word = name.rpartition(".")[2]
+        if word in roles:
+            of_any.add(roles[word])
+            if f".{module}.{word}".endswith(f".{name}"):
+                of_module.add(roles[word])
+    return frozenset(of_module if len(of_module) >= num_pairs else of_any)

@@ -120,6 +120,10 @@ def _show_adapter(path: str, summary: Mapping[str, Any]) -> None:
 
 
 def _show_shards(path: str, summary: Mapping[str, Any]) -> None:
+    from lorashard.inspect.findings import MANIFEST_CHANGED  # noqa: PLC0415
+
+    if summary["manifest_changed"]:
+        render.say(f"warning: {MANIFEST_CHANGED}")
     placement = summary["placement"]
     render.print_facts({
         "shards": path,

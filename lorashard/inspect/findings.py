@@ -9,9 +9,15 @@ from typing import Literal
 
 from lorashard import rules
 from lorashard.inspect.picture import ModuleExperts
+from lorashard.shards.names import MANIFEST_NAME
 from lorashard.shards.placement import Ranks
+from lorashard.shards.seal import CHANGED
 
 _MOST_UNEQUAL = 1.1
+MANIFEST_CHANGED = (
+    f"{MANIFEST_NAME}: {CHANGED}. Nothing in it can be relied on, and servers refuse the directory. Copy "
+    "the whole directory again."
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from lorashard.adapter.options import LayoutOptions, LoraBLayout, Orientation
 from lorashard.adapter.read import opened_adapter, read_layout
 from lorashard.inspect.picture import ModuleExperts, experts_of_layout, experts_of_shards
 from lorashard.inspect.summary import summarize_adapter, summarize_shards
-from lorashard.shards.directory import claims_to_be_shards, read_manifest
+from lorashard.shards.directory import claims_to_be_shards, locate_shards
 from lorashard.shards.held import find_held_ranks
 from lorashard.shards.manifest import Manifest
 from lorashard.storage.remote import locate
@@ -62,11 +62,13 @@ def examine_path(
     """The same, with what a page is drawn from."""
     place = locate(path)
     if claims_to_be_shards(place):
-        manifest = read_manifest(place)
+        shards = locate_shards(place)
+        manifest = shards.manifest
         held = find_held_ranks(manifest, place) if isinstance(place, Path) else None
         document = {
             "path": os.fspath(path),
             **summarize_shards(manifest),
+            "manifest_changed": shards.was_changed,
             "held_ranks": None if held is None else list(held),
         }
         return InspectedPath(document, manifest)

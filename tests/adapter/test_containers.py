@@ -86,6 +86,20 @@ def test_an_empty_w3_makes_w1_the_up_projection() -> None:
     assert str(container.source_layout) == "stacked"
 
 
+@pytest.mark.parametrize("leaf", ["w2", "up_proj"])
+def test_an_empty_stack_other_than_w3_leaves_w1_the_gate(leaf: str) -> None:
+    tensors = tensors_of(built("L8"))
+    for name in [name for name in tensors.stacked if name[0] != "gate_proj"]:
+        del tensors.stacked[name]
+    key = parse_key(f"{MODULE}.{leaf}.lora_A", 3)
+    assert isinstance(key, ExpertKey)
+    tensors.add(key, TensorEntry(f"{MODULE}.{leaf}.lora_A", "F32", (0, 2, 6), 0, 0))
+    config = index_of(built("L8")).config
+    container = read_container(MODULE, tensors, config, LayoutOptions(), None)
+    assert not container.non_gated
+    assert {projection for projection, _ in container.factors} == {"gate_proj"}
+
+
 def test_fused_up_without_gate_is_non_gated() -> None:
     container = container_of(built("L2", gated=False), orientation="standard")
     assert container.non_gated

@@ -71,6 +71,14 @@ def test_the_hidden_size_tells_what_a_single_fused_pair_is(layout: str):
     assert stack.projection == name.rpartition(".")[2]
 
 
+@pytest.mark.parametrize("projection", ["down_proj", "gate_up_proj"])
+def test_parameters_of_this_layer_in_the_config_count_before_those_of_others(projection: str):
+    (other,) = {"down_proj", "gate_up_proj"} - {projection}
+    targets = [f"layers.0.mlp.experts.{projection}", f"layers.1.mlp.experts.{other}"]
+    adapter = built("L4-down", config={"target_parameters": targets})
+    assert module_of(adapter).stacks[0].projection == projection
+
+
 def test_the_attention_tells_the_hidden_size():
     assert module_of(built("L4-down", extras=True), orientation=None).stacks[0].cols == 5
 

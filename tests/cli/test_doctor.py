@@ -23,6 +23,7 @@ from tests.tiny import (
     H,
     I,
     R,
+    change_version,
     edit_json,
     per_expert_tensors,
     run_cli,
@@ -542,6 +543,16 @@ def test_what_is_wrong_with_a_remote_directory_is_said_by_its_name(
     done = run_cli("doctor", (tmp_path / "nowhere").as_uri())
     assert done.returncode == 3
     assert "no such folder" in done.stderr
+
+
+def test_a_manifest_that_was_changed_is_a_problem_here_and_elsewhere(shards: Path) -> None:
+    change_version(shards)
+    for place, *flags in ((shards,), (shards.as_uri(), "-tp", 2, EP)):
+        found = examine(place, *flags)
+        (text,) = problems(found, "adapter")
+        assert text.startswith(f"{place}/lorashard.json: it was changed since it was written")
+        assert text.endswith("Copy the whole directory again: its files belong together.")
+        assert found["outcome"] is None
 
 
 def test_an_adapter_on_the_hub_is_fetched_as_far_as_its_headers(tmp_path: Path) -> None:

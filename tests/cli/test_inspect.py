@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lorashard import inspect_path
 from tests.adapters import Spec, build
 from tests.goldens import check_golden
-from tests.tiny import RANK_FILES, run_cli, save_fused
+from tests.tiny import RANK_FILES, change_version, run_cli, save_fused
 
 
 def test_inspect_of_an_adapter_is_an_interface(adapter: Path, tmp_path: Path) -> None:
@@ -53,6 +54,17 @@ def test_inspect_shows_the_files_of_each_rank(shards: Path) -> None:
     done = run_cli("inspect", shards)
     assert done.returncode == 0
     assert all(name in done.stdout for name in (*RANK_FILES, "linear on 2 ranks", "2-3"))
+
+
+def test_a_manifest_that_was_changed_is_a_warning(shards: Path, tmp_path: Path) -> None:
+    assert not inspect_path(shards)["manifest_changed"]
+    change_version(shards)
+    assert inspect_path(shards)["manifest_changed"]
+    assert inspect_path(shards.as_uri())["manifest_changed"]
+    done = run_cli("inspect", shards, "--html", tmp_path / "page.html")
+    assert done.returncode == 0
+    assert "warning: lorashard.json: it was changed since it was written" in done.stderr
+    assert "lorashard.json: it was changed since" in (tmp_path / "page.html").read_text()
 
 
 def test_several_paths_are_inspected_in_one_call(

@@ -29,7 +29,7 @@ from lorashard.storage.small_files import parse_json
 from lorashard.verify.reference.patterns import Patterns
 from tests.adapters import LAYOUTS, Spec, build
 from tests.fuzz.mutators import json_mutator
-from tests.fuzz.target import Target, check
+from tests.fuzz.target import Target, WrongAnswer, check
 
 _MODULES = (
     "model.layers.0.mlp.experts.0.gate_proj",
@@ -46,15 +46,15 @@ def _run_config(data: bytes) -> bool:
         if lora_rank:
             check(math.isfinite(config.scaling_of(module, lora_rank)), "a scaling without end")
     document = json.loads(data)
-    try:  # the second reading, which may refuse more
+    try:
         ranks = Patterns("rank_pattern", document.get("rank_pattern") or {})
         alphas = Patterns("alpha_pattern", document.get("alpha_pattern") or {})
         again = [
             (name, ranks.find(name, document["r"]), alphas.find(name, document["lora_alpha"]))
             for name in _MODULES
         ]
-    except LorashardError:
-        return True
+    except LorashardError as err:
+        raise WrongAnswer(f"the second reading cannot read it: {err.message}") from err
     check(readings == again, f"{readings} by one reading, {again} by the other")
     return True
 

@@ -1,5 +1,7 @@
 """Target: an adapter's tensors and config -> layout, plan and manifest, and the plan made again.
 
+The second reading, that of `verify --against`, must understand what is accepted, and as the first does.
+
 The input is one JSON document: the config, the tensors (name, dtype, shape), what the user says, and
 the placement. The header's own form is the matter of the target `header`.
 """
@@ -21,11 +23,13 @@ from lorashard.dtypes import CAST_DTYPES, ELEMENT_BITS
 from lorashard.errors import HeaderError
 from lorashard.header import LENGTH_BYTES, build_header, parse_header
 from lorashard.shards.describe import make_manifest
-from lorashard.shards.manifest import FileDigest, SourceInfo, format_manifest
+from lorashard.shards.manifest import FileDigest, Manifest, SourceInfo, format_manifest
 from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.placement import place_experts
 from lorashard.shards.plan import ShardPlan, build_plan
 from lorashard.shards.replan import find_contradictions, rebuild_plan
+from lorashard.verify.reference.compare import _compare_modules, _facts
+from lorashard.verify.reference.projections import read_source
 from tests.adapters import LAYOUTS, NON_GATED_LAYOUTS, Adapter, Spec, build
 from tests.fuzz.mutators import mutate_json
 from tests.fuzz.target import Target, check
@@ -119,7 +123,17 @@ def _run(data: bytes) -> bool:
     check(rebuilt.plan == plan, "the plan made again is another one")
     contradiction = next(find_contradictions(manifest, rebuilt), None)
     check(contradiction is None, f"our own manifest contradicts itself: {contradiction}")
+    _check_second_reading(index, config_bytes, manifest)
     return True
+
+
+def _check_second_reading(index: AdapterIndex, config_bytes: bytes, manifest: Manifest) -> None:
+    """What `verify --against` makes of the tensors' names and shapes; `readings` compares the values."""
+    document = json.loads(format_manifest(manifest))
+    shapes = {entry.name: entry.shape for entry in index.tensors}
+    reading = read_source(shapes, _facts(json.loads(config_bytes), document))
+    found = [*reading.problems, *_compare_modules(reading, document)]
+    check(not found, f"the second reading differs: {found[:3]}")
 
 
 def _check_plan(plan: ShardPlan, index: AdapterIndex) -> None:

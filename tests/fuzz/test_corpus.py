@@ -61,15 +61,8 @@ def test_two_readings_agree_on_every_adapter_that_the_fuzzer_has_found(tmp_path:
         folder = tmp_path / str(number)
         folder.mkdir()
         compared = compare_readings(json.loads(data), folder)
-        came_to.update(
-            {
-                "split": compared.was_split,
-                "read again": compared.was_read_again,
-                "converted": compared.converted,
-            }
-        )
+        came_to.update({"split": compared.was_split, "converted": compared.converted})
     assert came_to["split"] > 60
-    assert came_to["read again"] > 0.9 * came_to["split"]
     assert came_to["converted"] > 60
 
 
@@ -80,7 +73,6 @@ def test_two_readings_agree_on_any_adapter(spec: Spec, ep_size: int, cast: str |
     with TemporaryDirectory() as folder:
         compared = compare_readings(document, Path(folder))
     assert compared.was_split
-    assert compared.was_read_again
 
 
 def test_the_kept_inputs_are_few_and_each_is_there_once() -> None:

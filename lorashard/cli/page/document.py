@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorashard import rules
 from lorashard.cli import render
 from lorashard.cli.page.load_path import load_path
 from lorashard.cli.page.maps import MOST_ROWS, expert_map, legend, scrollable
 from lorashard.cli.page.markup import Html, joined, name_of, tag
 from lorashard.cli.page.style import STYLE
 from lorashard.errors import LorashardError
-from lorashard.inspect.findings import Finding, findings_of, layers
+from lorashard.inspect.findings import MANIFEST_CHANGED, Finding, findings_of, layers
 from lorashard.inspect.picture import ModuleExperts, groups_of_modules, map_of_modules, map_of_ranks
 from lorashard.version import __version__
 
@@ -92,6 +93,8 @@ def _failed(error: LorashardError) -> Html:
 
 def _said(part: PagePart) -> Iterator[Finding]:
     summary = part.summary
+    if summary.get("manifest_changed"):
+        yield Finding("warning", MANIFEST_CHANGED, rules.DAMAGED_BYTES.id)
     for note in part.notes:
         yield Finding("note", note)
     if summary.get("counted_from_r"):

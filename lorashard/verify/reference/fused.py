@@ -16,7 +16,17 @@ from lorashard.verify.reference.pieces import (
     plain_key,
 )
 
-_ATTENTION_INPUT = re.compile(r"(?P<path>.+\.layers)\.\d+\..*[qkv]_proj\.lora_A(?:\.weight)?")
+_ATTENTION_INPUT = re.compile(r"(?P<path>.+?\.layers)\.(?:.*\.)?[qkv]_proj\.lora_A(?:\.weight)?")
+# The last words of target_parameters that mean a projection.
+_TARGETS = {
+    name: PROJECTIONS[name]
+    for name in ("gate_up_proj", "up_proj", "down_proj", "input_linear", "output_linear")
+}
+# What one pair or two are for, base_layer first.
+_ORDERS = (
+    ("gate_up_proj",), ("up_proj",), ("down_proj",),
+    ("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("down_proj", "gate_up_proj"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +36,7 @@ class FusedReading:
     roles: Mapping[str, str]
     swapped: bool
     hidden_size: int
-    intermediate_size: float
+    intermediate_size: int
 
 
 def orient_fused(
@@ -66,31 +76,33 @@ def _decide_fused(
     """Find the one reading that shapes, config and options allow, or raise LayoutError.
 
     Hidden and intermediate size must agree over the pairs; hints count only between readings that
-    the shapes leave open.
+    the shapes leave open, and the attention's input size only if it is that of one of them.
     """
     readings = []
     for roles in _possible_roles(module, pairs, facts):
         for swapped in (False, True):
-            hidden, intermediate = set(), set()
+            hidden, inner = set(), set()  # inner: twice the intermediate size
             for leaf, role in roles.items():
                 width = (pairs[leaf]["lora_A"].shape[1], pairs[leaf]["lora_B"].shape[0])
                 in_features, out_features = reversed(width) if swapped else width
                 is_down = role == "down_proj"
                 hidden.add(out_features if is_down else in_features)
-                inner = in_features if is_down else out_features
-                intermediate.add(inner / 2 if role == "gate_up_proj" else inner)
-            if len(hidden) == len(intermediate) == 1:
-                readings.append(FusedReading(roles, swapped, hidden.pop(), intermediate.pop()))
+                features = in_features if is_down else out_features
+                inner.add(features if role == "gate_up_proj" else 2 * features)
+            if len(hidden) == len(inner) == 1 and min(inner) % 2 == 0:
+                readings.append(FusedReading(roles, swapped, hidden.pop(), inner.pop() // 2))
     transposed = None if facts.orientation is None else facts.orientation == "transposed"
     for field, known in (
         ("hidden_size", facts.hidden_size),
         ("intermediate_size", facts.intermediate_size),
-        ("hidden_size", _attention_input(module, shapes)),
         ("swapped", transposed),
     ):
         if len(readings) > 1 and known is not None:
             readings = [reading for reading in readings if getattr(reading, field) == known]
-    if len(readings) == 1 and float(readings[0].intermediate_size).is_integer():
+    if len(readings) > 1:
+        attention = _attention_input(module, shapes)
+        readings = [r for r in readings if r.hidden_size == attention] or readings
+    if len(readings) == 1:
         return readings[0]
     sizes = ", ".join(f"{p.name} {list(p.shape)}" for pair in pairs.values() for p in pair.values())
     what = "several readings fit" if len(readings) > 1 else "no reading fits"
@@ -102,29 +114,26 @@ def _possible_roles(
 ) -> Iterable[dict[str, str]]:
     """Yield each role assignment that names and target_parameters allow.
 
-    PEFT wraps parameters in definition order, gate_up_proj or up_proj first, so base_layer is
-    never down_proj where both are there.
+    PEFT wraps parameters in the order of their definition, which is gate_up_proj or up_proj first in
+    all known models; the shapes tell gate_up_proj and down_proj apart in any case. target_parameters
+    are matched as by PEFT, or by their last words if too few of them are this module's.
     """
-    fixed = {leaf: PROJECTIONS[leaf] for leaf in pairs if leaf in PROJECTIONS}
-    if fixed:
-        if len(fixed) == len(pairs):
-            yield fixed
-        return
     targets = facts.config.get("target_parameters") or ()
-
-    def trained(role: str) -> bool:
-        name = f"{module}.{role}"
-        return any(name == target or name.endswith(f".{target}") for target in targets)
-
-    named = {role for role in ("gate_up_proj", "up_proj", "down_proj") if trained(role)}
-    allowed = named or {"gate_up_proj", "up_proj", "down_proj"}
-    for first in ("gate_up_proj", "up_proj"):
-        if set(pairs) == {"base_layer", ""} and {first, "down_proj"} <= allowed:
-            yield {"base_layer": first, "": "down_proj"}
-        if set(pairs) == {""} and first in allowed:
-            yield {"": first}
-    if set(pairs) == {""} and "down_proj" in allowed:
-        yield {"": "down_proj"}
+    targets = [targets] if isinstance(targets, str) else targets
+    named, like_named = set(), set()
+    for target in targets:
+        name = target.removesuffix(".weight")
+        last = name.rpartition(".")[2]
+        if last in _TARGETS:
+            like_named.add(_TARGETS[last])
+            if f".{module}.{last}".endswith(f".{name}"):
+                named.add(_TARGETS[last])
+    allowed = named if len(named) >= len(pairs) else like_named
+    for order in _ORDERS:
+        roles = dict(zip(sorted(pairs, reverse=True), order))
+        by_name = {leaf: PROJECTIONS.get(leaf, role) for leaf, role in roles.items()}
+        if len(order) == len(pairs) and roles == by_name and (not allowed or allowed >= set(order)):
+            yield roles
 
 
 def _attention_input(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -132,6 +141,6 @@ def _attention_input(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int 
     sizes = set()
     for name, shape in shapes.items():
         match = _ATTENTION_INPUT.fullmatch(plain_key(name).removeprefix(PEFT_PREFIX))
-        if match and module.startswith(match["path"] + ".") and len(shape) == 2 and 0 not in shape:
+        if match and module.startswith(match["path"] + ".") and len(shape) == 2:
             sizes.add(shape[1])
     return sizes.pop() if len(sizes) == 1 else None

@@ -1,6 +1,6 @@
 """rank_pattern and alpha_pattern -> the value of a module, by PEFT's `get_pattern_key`.
 
-Keys of names and dots are found by their outline, "layers.0" by "______._": a dot of the key can be
+Keys that spell a name are found by their outline, "layers.0" by "______._": a dot of the key can be
 any character of the name. Other keys are run by RE2, as `re` may never come back.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 
 from lorashard.errors import AdapterError
 
-_WORDS_AND_DOTS = re.compile(r"[\w.]*")
+_ESCAPED = re.compile(r"\\[ !-/:-@\[-^`{-~]")  # a character that means itself
+_SPELLED = re.compile(r"[\w.-]*")
 # Where `re` and RE2 differ without an error: references, {,n}, flags, sets in sets.
 _AMBIGUOUS = re.compile(r"\\\d|\{,|\(\?(?![ims-]*:|P<)|\[[^\]]*(?:\[|--|&&|\|\||~~)|[^\x00-\x7f]")
 
@@ -27,9 +28,7 @@ class Patterns:
         self._outlines: dict[int, set[str]] = {}
         self._first_of: dict[tuple[str, str], int] = {}
         for number, key in enumerate(values):
-            # Dots and hyphens that are escaped, as in the files that `convert` writes.
-            plain = key.replace(r"\.", "").replace(r"\-", "")
-            if _WORDS_AND_DOTS.fullmatch(plain):
+            if _SPELLED.fullmatch(_ESCAPED.sub("", key)):
                 self._remember(key, number)
             else:
                 self._expressions.append((number, key, _compiled(field, key)))
@@ -74,7 +73,7 @@ def _compiled(field: str, key: str) -> Any:
         f"{field}: the key {key[:80]!a} cannot be matched in linear time.",
         hint="Name the modules in full.",
     )
-    if _AMBIGUOUS.search(key):
+    if _AMBIGUOUS.search(_ESCAPED.sub("x", key)):
         raise refusal
     options = re2.Options()
     options.log_errors = False

@@ -138,7 +138,8 @@ def plain_key(name: str) -> str:
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while parts[0] == "module":
         del parts[0]
-    named = len(parts) > 2 and parts[-1] == "weight" and parts[-2] not in {"weight", "bias"}
+    not_a_name = {"weight", "bias", "lora_A", "lora_B"}
+    named = len(parts) > 2 and parts[-1] == "weight" and parts[-2] not in not_a_name
     if named and parts[-3] in {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}:
         del parts[-2]
     elif len(parts) > 1 and parts[-2].startswith("lora_embedding_") and parts[-1] != "weight":
@@ -184,7 +185,7 @@ def read_name(name: str, shape: tuple[int, ...], facts: Facts) -> Piece | None:
 def _flattened(
     place: _Place, shape: tuple[int, ...], num_experts: int
 ) -> tuple[_Place, tuple[int, ...]]:
-    """Megatron-Bridge's stacks: lora_A [E, r, in] and lora_B [out, r, E], under fused names too."""
+    """Megatron-Bridge's stacks under fused names: lora_A [E, r, in] and lora_B [out, r, E]."""
     if len(shape) != 3:
         return place, shape
     first, middle, last = shape
@@ -192,8 +193,6 @@ def _flattened(
         return place, (first * middle, last)
     if place.kind in {"rank_major", "grouped_by_expert"} and last == num_experts:
         return replace(place, kind="rank_major"), (first, middle * last)
-    if place.kind == "stack" and first not in {1, num_experts} and last == num_experts:
-        return replace(place, kind="experts_last"), shape
     return place, shape
 
 

@@ -63,11 +63,12 @@ def read_source(shapes: Mapping[str, tuple[int, ...]], facts: Facts) -> SourceRe
             problems.append(f"{name} {list(shape)} in the source: expert tensor of unknown kind.")
         else:
             replicated.append(name)
+    # As Tinker writes experts without a gate: w3 is empty, and w1 the up projection.
     no_gate = {p.module for n in empty if (p := read_name(n, shapes[n], facts)) and p.leaf == "w3"}
     modules: dict[str, dict[str, Projection]] = {}
     for module, found in pieces.items():
-        if module in no_gate and not any(piece.leaf == "w3" for piece in found):
-            found[:] = [replace(p, projection="up_proj") if p.leaf == "w1" else p for p in found]
+        if module in no_gate and not any(piece.projection == "up_proj" for piece in found):
+            found[:] = [_as_up(piece) for piece in found]
         try:
             modules[module] = _read_module(module, found, shapes, facts)
         except LayoutError as err:
@@ -88,7 +89,27 @@ def _read_module(
     by_projection: dict[str, list[Piece]] = {}
     for piece in plain:
         by_projection.setdefault(piece.projection, []).append(piece)
-    return {name: _build_projection(name, found, facts) for name, found in by_projection.items()}
+    return {
+        name: _build_projection(name, _with_experts_last(found, facts.num_experts), facts)
+        for name, found in by_projection.items()
+    }
+
+
+def _as_up(piece: Piece) -> Piece:
+    return replace(piece, projection="up_proj") if piece.projection == "gate_proj" else piece
+
+
+def _with_experts_last(pieces: list[Piece], num_experts: int) -> list[Piece]:
+    """Find a stacked lora_B [out, r, E], which beside its lora_A [E or 1, r, in] is no [E, out, r]."""
+    stacks = {p.matrix: p for p in pieces if p.kind == "stack" and not p.transposed}
+    if len(stacks) < 2:
+        return pieces
+    lora_b, lora_rank = stacks["lora_B"], stacks["lora_A"].shape[1]
+    first, middle, last = lora_b.shape
+    is_plain = first in {1, num_experts} and last == lora_rank
+    if is_plain or (middle, last) != (lora_rank, num_experts):
+        return pieces
+    return [replace(p, kind="experts_last") if p is lora_b else p for p in pieces]
 
 
 def _build_projection(projection: str, pieces: list[Piece], facts: Facts) -> Projection:
@@ -124,9 +145,11 @@ def _build_projection(projection: str, pieces: list[Piece], facts: Facts) -> Pro
 
 def _check_lora_rank(piece: Piece, peft_name: str, lora_rank: int, facts: Facts) -> None:
     # PEFT writes what its config says. Other writers may not (NeMo's moe_rank_scaling), but one
-    # matrix for all experts must not be taken for a fused one.
+    # matrix for all experts must not be taken for a fused one. NeMo's own orientation is no PEFT's.
     by_peft = "peft_version" in facts.config or "loftq_config" in facts.config
     one_matrix = piece.kind == "matrix" and piece.expert is None
+    if piece.kind == "stack" and piece.transposed:
+        return
     if (by_peft or one_matrix) and lora_rank != facts.lora_rank_of(peft_name):
         expected = facts.lora_rank_of(peft_name)
         raise LayoutError(

@@ -28,6 +28,21 @@ def test_a_pattern_that_re_never_finishes_takes_no_time(key: str):
     assert Patterns("rank_pattern", {key: 1}).find("mlp." + "a" * 2000, 0) == 0
 
 
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        (r"a\\1", "x.a\\1"),
+        (r"\[a\[", "[a["),
+        (r"a\{,3}", "a{,3}"),
+        (r"\(?i", "i"),
+        ("é-1", "x.é-1"),
+    ],
+)
+def test_what_only_looks_like_a_special_form_is_matched(key: str, name: str):
+    assert Patterns("rank_pattern", {key: 1}).find(name, 0) == 1
+    assert Patterns("rank_pattern", {key: 1}).find(name + "x", 0) == 0
+
+
 @pytest.mark.parametrize("key", [r"(a)\1", r"(?=a)a", "[[:alpha:]]", "a{,2}", r"a\Z"])
 def test_a_key_that_needs_backtracking_is_refused_by_name(key: str):
     with pytest.raises(AdapterError) as error:

@@ -71,7 +71,7 @@ def test_a_refusal_is_explained_with_its_way_out_and_variable() -> None:
     (problem,) = flag_problems(EngineFlags(), [refusal])
     assert problem.text == (
         "It is wrong. Do not. To start anyway, accepting the risk in its name, set "
-        "LORASHARD_RISK_X=1."
+        "LORASHARD_RISK_X=1 (rule x-y)."
     )
 
 

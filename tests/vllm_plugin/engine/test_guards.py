@@ -96,7 +96,9 @@ def test_the_text_names_what_is_wrong_a_way_out_and_the_variable(variable: str) 
     assert re.match(r"(Start|Use|Choose|Update) .*\.$", found.way_out)
     text = str(found)
     assert text.startswith("lorashard: ")
-    assert text.endswith(f" To start anyway, accepting the risk in its name, set {variable}=1.")
+    assert text.endswith(
+        f" To start anyway, accepting the risk in its name, set {variable}=1 (rule {found.rule})."
+    )
     assert found.reason in text
     assert found.way_out in text
     assert text == f"lorashard: {found.explanation}"
