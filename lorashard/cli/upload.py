@@ -1,63 +1,142 @@
-"""An upload as `push` and `split -o URL` show it: a bar, what changed there, and its part of the JSON."""
+"""Uploads as commands show them: a bar, what changed there, and the upload's part of the JSON.
+
+`push` uploads what is there; with `-o URL`, other commands upload what they have made.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorashard.cli import bars, render
+from lorashard.errors import ShardError
 
 if TYPE_CHECKING:
-    from lorashard.uploading.survey import Uploaded
+    from lorashard.to_url import UrlOutput
+    from lorashard.uploading.contents import Content, Uploaded
+
+
+def is_url(out: str | None) -> bool:
+    """Whether `-o` names a place that is uploaded to."""
+    return out is not None and "://" in out
+
+
+def refuse_private(out: str | None, *, private: bool) -> None:
+    """Raise ShardError for --private with a local directory."""
+    if private and not is_url(out):
+        raise ShardError(
+            "--private is for -o hf://owner/name: a local directory has no such thing."
+        )
+
+
+@contextmanager
+def opened_output(
+    out: str, content: Content, *, private: bool, force: bool
+) -> Iterator[tuple[Path, UrlOutput | None]]:
+    """Where to make what goes to `out`: `out` itself, or a temporary directory and the URL it is for.
+
+    What the upload would refuse is refused at once.
+    """
+    refuse_private(out, private=private)
+    render.if_interrupted(lambda: f"{out} is as it was.")
+    if not is_url(out):
+        yield Path(out), None
+        return
+    from lorashard.to_url import UrlOutput, temporary_output  # noqa: PLC0415
+
+    output = UrlOutput(out, content, private=private, force=force)
+    output.check()
+    output.preview()
+    with temporary_output() as path:
+        yield path, output
+
+
+def upload_with_bar(
+    output: UrlOutput, made: Path, size_bytes: int, *, name: str, quiet: bool
+) -> Uploaded:
+    """Upload what was made. size_bytes: of its tensor files. name: of what is uploaded, on the bar."""
+    begin_upload(output, quiet=quiet)
+    total = output.upload_bytes(size_bytes)
+    with bars.progress_bar(f"upload {name}", total, quiet=quiet) as bar:
+        return output.upload(made, bar.advance)
+
+
+def begin_upload(output: UrlOutput, *, quiet: bool) -> None:
+    """From now on an interruption is told as one of the upload."""
+    from lorashard.uploading.contents import AdapterContent  # noqa: PLC0415
+
+    # Nobody sees of a part of an adapter whose it is, so that even this is not replaced unasked.
+    forced = " with --force" if isinstance(output.content, AdapterContent) else ""
+    say_state_of(output.url, output.content.last, f"Run the same command again{forced}.")
+    show_hub_bars(quiet=quiet)
+
+
+def say_state_of(target: str, last: str, again: str) -> None:
+    """If the upload is interrupted, say what is at its place. again: what to do then."""
+    from lorashard.uploading.survey import is_on_hub  # noqa: PLC0415
+
+    if is_on_hub(target):
+        state = f"{target} is as it was: an upload to the Hub is one commit, at the end."
+    else:
+        state = f"{target} is incomplete if it has no {last}. {again}"
+    render.if_interrupted(lambda: state)
+
+
+def show_hub_bars(*, quiet: bool) -> None:
+    """Leave the bars of an upload to the Hub to huggingface_hub, or have none."""
+    if quiet or not sys.stderr.isatty():
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def push_with_bar(
-    shards: Path, target: str, *, name: str, again: str, private: bool, force: bool,
-    dry_run: bool, quiet: bool,
-) -> Uploaded:  # fmt: skip
-    """Check and upload a shard directory. Raises what `push_shards` raises.
-
-    name: of the shards, on the bar. again: what to do if it is interrupted.
-    """
+    shards: Path, target: str, *, private: bool, force: bool, dry_run: bool, quiet: bool
+) -> Uploaded:
+    """Check and upload a shard directory. Raises what `push_shards` raises."""
     from lorashard.shards.directory import read_manifest  # noqa: PLC0415
     from lorashard.shards.names import MANIFEST_NAME  # noqa: PLC0415
     from lorashard.transfer.push import push_shards  # noqa: PLC0415
     from lorashard.uploading.survey import is_on_hub  # noqa: PLC0415
 
-    if quiet or not sys.stderr.isatty():
-        from huggingface_hub.utils.tqdm import disable_progress_bars  # those of the upload itself
-
-        disable_progress_bars()
-    if is_on_hub(target):
-        state = f"{target} is as it was: an upload to the Hub is one commit, at the end."
-    else:
-        state = f"{target} is incomplete if it has no {MANIFEST_NAME}. {again}"
-    render.if_interrupted(lambda: state)
+    say_state_of(target, MANIFEST_NAME, "Push again.")
+    show_hub_bars(quiet=quiet)
     total = sum(file.digest.size_bytes for file in read_manifest(shards).files.values())
     label, passes = ("check", 1) if is_on_hub(target) or dry_run else ("push", 2)
-    with bars.progress_bar(f"{label} {name}", passes * total, quiet=quiet) as bar:
+    with bars.progress_bar(f"{label} {shards.name}", passes * total, quiet=quiet) as bar:
         return push_shards(
             shards, target, private=private, force=force, dry_run=dry_run, progress=bar.advance
         )
 
 
-def say_changes(pushed: Uploaded, *, dry_run: bool, quiet: bool) -> None:
+def say_changes(uploaded: Uploaded | None, *, dry_run: bool = False, quiet: bool) -> None:
     """Say what an upload has removed or left alone at its place, or would."""
     from lorashard.uploading.card import CARD_NAME  # noqa: PLC0415
 
-    if pushed.removed:
+    if uploaded is None:
+        return
+    if uploaded.removed:
         gone = "would be removed" if dry_run else "removed"
-        render.say(f"note: {gone} there: {', '.join(pushed.removed)}", quiet=quiet)
-    if pushed.kept_card:
+        render.say(f"note: {gone} there: {', '.join(uploaded.removed)}", quiet=quiet)
+    if uploaded.kept_card:
         render.say(f"note: {CARD_NAME} there was edited; it is left as it is.", quiet=quiet)
 
 
-def pushed_json(pushed: Uploaded) -> dict[str, Any]:
+def upload_json(uploaded: Uploaded) -> dict[str, Any]:
     """What was done at the place."""
     return {
-        "place": pushed.place,
-        "revision": pushed.revision,
-        "removed": list(pushed.removed),
-        "kept_card": pushed.kept_card,
+        "place": uploaded.place,
+        "revision": uploaded.revision,
+        "removed": list(uploaded.removed),
+        "kept_card": uploaded.kept_card,
     }
+
+
+def output_json(out: object, uploaded: Uploaded | None) -> dict[str, Any]:
+    """The fields of a result that say where it is."""
+    if uploaded is None:
+        return {"out": str(out)}
+    return {"out": uploaded.place, "pushed": upload_json(uploaded)}

@@ -13,7 +13,7 @@ from lorashard.errors import VerificationError
 from lorashard.progress import Progress
 from lorashard.shards.directory import read_manifest
 from lorashard.shards.held import find_partial
-from lorashard.uploading.survey import Uploaded
+from lorashard.uploading.contents import Uploaded
 from lorashard.uploading.upload import upload_shards
 from lorashard.verify.verify import verify_shards
 
