@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lorashard.adapter.config import WEIGHTS_NAME
 from lorashard.errors import NoRoomError
-from lorashard.progress import Progress
+from lorashard.progress import Progress, Stage
 from lorashard.shards.placement import check_ep_size
 from lorashard.split.pipeline import SplitRequest
 from lorashard.split.run import SplitResult, run_split
@@ -45,15 +46,19 @@ class UrlOutput:
         """What the upload would do. Raises OutputExistsError if something is in the way."""
         return preview_upload(self.url, self.content, force=self.force)
 
-    def upload_bytes(self, size_bytes: int) -> int:
-        """What `upload` reports for tensor files of this size; to the Hub it does not report the upload."""
-        checked = size_bytes if isinstance(self.content, ShardsContent) else 0
-        return checked + (0 if is_on_hub(self.url) else size_bytes)
+    def upload(self, directory: Path, stage: Stage, progress: Progress) -> Uploaded:
+        """Upload what was made; shards are checked first. stage, progress: as `push_shards` has them.
 
-    def upload(self, directory: Path, progress: Progress) -> Uploaded:
-        """Upload what was made; shards are checked first. Raises what `push_shards` raises."""
-        upload = push_shards if isinstance(self.content, ShardsContent) else upload_adapter
-        return upload(
+        Raises what `push_shards` raises.
+        """
+        if isinstance(self.content, ShardsContent):
+            return push_shards(
+                directory, self.url, private=self.private, force=self.force, stage=stage,
+                progress=progress,
+            )  # fmt: skip
+        size_bytes = (directory / WEIGHTS_NAME).stat().st_size
+        stage("upload", 0 if is_on_hub(self.url) else size_bytes)
+        return upload_adapter(
             directory, self.url, private=self.private, force=self.force, progress=progress
         )
 
@@ -79,30 +84,26 @@ def split_to_url(
     resume: bool = False,
     dry_run: bool = False,
     note: Callable[[str], None] = lambda _: None,
-    started: Callable[[int], None] = lambda _: None,
-    uploading: Callable[[int], None] = lambda _: None,
+    stage: Stage = lambda *_: None,
     progress: Progress = lambda _: None,
 ) -> SplitResult:
     """Split one adapter and upload the shards; with `resume` only if they are not there.
 
     The place itself is taken to be there: `check` has said so.
-    note, started, progress: as `run_split` has them. uploading: called before the upload with the bytes
-    that it reports.
+    note, progress: as `run_split` has them. stage: called as "split", "check" or "upload" begins, with
+    the bytes that it is going to report.
     """
     # Nobody needs the temporary copy after a crash.
     request = replace(request, sync=False)
     with temporary_output() as shards:
         result = run_split(
             adapter, shards, request, url=output.url, force=output.force, resume=resume,
-            dry_run=dry_run, note=note, started=started, progress=progress,
+            dry_run=dry_run, note=note,
+            started=lambda size_bytes: stage("split", size_bytes), progress=progress,
         )  # fmt: skip
         if result.status == "skipped":
             return replace(result, out=output.url)
-        if dry_run:
-            uploaded = output.preview()
-        else:
-            uploading(output.upload_bytes(sum(result.file_sizes.values())))
-            uploaded = output.upload(shards, progress)
+        uploaded = output.preview() if dry_run else output.upload(shards, stage, progress)
     return replace(result, out=uploaded.place, uploaded=uploaded)
 
 
@@ -120,14 +121,20 @@ def split_job_to_url(
     """A `Splitter` for jobs whose targets are URLs."""
     output = UrlOutput(str(job.target), ShardsContent(request.ep_size), private, force)
     source_bytes = 0
+    counts = True
 
-    def begin(size_bytes: int) -> None:
-        nonlocal source_bytes
-        source_bytes = size_bytes
-        started(size_bytes + output.upload_bytes(size_bytes), 0)  # shards are about as large
+    def begin(stage: str, size_bytes: int) -> None:
+        nonlocal source_bytes, counts
+        # The check is so much faster than an upload that it would spoil the estimate of what is left.
+        counts = stage != "check"
+        if stage == "split":
+            source_bytes = size_bytes
+            expected = 0 if is_on_hub(output.url) else size_bytes  # the shards are about as large
+            started(source_bytes + expected, 0)
+        elif stage == "upload":
+            started(source_bytes + size_bytes, source_bytes)
 
     return split_to_url(
-        job.adapter, output, request, resume=resume, dry_run=dry_run, started=begin,
-        uploading=lambda size_bytes: started(source_bytes + size_bytes, source_bytes),
-        progress=progress,
+        job.adapter, output, request, resume=resume, dry_run=dry_run, stage=begin,
+        progress=lambda size_bytes: progress(size_bytes if counts else 0),
     )  # fmt: skip

@@ -28,6 +28,9 @@ class ByteBar:
     def restart(self, total_bytes: int, label: str | None = None) -> None:
         """Begin to count from zero, up to `total_bytes`. label: a new one, for other work."""
 
+    def hide(self) -> None:
+        """Show no more: what follows shows itself."""
+
 
 class _Clock:
     """Says when it is time for another line."""
@@ -82,16 +85,22 @@ def progress_bar(label: str, total_bytes: int = 0, *, quiet: bool) -> Iterator[B
     shown = _bytes_shown()
     task = shown.add_task(label, total=total_bytes)
     started = time.monotonic()
+    hidden = False
 
     class ShownBar(ByteBar):
         def advance(self, size_bytes: int) -> None:
             late = time.monotonic() - started > SHOW_PROGRESS_AFTER_S
-            if late and not shown.live.is_started:
+            if late and not shown.live.is_started and not hidden:
                 shown.start()
             shown.advance(task, size_bytes)
 
         def restart(self, total_bytes: int, label: str | None = None) -> None:
             shown.reset(task, total=total_bytes, description=label)
+
+        def hide(self) -> None:
+            nonlocal hidden
+            hidden = True
+            shown.stop()
 
     try:
         yield ShownBar()

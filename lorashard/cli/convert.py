@@ -64,7 +64,7 @@ def convert(
             with bars.progress_bar(f"convert {name}", prepared.progress_bytes, quiet=quiet) as bar:
                 write_conversion(prepared, path, force=force, progress=bar.advance)
         if output is not None:
-            uploaded = upload_with_bar(output, path, conversion.size_bytes, name=name, quiet=quiet)
+            uploaded = upload_with_bar(output, path, name=name, quiet=quiet)
     say_changes(uploaded, quiet=quiet)
     num_experts = located.manifest.placement.num_experts
     num_modules = len(located.manifest.modules)

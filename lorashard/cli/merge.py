@@ -29,7 +29,7 @@ def merge(
         with bars.progress_bar(f"merge {name}", weights.size_bytes, quiet=quiet) as bar:
             manifest = merge_shards(located, path, force=force, progress=bar.advance)
         if output is not None:
-            uploaded = upload_with_bar(output, path, weights.size_bytes, name=name, quiet=quiet)
+            uploaded = upload_with_bar(output, path, name=name, quiet=quiet)
     say_changes(uploaded, quiet=quiet)
     if source_was_pickled(manifest):
         render.say(

@@ -75,9 +75,7 @@ def reshard(
             placed = manifest.placement
             sizes = {name: file.digest.size_bytes for name, file in manifest.files.items()}
             if output is not None:
-                uploaded = upload_with_bar(
-                    output, path, sum(sizes.values()), name=place.name, quiet=quiet
-                )
+                uploaded = upload_with_bar(output, path, name=place.name, quiet=quiet)
     say_changes(uploaded, dry_run=dry_run, quiet=quiet)
     largest = max(size for name, size in sizes.items() if name != REPLICATED_NAME)
     render.say(

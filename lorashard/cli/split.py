@@ -12,7 +12,7 @@ from lorashard.cli import bars, render
 from lorashard.cli import options as opt
 from lorashard.cli.split_batch import split_batch
 from lorashard.cli.split_result import result_json, say_result
-from lorashard.cli.upload import begin_upload, is_url, refuse_private, say_changes
+from lorashard.cli.upload import again_of, is_url, refuse_private, say_changes, shown_stages
 from lorashard.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -173,14 +173,12 @@ def _split_one(
         output = UrlOutput(job.target, ShardsContent(request.ep_size), private, force)
         output.check()
         with bars.progress_bar(f"split {name}", quiet=quiet) as bar:
-
-            def uploading(size_bytes: int) -> None:
-                begin_upload(output, quiet=quiet)
-                bar.restart(size_bytes, f"upload {name}")
-
+            stage = shown_stages(
+                bar, name, output.url, output.content.last, again_of(output), quiet=quiet
+            )
             result = split_to_url(
-                job.adapter, output, request, resume=resume, dry_run=dry_run,
-                note=note, started=bar.restart, uploading=uploading, progress=bar.advance,
+                job.adapter, output, request, resume=resume, dry_run=dry_run, note=note, stage=stage,
+                progress=bar.advance,
             )  # fmt: skip
     say_changes(result.uploaded, dry_run=dry_run, quiet=quiet)
     say_result(result, quiet=quiet)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorashard.cli import bars, render
+from lorashard.cli.bars import ByteBar
 from lorashard.errors import ShardError
 
 if TYPE_CHECKING:
+    from lorashard.progress import Stage
     from lorashard.to_url import UrlOutput
     from lorashard.uploading.contents import Content, Uploaded
 
@@ -54,35 +56,62 @@ def opened_output(
         yield path, output
 
 
-def upload_with_bar(
-    output: UrlOutput, made: Path, size_bytes: int, *, name: str, quiet: bool
-) -> Uploaded:
-    """Upload what was made. size_bytes: of its tensor files. name: of what is uploaded, on the bar."""
-    begin_upload(output, quiet=quiet)
-    total = output.upload_bytes(size_bytes)
-    with bars.progress_bar(f"upload {name}", total, quiet=quiet) as bar:
-        return output.upload(made, bar.advance)
+def upload_with_bar(output: UrlOutput, made: Path, *, name: str, quiet: bool) -> Uploaded:
+    """Upload what was made. name: of what is uploaded, on the bar."""
+    with bars.progress_bar(f"upload {name}", quiet=quiet) as bar:
+        stage = shown_stages(
+            bar, name, output.url, output.content.last, again_of(output), quiet=quiet
+        )
+        return output.upload(made, stage, bar.advance)
 
 
-def begin_upload(output: UrlOutput, *, quiet: bool) -> None:
-    """From now on an interruption is told as one of the upload."""
+def again_of(output: UrlOutput) -> str:
+    """What to do if the upload is interrupted."""
     from lorashard.uploading.contents import AdapterContent  # noqa: PLC0415
 
     # Nobody sees of a part of an adapter whose it is, so that even this is not replaced unasked.
     forced = " with --force" if isinstance(output.content, AdapterContent) else ""
-    say_state_of(output.url, output.content.last, f"Run the same command again{forced}.")
-    show_hub_bars(quiet=quiet)
+    return f"Run the same command again{forced}."
 
 
-def say_state_of(target: str, last: str, again: str) -> None:
-    """If the upload is interrupted, say what is at its place. again: what to do then."""
-    from lorashard.uploading.survey import is_on_hub  # noqa: PLC0415
+def push_with_bar(
+    shards: Path, target: str, *, private: bool, force: bool, dry_run: bool, quiet: bool
+) -> Uploaded:
+    """Check and upload a shard directory. Raises what `push_shards` raises."""
+    from lorashard.shards.names import MANIFEST_NAME  # noqa: PLC0415
+    from lorashard.transfer.push import push_shards  # noqa: PLC0415
 
-    if is_on_hub(target):
-        state = f"{target} is as it was: an upload to the Hub is one commit, at the end."
-    else:
-        state = f"{target} is incomplete if it has no {last}. {again}"
-    render.if_interrupted(lambda: state)
+    with bars.progress_bar(f"check {shards.name}", quiet=quiet) as bar:
+        stage = shown_stages(bar, shards.name, target, MANIFEST_NAME, "Push again.", quiet=quiet)
+        return push_shards(
+            shards, target, private=private, force=force, dry_run=dry_run, stage=stage,
+            progress=bar.advance,
+        )  # fmt: skip
+
+
+def shown_stages(
+    bar: ByteBar, name: str, target: str, last: str, again: str, *, quiet: bool
+) -> Stage:
+    """Show each stage on the bar; and once the upload has begun, tell an interruption as one of it.
+
+    name: on the bar. last: the file without which the target is incomplete. again: what to do then.
+    """
+
+    def begin(stage: str, size_bytes: int) -> None:
+        if stage != "upload":
+            bar.restart(size_bytes, f"{stage} {name}")
+            return
+        if size_bytes:
+            bar.restart(size_bytes, f"upload {name}")
+            state = f"{target} is incomplete if it has no {last}. {again}"
+        else:
+            bar.hide()
+            show_hub_bars(quiet=quiet)
+            state = f"{target} is as it was: an upload to the Hub is one commit, at the end."
+        render.if_interrupted(lambda: state)
+
+    render.if_interrupted(lambda: f"{target} is as it was.")
+    return begin
 
 
 def show_hub_bars(*, quiet: bool) -> None:
@@ -91,25 +120,6 @@ def show_hub_bars(*, quiet: bool) -> None:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-
-
-def push_with_bar(
-    shards: Path, target: str, *, private: bool, force: bool, dry_run: bool, quiet: bool
-) -> Uploaded:
-    """Check and upload a shard directory. Raises what `push_shards` raises."""
-    from lorashard.shards.directory import read_manifest  # noqa: PLC0415
-    from lorashard.shards.names import MANIFEST_NAME  # noqa: PLC0415
-    from lorashard.transfer.push import push_shards  # noqa: PLC0415
-    from lorashard.uploading.survey import is_on_hub  # noqa: PLC0415
-
-    say_state_of(target, MANIFEST_NAME, "Push again.")
-    show_hub_bars(quiet=quiet)
-    total = sum(file.digest.size_bytes for file in read_manifest(shards).files.values())
-    label, passes = ("check", 1) if is_on_hub(target) or dry_run else ("push", 2)
-    with bars.progress_bar(f"{label} {shards.name}", passes * total, quiet=quiet) as bar:
-        return push_shards(
-            shards, target, private=private, force=force, dry_run=dry_run, progress=bar.advance
-        )
 
 
 def say_changes(uploaded: Uploaded | None, *, dry_run: bool = False, quiet: bool) -> None:
