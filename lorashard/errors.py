@@ -14,6 +14,7 @@ and where; `hint` says what to do next.
       PlacementError               4  experts and ranks do not fit together
       ShardError                   5  the shard directory cannot be written or trusted
         OutputExistsError             something is in the way of the target
+        NoRoomError                   the disk has no room for it
         ManifestError                 lorashard.json is missing or damaged
         UnknownTensorError            a shard file has no tensor of this name; also a KeyError
         PartialShardsError            it has the files of some ranks only
@@ -126,6 +127,10 @@ class OutputExistsError(ShardError):
     def __init__(self, path: str | os.PathLike[str], *, reason: str, hint: str) -> None:
         super().__init__(f"{os.fspath(path)}: {reason}.", hint=hint)
         self.path = os.fspath(path)
+
+
+class NoRoomError(ShardError):
+    """The disk has no room for what is written, or is about to be."""
 
 
 class ManifestError(ShardError):

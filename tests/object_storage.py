@@ -128,13 +128,23 @@ class ObjectStorage:
             if path.is_file():
                 self.put(f"{prefix}/{path.relative_to(directory)}", path.read_bytes())
 
+    def get(self, key: str) -> bytes:
+        with self._unlogged():
+            content: bytes = self._client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        return content
+
     def delete(self, key: str) -> None:
         with self._unlogged():
             self._client.delete_object(Bucket=BUCKET, Key=key)
 
+    def keys(self, prefix: str = "") -> list[str]:
+        with self._unlogged():
+            listed = self._client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)
+        return [entry["Key"] for entry in listed.get("Contents", [])]
+
     def empty(self) -> None:
-        for entry in self._client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
-            self.delete(entry["Key"])
+        for key in self.keys():
+            self.delete(key)
 
     # The log of requests
 

@@ -31,7 +31,7 @@ GROUND = (
 )
 CORE = ({"storage"}, {"adapter"}, {"shards"}, {"writing", "uploading"})
 VERBS = {"split", "merge", "reshard", "convert", "verify", "transfer", "inspect", "publish"}
-ORDER = (*GROUND, *CORE, {*VERBS, "vllm_plugin"}, {"reports"}, {"cli"}, {"", "__main__"})
+ORDER = (*GROUND, *CORE, {*VERBS, "vllm_plugin"}, {"reports", "to_url"}, {"cli"}, {"", "__main__"})
 EXCEPTIONS = {("transfer.push", "verify.verify")}
 PLUGIN_ORDER = ({"settings", "metrics"}, {"engine"}, {"load"}, {"patches"}, {"doctor"})
 
@@ -43,7 +43,7 @@ PURE = (
     "adapter.rank_evidence", "adapter.layout",
     "shards.names", "shards.placement", "shards.plan", "shards.manifest", "shards.manifest_parser",
     "shards.describe",
-    "writing.blocks", "reshard.moves", "split.cast_notes", "split.parts",
+    "uploading.contents", "writing.blocks", "reshard.moves", "split.cast_notes", "split.parts",
     "convert.target", "convert.peft_tensors", "convert.scaling", "convert.per_expert", "convert.fused",
     "convert.slots", "convert.peft_targets", "convert.peft_patterns", "convert.peft_config", "convert.notes",
     "convert.plan",

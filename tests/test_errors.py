@@ -26,6 +26,7 @@ EXAMPLES = (
     errors.PlacementError("what"),
     errors.ShardError("what"),
     errors.OutputExistsError("out", reason="exists", hint="do"),
+    errors.NoRoomError("what", hint="do"),
     errors.ManifestError("shards", "reason"),
     errors.UnknownTensorError("what", hint="do"),
     errors.PartialShardsError("what", hint="do"),

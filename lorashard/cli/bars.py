@@ -25,8 +25,11 @@ class ByteBar:
     def advance(self, size_bytes: int) -> None:
         """Count some more bytes."""
 
-    def restart(self, total_bytes: int) -> None:
-        """Begin to count from zero, up to `total_bytes`."""
+    def restart(self, total_bytes: int, label: str | None = None) -> None:
+        """Begin to count from zero, up to `total_bytes`. label: a new one, for other work."""
+
+    def hide(self) -> None:
+        """Show no more: what follows shows itself."""
 
 
 class _Clock:
@@ -53,8 +56,9 @@ class _ByteLines(ByteBar):
         self._label, self._clock, self._lock = label, _Clock(), threading.Lock()
         self.restart(total_bytes)
 
-    def restart(self, total_bytes: int) -> None:
+    def restart(self, total_bytes: int, label: str | None = None) -> None:
         self._total, self._done, self._since = total_bytes, 0, self._clock.seconds()
+        self._label = label or self._label
 
     def advance(self, size_bytes: int) -> None:
         with self._lock:  # threads report
@@ -81,16 +85,22 @@ def progress_bar(label: str, total_bytes: int = 0, *, quiet: bool) -> Iterator[B
     shown = _bytes_shown()
     task = shown.add_task(label, total=total_bytes)
     started = time.monotonic()
+    hidden = False
 
     class ShownBar(ByteBar):
         def advance(self, size_bytes: int) -> None:
             late = time.monotonic() - started > SHOW_PROGRESS_AFTER_S
-            if late and not shown.live.is_started:
+            if late and not shown.live.is_started and not hidden:
                 shown.start()
             shown.advance(task, size_bytes)
 
-        def restart(self, total_bytes: int) -> None:
-            shown.reset(task, total=total_bytes)
+        def restart(self, total_bytes: int, label: str | None = None) -> None:
+            shown.reset(task, total=total_bytes, description=label)
+
+        def hide(self) -> None:
+            nonlocal hidden
+            hidden = True
+            shown.stop()
 
     try:
         yield ShownBar()
@@ -110,9 +120,9 @@ class BatchCount:
         self._sizes: dict[str, int] = {}
         self._done: dict[str, int] = {}
 
-    def start(self, adapter: str, size_bytes: int) -> None:
-        """Count the adapter's bytes, `size_bytes` in all, from zero."""
-        self._sizes[adapter], self._done[adapter] = size_bytes, 0
+    def start(self, adapter: str, size_bytes: int, done_bytes: int = 0) -> None:
+        """Count the adapter's bytes, `size_bytes` in all, from `done_bytes` on."""
+        self._sizes[adapter], self._done[adapter] = size_bytes, done_bytes
 
     def advance(self, adapter: str, size_bytes: int) -> None:
         """Count some more bytes of it."""
@@ -149,10 +159,10 @@ class BatchBar:
         self.count = BatchCount(num_adapters)
         self._lock = threading.Lock()
 
-    def start(self, adapter: str, size_bytes: int) -> None:
-        """An adapter begins, or begins another pass, with a size in bytes."""
+    def start(self, adapter: str, size_bytes: int, done_bytes: int = 0) -> None:
+        """An adapter begins, or begins another pass, with a size in bytes of which some are done."""
         with self._lock:
-            self.count.start(adapter, size_bytes)
+            self.count.start(adapter, size_bytes, done_bytes)
             self.show()
 
     def advance(self, adapter: str, size_bytes: int) -> None:

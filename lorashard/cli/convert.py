@@ -10,6 +10,7 @@ import typer
 from lorashard.adapter.options import ExpertLayout, Orientation
 from lorashard.cli import bars, render
 from lorashard.cli import options as opt
+from lorashard.cli.upload import opened_output, output_json, say_changes, upload_with_bar
 from lorashard.parameters import with_flags
 
 
@@ -35,6 +36,7 @@ def convert(
         ),
     ] = None,
     force: opt.Force = False,
+    private: opt.Private = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -46,19 +48,24 @@ def convert(
         locate_shards,
     )
     from lorashard.storage.staging import check_target  # noqa: PLC0415
+    from lorashard.uploading.contents import AdapterContent  # noqa: PLC0415
 
-    render.if_interrupted(lambda: f"{out} is as it was.")
-    check_target(out, force=force, replaceable=is_plain_adapter)
-    located = locate_shards(shards)
-    with local_shards(located) as directory:
-        local = replace(located, place=directory)
-        prepared = prepare_conversion(local, layout, model=model, orientation=orientation)
-        conversion = prepared.conversion
-        for note in conversion.notes:
-            render.say_note(note, quiet=quiet)
-        label = f"convert {located.place.name}"
-        with bars.progress_bar(label, prepared.progress_bytes, quiet=quiet) as bar:
-            write_conversion(prepared, out, force=force, progress=bar.advance)
+    uploaded = None
+    with opened_output(out, AdapterContent(), private=private, force=force) as (path, output):
+        check_target(path, force=force, replaceable=is_plain_adapter)
+        located = locate_shards(shards)
+        name = located.place.name
+        with local_shards(located) as directory:
+            local = replace(located, place=directory)
+            prepared = prepare_conversion(local, layout, model=model, orientation=orientation)
+            conversion = prepared.conversion
+            for note in conversion.notes:
+                render.say_note(note, quiet=quiet)
+            with bars.progress_bar(f"convert {name}", prepared.progress_bytes, quiet=quiet) as bar:
+                write_conversion(prepared, path, force=force, progress=bar.advance)
+        if output is not None:
+            uploaded = upload_with_bar(output, path, name=name, quiet=quiet)
+    say_changes(uploaded, quiet=quiet)
     num_experts = located.manifest.placement.num_experts
     num_modules = len(located.manifest.modules)
     render.say(
@@ -68,11 +75,11 @@ def convert(
     )
     result = {
         "shards": shards,
-        "out": str(out),
+        **output_json(out, uploaded),
         "layout": layout,
         "num_experts": num_experts,
         "num_modules": num_modules,
         "size": conversion.size_bytes,
         "notes": [with_flags(note) for note in conversion.notes],
     }
-    render.print_result(result, out, as_json=as_json, quiet=quiet)
+    render.print_result(result, result["out"], as_json=as_json, quiet=quiet)

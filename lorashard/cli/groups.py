@@ -24,10 +24,13 @@ EXAMPLES = {
         "lorashard split my-adapter --ep-size 8",
         "lorashard split hf://owner/adapter --ep-size 8 -o shards",
         "lorashard split my-adapter --ep-size 8 -o s3://bucket/mine-ep8",
-        "lorashard split 'runs/*' --ep-size 8 -o all --resume",
+        "lorashard split 'runs/*' --ep-size 8 -o s3://bucket/all --resume",
         "lorashard split --from - --part 0/4 --ep-size 8 -o all --resume",
     ),
-    "reshard": ("lorashard reshard my-adapter-ep8 --ep-size 4",),
+    "reshard": (
+        "lorashard reshard my-adapter-ep8 --ep-size 4",
+        "lorashard reshard s3://bucket/mine-ep8 --ep-size 4 -o s3://bucket/mine-ep4",
+    ),
     "inspect": ("lorashard inspect my-adapter", "lorashard inspect hf://owner/shards --json"),
     "plan": (
         "lorashard plan my-adapter --ep-size 8 --max-loras 4",
@@ -45,8 +48,14 @@ EXAMPLES = {
         "lorashard doctor s3://bucket/shards -tp 8 -ep",
         "lorashard doctor my-adapter-ep8 -- vllm serve MODEL --enable-lora -tp 8 -ep",
     ),
-    "merge": ("lorashard merge my-adapter-ep8 -o my-adapter",),
-    "convert": ("lorashard convert my-adapter-ep8 --layout per_expert -o plain",),
+    "merge": (
+        "lorashard merge my-adapter-ep8 -o my-adapter",
+        "lorashard merge s3://bucket/mine-ep8 -o hf://owner/mine --private",
+    ),
+    "convert": (
+        "lorashard convert my-adapter-ep8 --layout per_expert -o plain",
+        "lorashard convert my-adapter-ep8 --layout fused --model MODEL -o s3://bucket/fused",
+    ),
     "pull": (
         "lorashard pull hf://owner/shards --node-ranks 0-7",
         "lorashard pull s3://bucket/shards --ep-rank 3 -o /models/mine",

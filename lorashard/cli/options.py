@@ -145,8 +145,18 @@ ExpertPlacementStrategy = Annotated[
     typer.Option("--expert-placement-strategy", help="vLLM's --expert-placement-strategy."),
 ]
 AdapterOutput = Annotated[
-    Path,
-    typer.Option("-o", "--output", metavar="ADAPTER", help="Target directory.", show_default=False),
+    str,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="ADAPTER",
+        help="Target directory; or where to upload it: hf://owner/name or another URL.",
+        show_default=False,
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="With -o hf://: if the repository is new, make it private."),
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace a finished target directory, atomically.")

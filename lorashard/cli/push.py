@@ -9,7 +9,7 @@ import typer
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
-from lorashard.cli.upload import push_with_bar, pushed_json, say_changes
+from lorashard.cli.upload import push_with_bar, say_changes, upload_json
 
 
 def push(
@@ -42,9 +42,8 @@ def push(
 
     manifest = read_manifest(shards)
     pushed = push_with_bar(
-        shards, target, name=shards.name, again="Push again.", private=private, force=force,
-        dry_run=dry_run, quiet=quiet,
-    )  # fmt: skip
+        shards, target, private=private, force=force, dry_run=dry_run, quiet=quiet
+    )
     say_changes(pushed, dry_run=dry_run, quiet=quiet)
     total = sum(file.digest.size_bytes for file in manifest.files.values())
     render.say(
@@ -55,7 +54,7 @@ def push(
     )
     result = {
         "shards": str(shards),
-        **pushed_json(pushed),
+        **upload_json(pushed),
         "files": {name: (shards / name).stat().st_size for name in pushed.names},
         "dry_run": dry_run,
     }

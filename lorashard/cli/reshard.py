@@ -11,6 +11,7 @@ import typer
 
 from lorashard.cli import bars, render
 from lorashard.cli import options as opt
+from lorashard.cli.upload import opened_output, output_json, say_changes, upload_with_bar
 
 if TYPE_CHECKING:
     from lorashard.storage.remote import Location
@@ -20,18 +21,20 @@ def reshard(
     shards: opt.Shards,
     ep_size: opt.EpSize,
     out: Annotated[
-        Optional[Path],
+        Optional[str],
         typer.Option(
             "-o",
             "--output",
             metavar="OUT",
-            help="Target directory. [default: SHARDS, its name with the new N]",
+            help="Target directory; or where to upload the shards as `push` does: hf://owner/name or "
+            "another URL. [default: SHARDS, its name with the new N]",
             show_default=False,
         ),
     ] = None,
     placement: opt.Placement = "linear",
     expert_map: opt.ExpertMap = None,
     force: opt.Force = False,
+    private: opt.Private = False,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -40,34 +43,40 @@ def reshard(
     from lorashard.reshard.reshard import plan_reshard, reshard_shards  # noqa: PLC0415
     from lorashard.shards.directory import locate_shards  # noqa: PLC0415
     from lorashard.shards.names import REPLICATED_NAME  # noqa: PLC0415
-    from lorashard.storage.remote import RemoteFolder  # noqa: PLC0415
+    from lorashard.storage.remote import RemoteFolder, locate  # noqa: PLC0415
+    from lorashard.uploading.contents import ShardsContent  # noqa: PLC0415
     from lorashard.writing.restore import proof_bytes  # noqa: PLC0415
 
     opt.refuse_two_placements(placement, expert_map)
-    located = locate_shards(shards)
-    place = located.place
-    target = _default_target(place, ep_size) if out is None else out
+    place = locate(shards)
+    target = str(_default_target(place, ep_size)) if out is None else out
+    content, uploaded = ShardsContent(ep_size), None
     sizes: Mapping[str, int]
-    if dry_run:
-        placed, sizes = plan_reshard(
-            located, target, ep_size, strategy=placement, expert_map=expert_map, force=force
-        )
-    else:
-        render.if_interrupted(lambda: f"{target} is as it was.")
-        total = sum(file.digest.size_bytes for file in located.manifest.files.values())
-        total += proof_bytes(located.manifest)
-        with bars.progress_bar(f"reshard {place.name}", total, quiet=quiet) as bar:
-            manifest = reshard_shards(
-                located,
-                target,
-                ep_size,
-                strategy=placement,
-                expert_map=expert_map,
-                force=force,
-                progress=bar.advance,
+    with opened_output(target, content, private=private, force=force) as (path, output):
+        located = locate_shards(place)
+        if dry_run:
+            placed, sizes = plan_reshard(
+                located, path, ep_size, strategy=placement, expert_map=expert_map, force=force
             )
-        placed = manifest.placement
-        sizes = {name: file.digest.size_bytes for name, file in manifest.files.items()}
+            uploaded = None if output is None else output.preview()
+        else:
+            total = sum(file.digest.size_bytes for file in located.manifest.files.values())
+            total += proof_bytes(located.manifest)
+            with bars.progress_bar(f"reshard {place.name}", total, quiet=quiet) as bar:
+                manifest = reshard_shards(
+                    located,
+                    path,
+                    ep_size,
+                    strategy=placement,
+                    expert_map=expert_map,
+                    force=force,
+                    progress=bar.advance,
+                )
+            placed = manifest.placement
+            sizes = {name: file.digest.size_bytes for name, file in manifest.files.items()}
+            if output is not None:
+                uploaded = upload_with_bar(output, path, name=place.name, quiet=quiet)
+    say_changes(uploaded, dry_run=dry_run, quiet=quiet)
     largest = max(size for name, size in sizes.items() if name != REPLICATED_NAME)
     render.say(
         f"{place}: {placed.num_experts} experts in {len(located.manifest.modules)} modules on "
@@ -78,7 +87,7 @@ def reshard(
     result = {
         "shards": str(place),
         "revision": place.revision if isinstance(place, RemoteFolder) else None,
-        "out": str(target),
+        **output_json(target, uploaded),
         "num_experts": placed.num_experts,
         "placement": placed.strategy,
         "ep_size": placed.ep_size,
@@ -86,7 +95,7 @@ def reshard(
         "files": dict(sizes),
         "dry_run": dry_run,
     }
-    render.print_result(result, target, as_json=as_json, quiet=quiet)
+    render.print_result(result, result["out"], as_json=as_json, quiet=quiet)
 
 
 def _default_target(shards: Location, ep_size: int) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -12,14 +10,12 @@ import typer
 
 from lorashard.cli import bars, render
 from lorashard.cli import options as opt
-from lorashard.cli.error_json import json_of
-from lorashard.cli.split_result import outcome_json, result_json, say_result
-from lorashard.cli.split_to_url import refuse_for_url, split_to_url
-from lorashard.errors import AdapterError, BatchError, ShardError
-from lorashard.parameters import with_flags
+from lorashard.cli.split_batch import split_batch
+from lorashard.cli.split_result import result_json, say_result
+from lorashard.cli.upload import again_of, is_url, refuse_private, say_changes, shown_stages
+from lorashard.errors import AdapterError
 
 if TYPE_CHECKING:
-    from lorashard.split.batch import AdapterOutcome
     from lorashard.split.pipeline import SplitRequest
     from lorashard.split.selection import SplitJob
 
@@ -41,8 +37,8 @@ def split(
             "-o",
             "--output",
             metavar="OUT",
-            help="Target directory; with several adapters, the directory for all of them. Or, for one "
-            "adapter, where to upload it as `push` does: hf://owner/name or another URL. "
+            help="Target directory; with several adapters, the directory for all of them. Or where to "
+            "upload the shards as `push` does: hf://owner/name or another URL. "
             "[default: ADAPTER-epN; for checkpoint-130, epN-of-checkpoint-130]",
             show_default=False,
         ),
@@ -56,10 +52,7 @@ def split(
     orientation: opt.Orientation = None,
     allow_pickle: opt.AllowPickle = False,
     force: opt.Force = False,
-    private: Annotated[
-        bool,
-        typer.Option("--private", help="With -o hf://: if the repository is new, make it private."),
-    ] = False,
+    private: opt.Private = False,
     listed: Annotated[
         Optional[typer.FileText],
         typer.Option(
@@ -127,32 +120,23 @@ def split(
     if not names:
         raise AdapterError("No adapter is named.", hint="lorashard split ADAPTER --ep-size N")
     batch = listed is not None or part is not None or is_batch(names)
-    if out is not None and "://" in out:
-        refuse_for_url(out, batch=batch, resume=resume)
-        split_to_url(
-            names[0], out, request, private=private, force=force, dry_run=dry_run,
-            as_json=as_json, quiet=quiet,
-        )  # fmt: skip
-        return
-    if private:
-        raise ShardError(
-            "--private is for -o hf://owner/name: a local directory has no such thing."
-        )
+    refuse_private(out, private=private)
     chosen = None if part is None else parse_part(part)
     if chosen is not None:
         check_names_are_fixed(names)
-    jobs = plan_jobs(find_adapters(names), None if out is None else Path(out), ep_size, batch=batch)
+    target = Path(out) if out is not None and not is_url(out) else out
+    jobs = plan_jobs(find_adapters(names), target, ep_size, batch=batch)
     if chosen is not None:
         jobs = chosen.of(jobs)
     if batch:
         gc.enable()  # free what one adapter leaves behind before the next
-        _split_batch(
-            jobs, request, workers=workers, force=force, resume=resume, dry_run=dry_run,
-            as_json=as_json, quiet=quiet,
+        split_batch(
+            jobs, request, url=out if is_url(out) else None, private=private, workers=workers,
+            force=force, resume=resume, dry_run=dry_run, as_json=as_json, quiet=quiet,
         )  # fmt: skip
     else:
         _split_one(
-            jobs[0], request, force=force, resume=resume, dry_run=dry_run,
+            jobs[0], request, private=private, force=force, resume=resume, dry_run=dry_run,
             as_json=as_json, quiet=quiet,
         )  # fmt: skip
 
@@ -161,6 +145,7 @@ def _split_one(
     job: SplitJob,
     request: SplitRequest,
     *,
+    private: bool,
     force: bool,
     resume: bool,
     dry_run: bool,
@@ -170,100 +155,31 @@ def _split_one(
     from lorashard.split.run import run_split  # noqa: PLC0415
 
     render.if_interrupted(lambda: f"{job.target} is as it was.")
-    with bars.progress_bar(f"split {Path(job.adapter).name}", quiet=quiet) as bar:
-        result = run_split(
-            job.adapter,
-            job.target,
-            request,
-            force=force,
-            resume=resume,
-            dry_run=dry_run,
-            note=lambda text: render.say_note(text, quiet=quiet),
-            started=bar.restart,
-            progress=bar.advance,
-        )
+    name = Path(job.adapter).name
+
+    def note(text: str) -> None:
+        render.say_note(text, quiet=quiet)
+
+    if isinstance(job.target, Path):
+        with bars.progress_bar(f"split {name}", quiet=quiet) as bar:
+            result = run_split(
+                job.adapter, job.target, request, force=force, resume=resume, dry_run=dry_run,
+                note=note, started=bar.restart, progress=bar.advance,
+            )  # fmt: skip
+    else:
+        from lorashard.to_url import UrlOutput, split_to_url  # noqa: PLC0415
+        from lorashard.uploading.contents import ShardsContent  # noqa: PLC0415
+
+        output = UrlOutput(job.target, ShardsContent(request.ep_size), private, force)
+        output.check()
+        with bars.progress_bar(f"split {name}", quiet=quiet) as bar:
+            stage = shown_stages(
+                bar, name, output.url, output.content.last, again_of(output), quiet=quiet
+            )
+            result = split_to_url(
+                job.adapter, output, request, resume=resume, dry_run=dry_run, note=note, stage=stage,
+                progress=bar.advance,
+            )  # fmt: skip
+    say_changes(result.uploaded, dry_run=dry_run, quiet=quiet)
     say_result(result, quiet=quiet)
     render.print_result(result_json(result), result.out, as_json=as_json, quiet=quiet)
-
-
-def _split_batch(
-    jobs: Sequence[SplitJob],
-    request: SplitRequest,
-    *,
-    workers: int,
-    force: bool,
-    resume: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Split all of them; report failures at the end. Raises BatchError if there are any."""
-    from lorashard.split.batch import split_jobs  # noqa: PLC0415
-
-    with bars.batch_bar("split", len(jobs), quiet=quiet) as bar:
-        render.if_interrupted(
-            lambda: (
-                f"{bar.count.num_finished} of {len(jobs)} adapters are finished. The same command "
-                "with --resume does the rest."
-            )
-        )
-
-        def finished(outcome: AdapterOutcome) -> None:
-            bar.finish(outcome.adapter)
-            if outcome.error is not None:
-                shown = json_of(outcome.error)
-                render.say_error(_about(outcome.adapter, shown["error"]), shown["hint"])
-            elif outcome.result is not None:
-                say_result(outcome.result, quiet=quiet)
-                if not (as_json or quiet):
-                    render.print_line(str(outcome.result.out))
-
-        outcomes = split_jobs(
-            jobs,
-            request,
-            workers=workers,
-            force=force,
-            resume=resume,
-            dry_run=dry_run,
-            started=bar.start,
-            progress=bar.advance,
-            finished=finished,
-        )
-    _say_notes(outcomes, quiet=quiet)
-    if as_json:
-        render.print_json([outcome_json(outcome) for outcome in outcomes])
-    counts = Counter(outcome.status for outcome in outcomes)
-    ignored = f", {counts['ignored']} ignored as shards" if counts["ignored"] else ""
-    render.say(
-        f"{counts['done']} split, {counts['skipped']} already there, "
-        f"{counts['failed']} failed{ignored}",
-        quiet=quiet,
-    )
-    errors = []
-    for outcome in outcomes:
-        if outcome.error is not None:
-            reason = with_flags(outcome.error.message)
-            render.say(f"  failed: {_about(outcome.adapter, reason)}", quiet=quiet)
-            errors.append(outcome.error)
-    if errors:
-        again = "Run it again with --resume to retry only those that failed."
-        all_failed = "None was split; the messages above say why."
-        hint = all_failed if len(errors) == len(outcomes) else again
-        raise BatchError(errors, len(outcomes), noun="adapters", hint=hint)
-
-
-def _say_notes(outcomes: Sequence[AdapterOutcome], *, quiet: bool) -> None:
-    """Each note once, with the adapters that it is about."""
-    about: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        for note in outcome.result.notes if outcome.result is not None else ():
-            about.setdefault(note, []).append(outcome.adapter)
-    for note, adapters in about.items():
-        others = f" and {len(adapters) - 1} more" if len(adapters) > 1 else ""
-        render.say_note(note, about=adapters[0] + others, quiet=quiet)
-
-
-def _about(adapter: str, text: str) -> str:
-    """The text with the adapter's name before it, if it does not name it."""
-    is_named = text.startswith((f"{adapter}:", f"{adapter}/", f"{adapter} "))
-    return text if is_named else f"{adapter}: {text}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorashard.cli import render
 from lorashard.cli.error_json import json_of
+from lorashard.cli.upload import output_json
 from lorashard.parameters import with_flags
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ def say_result(result: SplitResult, *, quiet: bool) -> None:
         remark = " (already there)"
     else:
         remark = " (dry run, nothing written)" if result.dry_run else ""
+    if result.uploaded is not None:
+        revision = result.uploaded.revision
+        remark = f", to {result.out}{f' at {revision}' if revision else ''}{remark}"
     render.say(
         f"{result.adapter}: {result.num_experts} experts{inferred} in {result.num_modules} modules "
         f"on {result.placement.ep_size} ranks, {render.size(sizes[0])} replicated + "
@@ -35,7 +39,7 @@ def result_json(result: SplitResult) -> dict[str, Any]:
     return {
         "adapter": result.adapter,
         "status": result.status,
-        "out": str(result.out),
+        **output_json(result.out, result.uploaded),
         "dry_run": result.dry_run,
         "num_experts": result.num_experts,
         "counted_from_r": result.counted_from_r,

@@ -19,7 +19,8 @@ from lorashard.storage.drivers import is_object_store
 from lorashard.storage.hub import HubAddress, parse_address, translating_errors
 from lorashard.storage.remote import RemoteFolder, locate, open_url
 from lorashard.uploading.card import CARD_NAME, is_untouched
-from lorashard.uploading.survey import RANK_FILE, is_on_hub, names_at
+from lorashard.uploading.contents import RANK_FILE
+from lorashard.uploading.survey import is_on_hub, names_at
 from lorashard.uploading.upload import upload_shards
 
 _OWN_NAMES = frozenset({MANIFEST_NAME, CONFIG_NAME, REPLICATED_NAME, CARD_NAME})

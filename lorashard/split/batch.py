@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from lorashard.adapter.options import LoraBLayout, Orientation
 from lorashard.errors import AdapterError, LorashardError
@@ -37,15 +37,49 @@ BatchStatus = Literal[SplitStatus, "ignored", "failed"]
 class AdapterOutcome:
     """What became of one adapter of a batch.
 
-    adapter: as it was named. target: the directory for its shards.
+    adapter: as it was named. target: the directory for its shards, or their URL.
     result: if it was split, or found to be split already. error: if it failed.
     """
 
     adapter: str
-    target: Path
+    target: Path | str
     status: BatchStatus
     result: SplitResult | None = None
     error: LorashardError | None = None
+
+
+class Splitter(Protocol):
+    """How the adapter of a job gets to its target."""
+
+    def __call__(
+        self,
+        job: SplitJob,
+        request: SplitRequest,
+        *,
+        force: bool,
+        resume: bool,
+        dry_run: bool,
+        started: Callable[[int, int], None],
+        progress: Progress,
+    ) -> SplitResult:
+        """As `run_split`. started: called with the bytes of all passes, and how many of them are done."""
+
+
+def split_here(
+    job: SplitJob,
+    request: SplitRequest,
+    *,
+    force: bool,
+    resume: bool,
+    dry_run: bool,
+    started: Callable[[int, int], None],
+    progress: Progress,
+) -> SplitResult:
+    """Split to a local directory."""
+    return run_split(
+        job.adapter, Path(job.target), request, force=force, resume=resume, dry_run=dry_run,
+        started=lambda size_bytes: started(size_bytes, 0), progress=progress,
+    )  # fmt: skip
 
 
 def split_adapters(
@@ -122,13 +156,15 @@ def split_jobs(
     force: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    started: Callable[[str, int], None] = lambda *_: None,
+    split: Splitter = split_here,
+    started: Callable[[str, int, int], None] = lambda *_: None,
     progress: Callable[[str, int], None] = lambda *_: None,
     finished: Callable[[AdapterOutcome], None] = lambda _: None,
 ) -> tuple[AdapterOutcome, ...]:
     """Split the adapters of `jobs`.
 
-    started: called in any thread with an adapter and its size in bytes, before each pass over it.
+    started: called in any thread with an adapter, the bytes of all passes over it that are to come, and
+    how many of them are done.
     progress: called in any thread with an adapter and its bytes that were done since the last call.
     """
 
@@ -140,9 +176,9 @@ def split_jobs(
             check_cancelled(size_bytes)
             progress(job.adapter, size_bytes)
 
-        result = run_split(
-            job.adapter, job.target, request, force=force, resume=resume, dry_run=dry_run,
-            started=lambda size_bytes: started(job.adapter, size_bytes), progress=advance,
+        result = split(
+            job, request, force=force, resume=resume, dry_run=dry_run,
+            started=lambda *sizes: started(job.adapter, *sizes), progress=advance,
         )  # fmt: skip
         return replace(result, manifest=None)
 

@@ -1,11 +1,10 @@
 """Whether a shard directory is already what a split would write.
 
-In: a target and a `PreparedSplit`. Out: the manifest of the finished directory, or None.
+In: a target, here or elsewhere, and a `PreparedSplit`. Out: the manifest of the finished directory, or
+None.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from blake3 import blake3
 
@@ -13,51 +12,64 @@ from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.errors import LorashardError
 from lorashard.progress import Progress
 from lorashard.shards.describe import differing_files
-from lorashard.shards.directory import check_file, has_digest, read_manifest
+from lorashard.shards.directory import (
+    LocatedShards,
+    find_file,
+    find_files,
+    has_digest,
+    locate_shards,
+)
 from lorashard.shards.manifest import Manifest
 from lorashard.shards.replan import find_contradictions, rebuild_plan
 from lorashard.split.pipeline import PreparedSplit, SplitRequest
 from lorashard.storage.digests import digest_of
+from lorashard.storage.remote import Location, RemoteFolder
 
 
 def find_finished_split(
-    target: Path, prepared: PreparedSplit, request: SplitRequest, progress: Progress
+    target: str | Location, prepared: PreparedSplit, request: SplitRequest, progress: Progress
 ) -> Manifest | None:
     """The manifest of `target` if it is finished and of this adapter, placement and options.
 
-    On the Hub, the commit identifies the adapter; any other adapter is read and digested. So are the
-    shards, to see damage.
+    On the Hub, the commit identifies the adapter; any other adapter is read and digested. So are local
+    shards, to see damage; of those elsewhere only the sizes are looked at.
     progress: called with source bytes digested since the last call.
     """
     try:
-        manifest = read_manifest(target)
-        for name, recorded in manifest.files.items():
-            check_file(target / name, recorded)
+        shards = locate_shards(target)
+        find_files(shards)
     except LorashardError:
         return None
     if (
-        _has_same_plan(manifest, prepared, request)
-        and _has_source(manifest, prepared, progress)
-        and _follows_from_source(target, manifest, prepared)
-        and _is_undamaged(target, manifest)
+        _has_same_plan(shards.manifest, prepared, request)
+        and _has_source(shards.manifest, prepared, progress)
+        and _follows_from_source(shards, prepared)
+        and _is_undamaged(shards)
     ):
-        return manifest
+        return shards.manifest
     return None
 
 
-def _follows_from_source(target: Path, manifest: Manifest, prepared: PreparedSplit) -> bool:
+def _follows_from_source(shards: LocatedShards, prepared: PreparedSplit) -> bool:
     """Whether every command would take the manifest: its scaling, its ranks, its order of rows."""
     try:
-        rebuilt = rebuild_plan(manifest, prepared.source.config_bytes, target)
+        rebuilt = rebuild_plan(shards.manifest, prepared.source.config_bytes, shards.place)
     except LorashardError:
         return False
-    return next(find_contradictions(manifest, rebuilt), None) is None
+    return next(find_contradictions(shards.manifest, rebuilt), None) is None
 
 
-def _is_undamaged(target: Path, manifest: Manifest) -> bool:
-    files = {name: file.digest for name, file in manifest.files.items()}
-    files[CONFIG_NAME] = manifest.source.files[CONFIG_NAME]
-    return all(has_digest(target / name, digest) for name, digest in files.items())
+def _is_undamaged(shards: LocatedShards) -> bool:
+    place, manifest = shards.place, shards.manifest
+    config = manifest.source.files[CONFIG_NAME]
+    if isinstance(place, RemoteFolder):
+        try:
+            find_file(place, CONFIG_NAME, config)
+        except LorashardError:
+            return False
+        return True
+    files = {name: file.digest for name, file in manifest.files.items()} | {CONFIG_NAME: config}
+    return all(has_digest(place / name, digest) for name, digest in files.items())
 
 
 def _has_same_plan(manifest: Manifest, prepared: PreparedSplit, request: SplitRequest) -> bool:

@@ -27,6 +27,8 @@ from lorashard.split.pipeline import (
 from lorashard.split.resume import find_finished_split
 from lorashard.storage.remote import locate
 from lorashard.storage.staging import check_target, clear_leftovers
+from lorashard.uploading.contents import ShardsContent, Uploaded
+from lorashard.uploading.survey import preview_upload
 from lorashard.vllm_options import Strategy
 from lorashard.writing.disk_space import check_disk_space
 
@@ -42,10 +44,11 @@ class SplitResult:
     nothing names it. counted_from_r: it is that of fused tensors by the config's r alone.
     file_sizes: bytes by file name, the replicated file first, then one for each ep rank.
     manifest: None in a dry run, and in a batch, where the tables of many adapters would pile up.
+    out: the directory; or the URL to which it was uploaded, and `uploaded` says what that did.
     """
 
     adapter: str
-    out: Path
+    out: Path | str
     status: SplitStatus
     dry_run: bool
     num_experts: int
@@ -56,6 +59,7 @@ class SplitResult:
     file_sizes: Mapping[str, int]
     notes: tuple[str, ...]
     manifest: Manifest | None
+    uploaded: Uploaded | None = None
 
 
 def split_adapter(
@@ -111,14 +115,15 @@ def run_split(
     force: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    no_room: str | None = None,
+    url: str | None = None,
     note: Callable[[str], None] = lambda _: None,
     started: Callable[[int], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> SplitResult:
     """Split one adapter; with `resume` only if needed, in a dry run only on paper.
 
-    no_room: what to do if the disk has no room for `out`, where it is not the user's choice.
+    url: where `out`, a temporary directory, is going to be uploaded; what is there is what `force` and
+    `resume` are about.
     note: called with each note, before any tensor data is read, or after a cast.
     started: called with the source's size in bytes before each pass over it.
     progress: called with bytes done since the last call.
@@ -126,7 +131,7 @@ def run_split(
     """
     place = locate(adapter)
     if not resume:  # fail before anything is read
-        check_target(out, force=force, replaceable=holds_only_shards)
+        _check_free(out, url, request.ep_size, force=force)
     with prepared_split(place, request) as prepared:
         notes: list[str] = []
 
@@ -139,12 +144,13 @@ def run_split(
         manifest = None
         if resume:
             started(prepared.source.index.file_size)
-            manifest = find_finished_split(out, prepared, request, progress)
+            manifest = find_finished_split(url or out, prepared, request, progress)
         skipped = manifest is not None
-        check_target(out, force=force or skipped, replaceable=holds_only_shards)
+        if resume:
+            _check_free(out, url, request.ep_size, force=force or skipped)
         if manifest is None:
             size_bytes = sum(file.size_bytes for file in prepared.plan.files)
-            check_disk_space(out, size_bytes, hint=no_room)
+            check_disk_space(out, size_bytes)
         if skipped and not dry_run:
             clear_leftovers(out)
         if manifest is None and not dry_run:
@@ -155,6 +161,14 @@ def run_split(
         return _describe(
             str(place), out, request, prepared, manifest, skipped, dry_run, tuple(notes)
         )
+
+
+def _check_free(out: Path, url: str | None, ep_size: int, *, force: bool) -> None:
+    """Raise OutputExistsError if something is in the way at the place where the shards go in the end."""
+    if url is None:
+        check_target(out, force=force, replaceable=holds_only_shards)
+    else:
+        preview_upload(url, ShardsContent(ep_size), force=force)
 
 
 def _describe(

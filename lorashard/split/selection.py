@@ -29,10 +29,10 @@ _COLLECTION = re.compile(r"(?:hf://|https?://[^/]+/)collections/([^/]+/[^/]+)/?"
 
 @dataclass(frozen=True, slots=True)
 class SplitJob:
-    """One adapter to split, as the user named it, and the directory for its shards."""
+    """One adapter to split, as the user named it, and the directory for its shards, or their URL."""
 
     adapter: str
-    target: Path
+    target: Path | str
 
     def __str__(self) -> str:
         return self.adapter
@@ -94,9 +94,11 @@ def read_list(file: TextIO) -> tuple[str, ...]:
 
 
 def plan_jobs(
-    adapters: Sequence[str], out: Path | None, ep_size: int, *, batch: bool
+    adapters: Sequence[str], out: Path | str | None, ep_size: int, *, batch: bool
 ) -> tuple[SplitJob, ...]:
     """A target for each adapter: OUT itself; in a batch OUT/NAME-epN; without OUT, ADAPTER-epN.
+
+    out: a directory, or a URL as text.
 
     `directory_name` says how: those of checkpoint-130 are called epN-of-checkpoint-130.
 
@@ -105,10 +107,13 @@ def plan_jobs(
     """
     if out is not None and not batch:
         return (SplitJob(adapters[0], out),)
-    jobs: dict[Path, SplitJob] = {}
+    jobs: dict[Path | str, SplitJob] = {}
     for adapter in adapters:
         beside = Path(last_name(adapter) if is_remote(adapter) else os.path.abspath(adapter))
-        target = (out or beside.parent) / directory_name(beside.name, ep_size)
+        name = directory_name(beside.name, ep_size)
+        target = (
+            f"{out.rstrip('/')}/{name}" if isinstance(out, str) else (out or beside.parent) / name
+        )
         if target in jobs:
             raise ShardError(
                 f"{jobs[target].adapter} and {adapter} would both be written to {target}.",

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorashard.errors import ShardError
+from lorashard.errors import NoRoomError, ShardError
 from lorashard.storage.local import sync_directory
 
 # A Path has one slash left of the two in a URL.
@@ -87,7 +87,7 @@ def _is_elsewhere(target: Path, err: OSError) -> bool:
 def write_error(target: Path, err: OSError, *, full_disk: str) -> ShardError:
     """Says why `target` cannot be written and what to do."""
     if err.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ShardError(
+        return NoRoomError(
             f"{target.parent}: no space left while writing {target.name}.", hint=full_disk
         )
     reason = os.strerror(err.errno) if err.errno else str(err)

@@ -1,4 +1,4 @@
-"""The model card of a pushed shard directory: base model, source, placement, how to serve. Pure.
+"""The model card of what is uploaded: base model, source, placement, how to serve. Pure.
 
 In: the manifest, the adapter's config and the place. Out: Markdown, with a seal by which a card that
 someone has edited is recognised.
@@ -18,6 +18,7 @@ from lorashard.shards.manifest import Manifest
 from lorashard.shards.names import adapter_name
 from lorashard.shards.placement import Placement
 from lorashard.storage.hub import last_name
+from lorashard.version import __version__
 from lorashard.vllm_options import smallest_max_lora_rank
 
 CARD_NAME = "README.md"
@@ -74,7 +75,28 @@ With `--ep-rank K` or `--node-ranks A-B`, `pull` fetches only what one pod or no
 `lorashard reshard` redistributes the experts over another number of ranks, and `lorashard merge`
 restores the source adapter{" (not possible here: the values were cast)" if manifest.dtype else ""}.
 """
-    return f"{body}\n<!-- written by lorashard push, {_digest(body)} -->\n"
+    return _sealed(body)
+
+
+def format_adapter_card(config: LoraConfig, place: str) -> str:
+    """The card of a plain adapter that was made from shards."""
+    base = _code(config.base_model) if config.base_model else "not named in the adapter"
+    return _sealed(f"""---
+{_metadata(config, library="peft")}
+---
+
+# {last_name(place)}
+
+A LoRA adapter of a Mixture-of-Experts model, in PEFT's format.
+
+| | |
+|---|---|
+| base model | {base} |
+| LoRA rank | {max(config.lora_rank, *config.rank_pattern.values(), 0)} |
+| written by | lorashard {__version__} |
+
+`lorashard split {shlex.quote(place)} --ep-size N` writes one file for each of N expert-parallel ranks.
+""")
 
 
 def is_untouched(card: str) -> bool:
@@ -83,15 +105,21 @@ def is_untouched(card: str) -> bool:
     return seal is not None and seal[1] == _digest(card[: seal.start()].removesuffix("\n"))
 
 
-def _metadata(config: LoraConfig) -> str:
+def _sealed(body: str) -> str:
+    return f"{body}\n<!-- written by lorashard push, {_digest(body)} -->\n"
+
+
+def _metadata(config: LoraConfig, library: str = "lorashard") -> str:
     """The card's fields as YAML. The Hub refuses a base_model that is not a Hub id."""
     from huggingface_hub import ModelCardData
 
     named: dict[str, Any] = {}
     if config.base_model and _HUB_ID.fullmatch(config.base_model):
         named = {"base_model": config.base_model, "base_model_relation": "adapter"}
-    tags = ["lora", "mixture-of-experts", "expert-parallel", "vllm"]
-    return ModelCardData(library_name="lorashard", tags=tags, **named).to_yaml().strip()
+    tags = ["lora", "mixture-of-experts"]
+    if library == "lorashard":
+        tags += ["expert-parallel", "vllm"]
+    return ModelCardData(library_name=library, tags=tags, **named).to_yaml().strip()
 
 
 def _digest(body: str) -> str:

@@ -1,55 +1,35 @@
 """What is at a place already, and what an upload there would do. Only looks.
 
-In: a target, and the number of ranks, from which the names of the files follow. Out: an `UploadPlan`, or
-the error that the upload would end with, so that `split` can ask before it begins.
+In: a target, and what is to be uploaded. Out: an `UploadPlan`, or the error that the upload would end
+with, so that a command can ask before it begins.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorashard.adapter.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
+from lorashard.adapter.config import WEIGHTS_NAME
 from lorashard.adapter.notice import NOTICES, is_notice, may_be_notice
 from lorashard.errors import AdapterError, OutputExistsError
-from lorashard.shards.names import MANIFEST_NAME, shard_file_names
 from lorashard.storage.drivers import lacks_bucket
 from lorashard.storage.hub import HubAddress, looks_like_hub_id, parse_address, translating_errors
 from lorashard.storage.remote import RemoteFolder, open_url
-from lorashard.uploading.card import CARD_NAME, is_untouched
-
-RANK_FILE = re.compile(r"ep-\d{5}-of-\d{5}\.safetensors")
-
-
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    """What was done, or would be. revision: the commit on the Hub, of a dry run None. removed: files of another placement.
-
-    kept_card: whether the place had a model card that someone had edited, so that it was left alone.
-    """
-
-    place: str
-    revision: str | None
-    names: tuple[str, ...]
-    removed: tuple[str, ...]
-    kept_card: bool
+from lorashard.uploading.card import CARD_NAME
+from lorashard.uploading.contents import Content, Uploaded, UploadPlan
 
 
 @dataclass(frozen=True, slots=True)
-class UploadPlan:
-    """names: files to upload, the manifest last. removed: files of another placement to delete there.
+class HubFolder:
+    """What is in a folder of a repository. blobs: names with a text that changes with the content.
 
-    keeps_card: whether the place has a model card that someone has edited.
-    replaces: whether there is a finished shard directory.
+    names: those without the notice. card: of the model card that is there.
     """
 
-    names: tuple[str, ...]
-    removed: tuple[str, ...]
-    keeps_card: bool
-    replaces: bool
+    names: frozenset[str]
+    card: str | None
+    blobs: frozenset[tuple[str, str]]
 
 
 def is_on_hub(target: str) -> bool:
@@ -57,22 +37,19 @@ def is_on_hub(target: str) -> bool:
     return target.startswith("hf://") or looks_like_hub_id(target)
 
 
-def preview_upload(target: str, ep_size: int, *, force: bool = False) -> Uploaded:
-    """What an upload of `ep_size` ranks to `target` would do. Changes nothing there.
+def check_place(target: str) -> None:
+    """Raise AdapterError for a place that does not answer, does not exist or may not be written.
 
-    force: as upload_shards has it. Raises what the upload would raise, as far as can be known without
-    writing: OutputExistsError, or AdapterError for a place that does not answer, that does not exist
-    or for which no token is set.
+    As far as can be known without writing: on the Hub the token is asked for, which it does not like
+    to be asked often; of a bucket, whether it exists.
     """
     if is_on_hub(target):
         from huggingface_hub import HfApi
 
-        api, address = HfApi(), parse_address(target)
-        with translating_errors(str(address)):
-            _check_token(api, str(address))
-            head = _present_head(api, address.repo, address.revision or "main")
-            plan = survey_hub(api, address, head, ep_size)
-        return Uploaded(str(address), None, plan.names, plan.removed, plan.keeps_card)
+        place = str(parse_address(target))
+        with translating_errors(place):
+            _check_token(HfApi(), place)
+        return
     folder = folder_of(target)
     with translating_errors(folder.text):
         if lacks_bucket(folder.fs, folder.path):
@@ -80,7 +57,25 @@ def preview_upload(target: str, ep_size: int, *, force: bool = False) -> Uploade
                 f"{folder}: there is no bucket {folder.path.partition('/')[0]}.",
                 hint="Create it, or choose another place.",
             )
-        plan = survey_folder(folder, ep_size, force=force)
+
+
+def preview_upload(target: str, content: Content, *, force: bool = False) -> Uploaded:
+    """What an upload to `target` would do. Changes nothing there.
+
+    force: as upload_shards has it. Raises what the upload would raise, as far as a look shows it:
+    OutputExistsError, or AdapterError for a place that does not answer.
+    """
+    if is_on_hub(target):
+        from huggingface_hub import HfApi
+
+        api, address = HfApi(), parse_address(target)
+        with translating_errors(str(address)):
+            head = _present_head(api, address.repo, address.revision or "main")
+            plan = plan_on_hub(address, look_on_hub(api, address, head), content, force=force)
+        return Uploaded(str(address), None, plan.names, plan.removed, plan.keeps_card)
+    folder = folder_of(target)
+    with translating_errors(folder.text):
+        plan = survey_folder(folder, content, force=force)
     return Uploaded(folder.text, None, plan.names, plan.removed, plan.keeps_card)
 
 
@@ -93,26 +88,54 @@ def folder_of(target: str) -> RemoteFolder:
     return folder
 
 
-def survey_hub(api: Any, address: HubAddress, commit: str | None, ep_size: int) -> UploadPlan:
-    """The plan for a folder of a repository. commit: None for one that does not exist.
+def look_on_hub(api: Any, address: HubAddress, commit: str | None) -> HubFolder:
+    """What is in the folder. commit: None for a repository that does not exist.
 
-    Raises OutputExistsError, or what the Hub's client raises.
+    Raises what the Hub's client raises.
     """
-    present = frozenset() if commit is None else _names_on_hub(api, address, commit)
-    card = None
-    if CARD_NAME in present:
-        copy = api.hf_hub_download(address.repo, address.within(CARD_NAME), revision=commit)
-        card = Path(copy).read_text("utf-8", "replace")
-    return _plan_upload(str(address), present, card, ep_size)
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if commit is None:
+        return HubFolder(frozenset(), None, frozenset())
+    try:
+        tree = list(api.list_repo_tree(address.repo, address.folder or None, revision=commit))
+    except EntryNotFoundError:
+        return HubFolder(frozenset(), None, frozenset())
+    # Folders have no blob; that of a file names its content.
+    blobs = {e.path.rpartition("/")[2]: e.blob_id for e in tree if hasattr(e, "blob_id")}
+    sizes = {e.path.rpartition("/")[2]: getattr(e, "size", None) for e in tree}
+
+    def copy_of(name: str) -> Path:
+        return Path(api.hf_hub_download(address.repo, address.within(name), revision=commit))
+
+    card = copy_of(CARD_NAME).read_text("utf-8", "replace") if CARD_NAME in sizes else None
+    if may_be_notice(sizes.get(WEIGHTS_NAME)) and is_notice(copy_of(WEIGHTS_NAME)):
+        del sizes[WEIGHTS_NAME]
+    return HubFolder(frozenset(sizes), card, frozenset(blobs.items()))
 
 
-def survey_folder(folder: RemoteFolder, ep_size: int, *, force: bool) -> UploadPlan:
+def plan_on_hub(
+    address: HubAddress, there: HubFolder, content: Content, *, force: bool
+) -> UploadPlan:
+    """The plan for a folder of a repository. Raises OutputExistsError."""
+    plan = content.plan(str(address), there.names, there.card)
+    if plan.replaces and not (force or content.replaces_on_hub):
+        raise OutputExistsError(
+            str(address),
+            reason="exists",
+            hint="`force=True` replaces it with a new commit; the history keeps it. Or choose "
+            "another place.",
+        )
+    return plan
+
+
+def survey_folder(folder: RemoteFolder, content: Content, *, force: bool) -> UploadPlan:
     """The plan for a folder elsewhere. Raises OutputExistsError, or what the driver raises."""
     present = names_at(folder.fs, folder.path)
     card = None
     if CARD_NAME in present:
         card = folder.fs.cat_file(f"{folder.path}/{CARD_NAME}").decode("utf-8", "replace") or None
-    plan = _plan_upload(folder.text, present, card, ep_size)
+    plan = content.plan(folder.text, present, card)
     if plan.replaces and not force:
         raise OutputExistsError(
             folder.text, reason="exists", hint="`force=True` replaces it. Or choose another place."
@@ -155,38 +178,3 @@ def _present_head(api: Any, repo: str, branch: str) -> str | None:
         return None
     except RevisionNotFoundError:
         return str(api.model_info(repo).sha)
-
-
-def _names_on_hub(api: Any, address: HubAddress, commit: str) -> frozenset[str]:
-    """The names in the folder, except that of the notice."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        tree = api.list_repo_tree(address.repo, address.folder or None, revision=commit)
-        sizes = {e.path.rpartition("/")[2]: getattr(e, "size", None) for e in tree}
-    except EntryNotFoundError:
-        return frozenset()
-    if may_be_notice(sizes.get(WEIGHTS_NAME)):
-        weights = address.within(WEIGHTS_NAME)
-        if is_notice(Path(api.hf_hub_download(address.repo, weights, revision=commit))):
-            del sizes[WEIGHTS_NAME]
-    return frozenset(sizes)
-
-
-def _plan_upload(
-    place: str, present: Collection[str], card: str | None, ep_size: int
-) -> UploadPlan:
-    """What to do, given the names at `place` and its model card.
-
-    Raises OutputExistsError if there is an adapter.
-    """
-    if WEIGHTS_NAME in present or PICKLE_NAME in present:
-        raise OutputExistsError(
-            place,
-            reason="already holds an adapter, whose adapter_config.json would be replaced",
-            hint=f"Choose another place, for example {place}/ep{ep_size}.",
-        )
-    names = (CONFIG_NAME, *shard_file_names(ep_size), MANIFEST_NAME)
-    stale = (name for name in present if RANK_FILE.fullmatch(name) and name not in names)
-    keeps_card = card is not None and not is_untouched(card)
-    return UploadPlan(names, tuple(sorted(stale)), keeps_card, MANIFEST_NAME in present)

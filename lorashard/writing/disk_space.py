@@ -6,13 +6,13 @@ import os
 import shutil
 from pathlib import Path
 
-from lorashard.errors import ShardError
+from lorashard.errors import NoRoomError
 
 _HINT = "Free some space, or choose another place with `out`."
 
 
 def check_disk_space(target: Path, size_bytes: int, *, hint: str | None = None) -> None:
-    """Raise ShardError if `size_bytes` do not fit where `target` is going to be. hint: what to do then.
+    """Raise NoRoomError if `size_bytes` do not fit where `target` is going to be. hint: what to do then.
 
     A file system that does not say how large it is, as some network ones, is believed to have room.
     """
@@ -24,7 +24,7 @@ def check_disk_space(target: Path, size_bytes: int, *, hint: str | None = None) 
     except OSError:
         return
     if usage.total > 0 and usage.free < size_bytes:
-        raise ShardError(
+        raise NoRoomError(
             f"{os.fspath(target)}: {_gigabytes(size_bytes)} are to be written, and {folder} has "
             f"{_gigabytes(usage.free)} free.",
             hint=hint or _HINT,
