@@ -104,7 +104,7 @@ class ContainerTensors:
             _add_new(self.per_expert.setdefault(name, {}), key.expert, entry)
         elif 0 in entry.shape:
             # Tinker writes an empty w3 for experts without a gate.
-            self.has_empty_w3 |= ".w3." in entry.name
+            self.has_empty_w3 |= _peft_module(entry).endswith(".w3")
         else:
             tables = {"stacked": self.stacked, "native": self.native, "parameter": self.parameter}
             _add_new(tables[key.kind], name, entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -15,19 +16,22 @@ from lorashard.errors import PlacementError, ShardError
 from lorashard.header import TensorEntry
 from lorashard.shards.names import rank_file_name
 from lorashard.shards.placement import explicit_placement, linear_placement
-from lorashard.shards.plan import CopyRange, Rearrange, Target, _whole_tensor, build_plan
+from lorashard.shards.plan import CopyRange, Rearrange, ShardPlan, Target, _whole_tensor, build_plan
 from tests.adapters import Spec, build
 from tests.plans import destinations, one_plan, planned, plans, run
 from tests.strategies import index_of, layout_of
 
 
-@given(case=plans())
-@run
-def test_destinations_tile_every_file_without_hole_or_overlap(case):
-    plan = planned(*case)
+def assert_tiles_its_files(plan: ShardPlan) -> None:
     for file, regions in zip(plan.files, destinations(plan), strict=True):
         edges = [(0, len(file.header)), *regions, (file.size_bytes, file.size_bytes)]
         assert all(a[1] == b[0] for a, b in pairwise(edges)), file.name
+
+
+@given(case=plans())
+@run
+def test_destinations_tile_every_file_without_hole_or_overlap(case):
+    assert_tiles_its_files(planned(*case))
 
 
 @given(case=plans())
@@ -124,6 +128,7 @@ def test_a_layer_s_own_placement_decides_its_slots():
     plan = planned(Spec(num_layers=2), placement, None)
     counts = {e.name.split(".")[2]: e.shape[0] for e in plan.files[1].tensors}
     assert counts == {"0": 2, "1": 1}
+    assert_tiles_its_files(plan)
 
 
 def test_a_placement_of_another_number_of_experts_is_refused():
@@ -134,9 +139,44 @@ def test_a_placement_of_another_number_of_experts_is_refused():
 def test_a_replicated_tensor_with_a_shared_factor_s_name_is_refused():
     layout = layout_of(build(Spec("L8", extras=True)))
     shared = next(s for m in layout.modules for s in m.stacks if s.shared)
-    clash = layout.replicated[0]._replace(name=shared.name)
-    with pytest.raises(ShardError, match="Two tensors would be called"):
-        build_plan(replace(layout, replicated=(clash,)), linear_placement(4, 2), None)
+    other, clash = layout.replicated[0], layout.replicated[1]._replace(name=shared.name)
+    with pytest.raises(ShardError) as caught:
+        build_plan(replace(layout, replicated=(other, clash)), linear_placement(4, 2), None)
+    assert caught.value.message == (
+        f"Two tensors would be called {shared.name} in replicated.safetensors."
+    )
+    assert caught.value.hint == "Rename the one in the adapter that is not an expert factor."
+
+
+def test_each_file_has_its_name_and_says_of_which_rank_it_is():
+    files = one_plan(ep_size=2).files
+    assert [file.name for file in files] == [
+        "replicated.safetensors", "ep-00000-of-00002.safetensors", "ep-00001-of-00002.safetensors",
+    ]  # fmt: skip
+    assert [json.loads(file.header[8:])["__metadata__"] for file in files] == [
+        {"format": "pt"},
+        {"format": "pt", "ep_rank": "0", "ep_size": "2"},
+        {"format": "pt", "ep_rank": "1", "ep_size": "2"},
+    ]
+
+
+def test_a_factor_of_a_smaller_r_is_put_into_the_larger_slot():
+    adapter = build(Spec(num_experts=2, lora_ranks={1: 1}))
+    plan = build_plan(layout_of(adapter), linear_placement(2, 1), None)
+    sources = {entry.begin: entry for entry in index_of(adapter).tensors}
+    padded = [op for op in plan.reads if isinstance(op, Rearrange)]
+    assert len(padded) == 3
+    for op in padded:
+        assert (op.rows, op.cols) == sources[op.begin].shape
+        assert (op.slot_rows, op.slot_cols) == (op.rows, 2)
+        assert (op.source_dtype, op.dtype, op.end) == ("F32", "F32", sources[op.begin].end)
+
+
+def test_an_expert_of_r_0_is_zeros_once():
+    adapter = build(Spec(num_experts=2, lora_ranks={1: 0}))
+    plan = build_plan(layout_of(adapter), linear_placement(2, 1), None)
+    assert len(plan.zeros) == 6
+    assert_tiles_its_files(plan)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,10 @@ from tests.tiny import contents, per_expert_tensors, save_adapter
 # LORASHARD_FAULTS=1 tries every call, for an hour; otherwise it is this many of each verb and fault.
 MOST = None if os.environ.get("LORASHARD_FAULTS") == "1" else 1
 ALL = (*READING, *WRITING, *CLEANING)
-# How one of two is told of the other. The last one is where the target is what it reads.
+# How one of two is told of the other. The last two are where the target is what it reads.
 REFUSED = (
     "another lorashard is writing it", "exists", "appeared", "has not begun", "Copy the file again",
+    "Copy the directory again",
 )  # fmt: skip
 # What goes wrong, and at which calls.
 FAULTS = {
