@@ -154,8 +154,9 @@ def manifest_bytes(directory: Location) -> bytes:
     except OSError as err:
         if err.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise ManifestError(path, f"cannot be read ({err.strerror})") from err
-        reason = "not a finished shard directory" if directory.is_dir() else "no such directory"
-        raise ManifestError(path, reason) from err
+        if directory.is_dir():
+            raise ManifestError(path, "not a finished shard directory") from err
+        raise ManifestError(path, "no such directory", hint="Is the name right?") from err
 
 
 def write_notice(directory: Path, *, sync: bool = True) -> None:

@@ -17,6 +17,11 @@ from lorashard.errors import AdapterError, LorashardError
 _FORM = "hf://owner/name[@revision]"
 # owner/name[@revision][/folder]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^/@]+)?(/[^@]+)?")
+_PAGE = re.compile(
+    r"https://(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/tree/(?P<revision>[^/?#]+)(?:/(?P<folder>[^?#]*))?)?/?"
+)
+_NO_MODELS = ("datasets/", "spaces/", "collections/", "papers/", "docs/", "buckets/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,15 @@ def last_name(place: str) -> str:
     return place.rstrip("/").rpartition("/")[2].partition("@")[0]
 
 
+def address_of_page(url: str) -> str | None:
+    """hf://owner/name[@revision][/folder] of a model's page, as a browser shows it; else None."""
+    page = _PAGE.fullmatch(url)
+    if page is None or page["repo"].startswith(_NO_MODELS):
+        return None
+    revision = f"@{page['revision']}" if page["revision"] else ""
+    return f"hf://{page['repo']}{revision}/{page['folder'] or ''}".rstrip("/")
+
+
 def looks_like_hub_id(text: str) -> bool:
     """Whether `text`, which is no URL, could be owner/name[@revision][/folder]."""
     return _HUB_ID.fullmatch(text) is not None and not text.startswith((".", "-"))
@@ -51,7 +65,7 @@ def parse_address(text: str) -> HubAddress:
 
     Raises AdapterError.
     """
-    path = text.removeprefix("hf://")
+    path = (address_of_page(text) or text).removeprefix("hf://")
     try:
         from huggingface_hub import parse_hf_uri
     except ImportError:

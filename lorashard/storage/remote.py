@@ -20,6 +20,7 @@ from lorashard.storage.ahead import WINDOW_BYTES, WINDOWS_AHEAD, FetchAhead
 from lorashard.storage.drivers import is_hub, read_range, size_and_version
 from lorashard.storage.hub import (
     access_error,
+    address_of_page,
     last_name,
     looks_like_hub_id,
     parse_address,
@@ -232,6 +233,7 @@ def open_url(text: str) -> Location:
     """The folder of a URL; with HF_HUB_OFFLINE one in the Hub's local cache. Raises AdapterError."""
     import fsspec  # noqa: PLC0415 - takes 0.1 s, and only remote places need it
 
+    text = address_of_page(text) or text
     try:
         fs, path = fsspec.url_to_fs(text)
     except ImportError as err:

@@ -17,7 +17,7 @@ from lorashard.errors import NoRoomError, ShardError
 from lorashard.storage.local import sync_directory
 
 # A Path has one slash left of the two in a URL.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 
 
 def resolve_target(target: Path) -> Path:
@@ -25,11 +25,13 @@ def resolve_target(target: Path) -> Path:
 
     Raises ShardError for a URL, which would name a local folder such as `s3:`.
     """
-    if _URL.match(str(target)):
+    if url := _URL.match(str(target)):
+        slashes = "///" if url[1] == "file" else "//"
+        shown = f"{url[1]}:{slashes}{str(target)[url.end() :]}"
         raise ShardError(
-            f"{target}: output goes to a local directory, and this is a URL.",
-            hint="Name a local directory with `out`. Then upload it: shards with `lorashard push` "
-            "or push_shards, an adapter with the tools of that place.",
+            f"{shown}: output goes to a local directory, and this is a URL.",
+            hint="Name a local directory with `out`. `lorashard push` and push_shards upload shards; on "
+            "the command line, split, reshard, merge and convert upload what they make.",
         )
     is_link = os.path.islink(target)  # noqa: PTH114 - quiet on odd names
     return Path(os.path.realpath(target) if is_link else os.path.abspath(target))

@@ -14,7 +14,13 @@ from lorashard.adapter.config import WEIGHTS_NAME
 from lorashard.adapter.notice import NOTICES, is_notice, may_be_notice
 from lorashard.errors import AdapterError, OutputExistsError
 from lorashard.storage.drivers import lacks_bucket
-from lorashard.storage.hub import HubAddress, looks_like_hub_id, parse_address, translating_errors
+from lorashard.storage.hub import (
+    HubAddress,
+    address_of_page,
+    looks_like_hub_id,
+    parse_address,
+    translating_errors,
+)
 from lorashard.storage.remote import RemoteFolder, open_url
 from lorashard.uploading.card import CARD_NAME
 from lorashard.uploading.contents import Content, Uploaded, UploadPlan
@@ -33,8 +39,9 @@ class HubFolder:
 
 
 def is_on_hub(target: str) -> bool:
-    """Whether a target is hf://owner/name or owner/name."""
-    return target.startswith("hf://") or looks_like_hub_id(target)
+    """Whether a target is hf://owner/name or owner/name, or a model's page."""
+    is_page = address_of_page(target) is not None
+    return is_page or target.startswith("hf://") or looks_like_hub_id(target)
 
 
 def check_place(target: str) -> None:

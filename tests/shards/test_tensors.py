@@ -70,8 +70,9 @@ def test_a_directory_without_a_manifest_is_not_finished(shards: Path, tmp_path: 
     (shards / "lorashard.json").unlink()
     with pytest.raises(ManifestError, match="not a finished shard directory"):
         open_shards(shards)
-    with pytest.raises(ManifestError, match="no such directory"):
+    with pytest.raises(ManifestError, match="no such directory") as raised:
         open_shards(tmp_path / "nowhere")
+    assert raised.value.hint == "Is the name right?"
 
 
 def test_a_missing_rank_file_is_named(shards: Path) -> None:

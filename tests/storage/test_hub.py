@@ -18,6 +18,7 @@ from lorashard.errors import AdapterError, LayoutError
 from lorashard.storage.hub import (
     HubAddress,
     access_error,
+    address_of_page,
     last_name,
     looks_like_hub_id,
     parse_address,
@@ -34,12 +35,34 @@ from lorashard.storage.hub import (
         ("hf://owner/name@v1", HubAddress("owner/name", "v1", "")),
         ("hf://owner/name/runs/ep2", HubAddress("owner/name", None, "runs/ep2")),
         ("hf://owner/name@main/ep2", HubAddress("owner/name", "main", "ep2")),
+        ("https://huggingface.co/owner/name", HubAddress("owner/name", None, "")),
+        ("https://huggingface.co/owner/name/", HubAddress("owner/name", None, "")),
+        ("https://hf.co/owner/name/tree/v1", HubAddress("owner/name", "v1", "")),
+        (
+            "https://huggingface.co/owner/name/tree/v1/runs/ep2/",
+            HubAddress("owner/name", "v1", "runs/ep2"),
+        ),
     ],
 )
 def test_an_address_has_a_repository_a_revision_and_a_folder(
     text: str, address: HubAddress
 ) -> None:
     assert parse_address(text) == address
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://huggingface.co/datasets/owner",
+        "https://huggingface.co/owner/name/resolve/main/a.json",
+        "https://huggingface.co.example.org/owner/name",
+        "https://huggingface.co/owner/name?x=1",
+        "https://example.org/owner/name",
+        "hf://owner/name",
+    ],
+)
+def test_what_is_no_page_of_a_model_is_not_taken_for_one(url: str) -> None:
+    assert address_of_page(url) is None
 
 
 @pytest.mark.parametrize("text", ["hf://owner", "hf://", "hf://datasets/owner/name"])

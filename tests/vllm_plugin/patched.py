@@ -85,20 +85,20 @@ def load(engine: Any, path: Path, lora_id: int = 1, adapter: Adapter | None = No
 
 
 @contextmanager
-def logged() -> Iterator[list[str]]:
-    """The plugin's warnings."""
+def logged(level: int = logging.WARNING) -> Iterator[list[str]]:
+    """The plugin's warnings, or what it logs from another level on."""
     messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
+    handler = logging.Handler(level)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("vllm.lorashard")
-    level = logger.level
+    before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(level)
     try:
         yield messages
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 def class_after_loads() -> dict[str, list[Any]]:
@@ -345,7 +345,12 @@ def buffers_at_start() -> dict[str, Any]:
     with mock.patch.object(host_memory, "_MEMINFO", Path("/nowhere")), logged() as messages:
         engine = engine_of()
     answers["no meminfo"] = [load(engine, shards()), messages]
-    answers["without ep"] = adapter_loading.attached_loader(engine_of(ep_size=1)) is not None
+    with logged(logging.INFO) as messages:
+        engine_of(ep_rank=1)
+        engine_of()
+        answers["log"] = list(messages)
+        answers["without ep"] = adapter_loading.attached_loader(engine_of(ep_size=1)) is not None
+    answers["log without ep"] = messages[len(answers["log"]) :]
     return answers
 
 

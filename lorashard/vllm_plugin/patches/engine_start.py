@@ -7,9 +7,11 @@ All of it concerns the LoRA manager of a model with MoE layers. Without one, or 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from lorashard.version import __version__
 from lorashard.vllm_plugin import settings
 from lorashard.vllm_plugin.engine.contracts import contract_breaks
 from lorashard.vllm_plugin.engine.facts import config_facts, module_facts
@@ -18,7 +20,7 @@ from lorashard.vllm_plugin.engine.live import moe_wrappers, slot_bytes
 from lorashard.vllm_plugin.load.host_memory import affordable_buffers
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.patches.adapter_loading import attach_loader, stock_class
-from lorashard.vllm_plugin.patches.apply import broken_patches
+from lorashard.vllm_plugin.patches.apply import broken_patches, outcomes
 from lorashard.vllm_plugin.patches.data_parallel import DATA_PARALLEL
 from lorashard.vllm_plugin.patches.expert_rows import attach_rows
 from lorashard.vllm_plugin.patches.foreign import log_foreign_patches, refuse_displaced
@@ -68,9 +70,24 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
                 rank = int(vllm_config.parallel_config.data_parallel_rank)
                 attach_agreement(self, rank, facts.data_parallel_size, _gather)
             _warm(loader, slot_bytes(self._adapter_manager))
+            _say_what_is_on(loader)
         return wrapped
 
     return create_lora_manager
+
+
+def _say_what_is_on(loader: AdapterLoader) -> None:
+    """One line in the log of an engine: without it, an operator cannot see that the plugin is there."""
+    if loader.ep_rank == 0:
+        logger.info(
+            "lorashard %s is on (vLLM %s, %d patches applied): LoRA of experts in %d layers on %d ranks, "
+            "each with its own",
+            __version__,
+            getattr(sys.modules.get("vllm"), "__version__", "of unknown version"),
+            sum(outcome.state == "applied" for outcome in outcomes.values()),
+            len(loader.experts),
+            loader.ep_size,
+        )
 
 
 def _gather(own: Any) -> list[Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lorashard.version import __version__
 from lorashard.vllm_plugin.patches.engine_start import (
     wrap_create_engine_config,
     wrap_create_lora_manager,
@@ -82,3 +84,14 @@ def test_an_engine_that_cannot_prepare_buffers_says_so_and_loads(release: str) -
 @every_release
 def test_without_expert_parallelism_nothing_is_prepared(release: str) -> None:
     assert answers(release)["buffers_at_start"]["without ep"] is False
+    assert answers(release)["buffers_at_start"]["log without ep"] == []
+
+
+@every_release
+def test_the_log_has_one_line_of_the_first_rank_that_says_what_is_on(release: str) -> None:
+    (line,) = answers(release)["buffers_at_start"]["log"]
+    assert re.fullmatch(
+        rf"lorashard {re.escape(__version__)} is on \(vLLM {release}, [1-9]\d* patches applied\): "
+        r"LoRA of experts in [1-9]\d* layers on 2 ranks, each with its own",
+        line,
+    )
