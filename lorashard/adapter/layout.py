@@ -265,9 +265,10 @@ def _count_trained(factors: Sequence[SourceFactor], router_rows: int | None) -> 
     trained = {expert for factor in factors for expert in factor.experts or ()}
     complete = bool(trained) and trained == set(range(len(trained)))
     if not complete or (router_rows is not None and router_rows != len(trained)):
-        listed = ", ".join(map(str, sorted(trained)[:8])) or "none by number"
+        listed = ", ".join(map(str, sorted(trained)[:8]))
+        trains = f"experts {listed}" if listed else "no expert by number"
         raise UnclearLayoutError(
-            f"The adapter trains experts {listed} and does not say how many there are"
+            f"The adapter trains {trains} and does not say how many there are"
             + (f" (its router chooses from {router_rows})." if router_rows else "."),
             hint="Give `model=MODEL_DIR` or `num_experts=N`.",
         )
