@@ -12,8 +12,9 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
-from operator import attrgetter
+from operator import attrgetter, mul
 from typing import NamedTuple
 
 from lorashard.dtypes import ELEMENT_BITS, FILE_ORDER
@@ -244,7 +245,13 @@ def _parse_entry(name: str, info: object, data_begin: int, kinds: _Kinds, path: 
 def _check_kind(name: str, dtype: str, shape: object, path: str) -> tuple[tuple[int, ...], int]:
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise HeaderError(path, f"{name}: shape and data_offsets must be integers >= 0")
-    if len(shape) > _MAX_DIMENSIONS or any(n > _MAX_NUMBER for n in shape):
+    # The reference implementation multiplies in this order, and refuses what it cannot hold on the
+    # way, even if a zero follows.
+    if (
+        len(shape) > _MAX_DIMENSIONS
+        or any(n > _MAX_NUMBER for n in shape)
+        or max(accumulate(shape, mul, initial=1)) > _MAX_NUMBER
+    ):
         raise HeaderError(path, f"{name}: no tensor has this shape")
     element_bits = ELEMENT_BITS.get(dtype)
     if element_bits is None:

@@ -253,7 +253,7 @@ def test_offsets_that_are_no_pair_are_refused(offsets: object):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"shape": [3]}, {"dtype": "F64"}, {"shape": [2**62, 2**62]}, {"data_offsets": [8, 0]}],
+    [{"shape": [3]}, {"dtype": "F64"}, {"shape": [2**31, 2**31]}, {"data_offsets": [8, 0]}],
     ids=str,
 )
 def test_a_size_that_is_not_the_shape_s_is_refused(changes: dict[str, object]):
@@ -357,6 +357,20 @@ def test_numbers_and_names_that_no_file_has_are_refused(raw: bytes):
     with pytest.raises(HeaderError) as caught:
         parse_header(raw, 8 + len(raw) + 1, "a")
     assert len(caught.value.message) < 5000
+
+
+def test_a_product_that_overflows_before_its_zero_is_refused_as_by_safetensors():
+    raw = entry(f"[{2**62},4,0]", "[0,0]")
+    with pytest.raises(HeaderError, match="no tensor has this shape"):
+        parse_header(raw, 8 + len(raw), "a")
+    with pytest.raises(SafetensorError, match="overflow"):
+        deserialize(struct.pack("<Q", len(raw)) + raw)
+
+
+def test_a_zero_before_large_numbers_is_read_as_by_safetensors():
+    raw = entry(f"[0,{2**62},4]", "[0,0]")
+    assert parse_header(raw, 8 + len(raw), "a").tensors[0].size_bytes == 0
+    assert dict(deserialize(struct.pack("<Q", len(raw)) + raw))["a"]["shape"] == [0, 2**62, 4]
 
 
 def test_a_name_of_4096_characters_is_read():

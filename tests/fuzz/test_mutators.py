@@ -72,7 +72,7 @@ def test_what_is_no_error_of_ours_is_a_finding_with_its_place() -> None:
 
 
 def test_a_slow_input_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.5])
+    clock = iter([0.0, 2.5])
     monkeypatch.setattr("tests.fuzz.outcome.time.process_time", lambda: next(clock))
     finding = outcome_of(_of(lambda _: True), b"").finding
     assert finding is not None
