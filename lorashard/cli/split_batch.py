@@ -61,7 +61,9 @@ def split_batch(
                 shown = json_of(outcome.error)
                 render.say_error(_about(outcome.adapter, shown["error"]), shown["hint"])
             elif outcome.result is not None:
-                say_changes(outcome.result.uploaded, dry_run=dry_run, quiet=quiet)
+                say_changes(
+                    outcome.result.uploaded, about=outcome.adapter, dry_run=dry_run, quiet=quiet
+                )
                 say_result(outcome.result, quiet=quiet)
                 if not (as_json or quiet):
                     render.print_line(str(outcome.result.out))

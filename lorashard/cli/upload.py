@@ -122,17 +122,20 @@ def show_hub_bars(*, quiet: bool) -> None:
         disable_progress_bars()
 
 
-def say_changes(uploaded: Uploaded | None, *, dry_run: bool = False, quiet: bool) -> None:
-    """Say what an upload has removed or left alone at its place, or would."""
+def say_changes(
+    uploaded: Uploaded | None, *, about: str | None = None, dry_run: bool = False, quiet: bool
+) -> None:
+    """Say what an upload has removed or left alone at its place, or would. about: as `say_note` has it."""
     from lorashard.uploading.card import CARD_NAME  # noqa: PLC0415
 
     if uploaded is None:
         return
     if uploaded.removed:
         gone = "would be removed" if dry_run else "removed"
-        render.say(f"note: {gone} there: {', '.join(uploaded.removed)}", quiet=quiet)
+        render.say_note(f"{gone} there: {', '.join(uploaded.removed)}", about=about, quiet=quiet)
     if uploaded.kept_card:
-        render.say(f"note: {CARD_NAME} there was edited; it is left as it is.", quiet=quiet)
+        text = f"{CARD_NAME} there was edited; it is left as it is."
+        render.say_note(text, about=about, quiet=quiet)
 
 
 def upload_json(uploaded: Uploaded) -> dict[str, Any]:

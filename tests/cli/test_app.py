@@ -185,7 +185,8 @@ app.main()
         ("reshard shards --ep-size 4 -o new", "reshard.reshard:reshard_shards", "SIGHUP", "stopped by SIGHUP; new is as it was."),
         ("convert shards -o new --layout fused", "convert.convert:write_conversion", "SIGINT", "interrupted; new is as it was."),
         ("pull shards --ep-rank 0 -o new", "transfer.pull:pull_shards", "SIGINT", "interrupted; what was fetched is kept, and the same command goes on from there."),
-        ("push shards file:///there", "transfer.push:push_shards", "SIGINT", "interrupted; file:///there is incomplete if it has no lorashard.json. Push again."),
+        ("push shards file:///there", "transfer.push:verify_shards", "SIGINT", "interrupted; file:///there is as it was."),
+        ("push shards file:///there", "transfer.push:upload_shards", "SIGINT", "interrupted; file:///there is incomplete if it has no lorashard.json. Push again."),
         ("split adapter adapter2 --ep-size 2 -o new", "split.batch:run_concurrently", "SIGINT", "interrupted; 0 of 2 adapters are finished. The same command with --resume does the rest."),
     ],
 )  # fmt: skip
