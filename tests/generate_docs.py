@@ -20,6 +20,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from typer import Context
 from typer.models import ArgumentInfo
 
 from lorashard import errors
@@ -125,6 +126,8 @@ def commands() -> dict[str, Callable[..., Any]]:
 def parameters(callback: Callable[..., Any]) -> Iterator[Parameter]:
     hints = get_type_hints(callback, include_extras=True)
     for name, declared in inspect.signature(callback).parameters.items():
+        if hints[name] is Context:
+            continue
         bare, info = get_args(_without_none(hints[name]))[:2]
         bare = _without_none(bare)
         is_argument = isinstance(info, ArgumentInfo)

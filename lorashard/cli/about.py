@@ -1,4 +1,4 @@
-"""`lorashard version` and `lorashard env`: what a bug report needs, and no secrets."""
+"""`lorashard version`, `env` and `help`: what a bug report needs, and no secrets; what `--help` shows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
+
+import typer
+from typer.core import TyperGroup
 
 from lorashard.cli import options as opt
 from lorashard.cli import render
@@ -49,6 +52,25 @@ def env(as_json: opt.Json = False) -> None:
         | {name: installed or "not installed" for name, installed in packages.items()}
         | variables
     )
+
+
+def help(  # noqa: A001 - the command's name
+    ctx: typer.Context,
+    command: Annotated[
+        Optional[str],
+        typer.Argument(metavar="COMMAND", show_default=False, help="All, if none is named."),
+    ] = None,
+) -> None:
+    """Show the help of a command, as its --help does."""
+    root = ctx.find_root()
+    shown = root
+    if command is not None:
+        assert isinstance(root.command, TyperGroup)
+        _, found, _ = root.command.resolve_command(root, [command])
+        assert found is not None, "an unknown command ends in a usage error"
+        shown = found.make_context(command, [], root, resilient_parsing=True)
+    for line in shown.get_help().splitlines():
+        render.print_line(line)
 
 
 def describe_environment(environment: Mapping[str, str]) -> dict[str, Any]:

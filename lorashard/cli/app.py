@@ -84,6 +84,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "push": push.push,
     "version": about.version,
     "env": about.env,
+    "help": about.help,
 }
 for _name in (name for names in GROUPS.values() for name in names):
     app.command(_name, epilog=epilog_of(_name))(_COMMANDS[_name])

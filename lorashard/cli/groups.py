@@ -17,7 +17,7 @@ GROUPS = {
     "Inspect and check": ("inspect", "plan", "verify", "doctor"),
     "Restore an adapter": ("merge", "convert"),
     "Copy shards": ("pull", "push"),
-    "About this installation": ("version", "env"),
+    "About this installation": ("version", "env", "help"),
 }
 EXAMPLES = {
     "split": (
@@ -66,6 +66,7 @@ EXAMPLES = {
     ),
     "version": (),
     "env": ("lorashard env --json",),
+    "help": ("lorashard help split",),
 }
 
 

@@ -55,6 +55,7 @@ def test_every_command_is_in_a_group_and_has_its_whole_summary() -> None:
 def test_short_help_is_the_help_and_ends_with_examples(command: str) -> None:
     short, long = run_cli(command, "-h"), run_cli(command, "--help")
     assert (short.returncode, short.stdout) == (0, long.stdout)
+    assert run_cli("help", command).stdout == long.stdout
     ending = "\n".join(f"    {example}" for example in EXAMPLES[command])
     examples, _, more = short.stdout.rpartition("\n\n")
     assert examples.endswith(f"Examples:\n{ending}")
@@ -80,6 +81,13 @@ def test_no_command_is_a_usage_error_with_help() -> None:
     done = run_cli()
     assert done.returncode == 2
     assert "Usage" in done.stdout + done.stderr
+
+
+def test_help_without_a_command_is_that_of_all_and_with_an_unknown_one_a_usage_error() -> None:
+    assert run_cli("help").stdout == run_cli("--help").stdout
+    done = run_cli("help", "slpit")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Did you mean 'split'?" in done.stderr
 
 
 def test_the_version_is_printed() -> None:
