@@ -338,18 +338,30 @@ def test_a_gate_is_refused_where_the_experts_have_none(projection: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("projection", "shared", "named"),
-    [("gate_proj", "B", "gate_proj lora_A"), ("down_proj", "A", "down_proj lora_B")],
+    ("projection", "shared", "named", "gated"),
+    [
+        ("gate_proj", "B", "gate_proj lora_A", True),
+        ("gate_up_proj", "B", "gate_up_proj lora_A", True),
+        ("down_proj", "A", "down_proj lora_B", True),
+        ("up_proj", "B", "up_proj lora_A", False),
+    ],
 )
 def test_an_engine_with_shared_factors_refuses_those_that_differ(
-    projection: Any, shared: str, named: str
+    projection: Any, shared: str, named: str, gated: bool
 ) -> None:
-    live = replace(LIVE, shared_outer=True)
+    live = replace(LIVE, shared_outer=True, gated=gated)
     others = [s for s in pair(live, "up_proj", 2, shared="A") if projection == "gate_proj"]
     assert refusal(live, [*pair(live, projection, 2, shared=shared), *others]) == (
         f"{WHERE}: {named} differs from expert to expert, but the engine keeps one for all of them "
         "(--enable-moe-shared-loras).\n  Start vLLM without --enable-moe-shared-loras."
     )
+
+
+def test_a_rank_without_rows_of_the_experts_has_none_of_lora_b() -> None:
+    live = replace(LIVE, wrapper="3d", intermediate_size=0, buffer_intermediate=0)
+    stacks = [*pair(live, "gate_proj", 2), *pair(live, "up_proj", 2)]
+    assembly = plan_assembly(live, stacks, "split", WHERE)
+    assert assembly.factors[assembly.lora_b[0]].rows == 0
 
 
 def test_a_piece_says_where_it_is_read_and_written_as_slices() -> None:
