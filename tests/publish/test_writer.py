@@ -383,6 +383,7 @@ def test_a_rank_that_cannot_read_what_another_said_does_not_let_it_wait(
         return original(self, name, rank)
 
     monkeypatch.setattr(Exchange, "_read", fail)
+    monkeypatch.setattr("lorashard.publish.exchange._SEEN_WITHIN_S", 1.0)
     errors = commit_all(dealt(path, tmp_path / "out", [0, 1, 2], [3, 4, 5]))
     assert "Input/output error" in str(errors[failing])
     assert isinstance(errors[1 - failing], LorashardError)
