@@ -20,10 +20,11 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.gpu.processes import child_environment, end, start
+from tests.gpu.processes import child_environment, run
 
 MARK = "LORASHARD_GPU_STAGES"  # in the environment of all that a program starts
 _SPARE_S = 10.0  # to end engines and write files
@@ -69,27 +70,18 @@ def run_stage(
     stage: Sequence[Program], sites: Path, work: Path, out: Path, ends: float
 ) -> dict[str, str]:
     """How each program ended. ends: the time, on the monotonic clock, at which all are ended."""
-    began = time.monotonic()
-    running = {}
-    for program in stage:
+
+    def run_program(program: Program) -> str:
         path = os.pathsep.join(str(sites / name) for name in (program.release, "common"))
         environment = child_environment(False, {MARK: program.name})
         environment["PYTHONPATH"] += os.pathsep + path
-        command = program.command(work, out)
-        running[program] = start(command, out / f"{program.name}.log", environment)
-    said: dict[str, str] = {}
-    while len(said) < len(running):
-        time.sleep(0.05)
-        now = time.monotonic()
-        for program, process in running.items():
-            if program.name in said:
-                continue
-            status = process.poll()
-            if status is not None:
-                said[program.name] = f"exit status {status} after {now - began:.0f} s"
-            elif now > min(ends, began + program.limit_s):
-                end(process)
-                said[program.name] = f"no end after {now - began:.0f} s"
+        began = time.monotonic()
+        limit_s = min(program.limit_s, ends - began)
+        ended = run(program.command(work, out), out / f"{program.name}.log", environment, limit_s)
+        return ended or f"exit status 0 after {time.monotonic() - began:.0f} s"
+
+    with ThreadPoolExecutor(len(stage)) as pool:
+        said = dict(zip((program.name for program in stage), pool.map(run_program, stage)))
     end_marked()
     return said
 
