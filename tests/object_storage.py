@@ -142,6 +142,13 @@ class ObjectStorage:
             listed = self._client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)
         return [entry["Key"] for entry in listed.get("Contents", [])]
 
+    def hold_only(self, name: str, folder: Path) -> None:
+        """Be as new, with nothing but this folder, and with no requests counted."""
+        self.mend()
+        self.empty()
+        self.put_folder(name, folder)
+        self.requests.clear()
+
     def empty(self) -> None:
         for key in self.keys():
             self.delete(key)

@@ -29,10 +29,7 @@ def server() -> Iterator[ObjectStorage]:
 
 @pytest.fixture
 def storage(server: ObjectStorage, adapter: Path) -> ObjectStorage:
-    server.mend()
-    server.empty()
-    server.put_folder("adapter", adapter)
-    server.requests.clear()
+    server.hold_only("adapter", adapter)
     return server
 
 

@@ -35,10 +35,7 @@ def server() -> Iterator[ObjectStorage]:
 
 @pytest.fixture
 def storage(server: ObjectStorage, shards: Path) -> ObjectStorage:
-    server.mend()
-    server.empty()
-    server.put_folder("shards", shards)
-    server.requests.clear()
+    server.hold_only("shards", shards)
     return server
 
 

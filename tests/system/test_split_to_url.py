@@ -51,10 +51,7 @@ def local_shards(adapter: Path) -> Path:
 
 @pytest.fixture
 def storage(server: ObjectStorage, adapter: Path) -> ObjectStorage:
-    server.mend()
-    server.empty()
-    server.put_folder("adapter", adapter)
-    server.requests.clear()
+    server.hold_only("adapter", adapter)
     return server
 
 
