@@ -97,7 +97,8 @@ def _main() -> None:
     model = model_of(EPLB["num_redundant_experts"])
     case = replace(next(c for c in CASES if c.name == "glm16-fp8"), model=model)
     directory = args.work / "models" / model
-    log = args.out.with_name("eplb-vllm-serve.log")
+    log = args.out.with_suffix("") / "vllm-serve.log"  # a folder of its own: metrics lie beside it
+    log.parent.mkdir(parents=True, exist_ok=True)
     command = serve_command(
         directory / "model_fp8", lambda adapter: directory / f"{adapter}.shards", SERVED
     )
