@@ -17,7 +17,7 @@ from typing import Any
 from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, LORA_RANK, adapter_directory
 from tests.gpu.processes import child_environment, exit_after, run
 
-NUM_LORAS, REPEATS = 4, 9
+NUM_LORAS, REPEATS = 4, 25
 ENGINE_LIMIT_S = 120.0
 COMMUNICATORS = ("torch_nccl",)
 

@@ -61,12 +61,12 @@ def wrap_rearrange(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*call.args, **call.kwargs)
         from vllm.distributed.parallel_state import get_ep_group
 
-        # What waits for the GPU or for other ranks comes before vLLM's part, so that ours is on its
-        # way to the GPU while that is busy with the base weights.
-        group = get_ep_group().cpu_group
+        # Read before vLLM's part, behind which this would wait for the GPU. Then all of ours is on its way
+        # to the GPU while that is busy with the base weights.
         maps = [given[f"{age}_global_expert_indices"].tolist() for age in ("old", "new")]
-        first.rows.begin_transfer(group)
         done = original(*call.args, **call.kwargs)
+        group = get_ep_group().cpu_group
+        first.rows.begin_transfer(group)
         for layer, before, after in zip(layers, *maps, strict=True):
             layer.rows.send(layer.name, before, after, group, given["communicator"])
             layer.rows.put(layer.name)
