@@ -144,6 +144,20 @@ RANKS_DIFFER = Rule(
     ("load",),
     f"{_VLLM}/blob/v0.33.0/vllm/lora/worker_manager.py#L288",
 )
+ANSWERS_LEFT_BEHIND = Rule(
+    "answers-left-behind",
+    "After an adapter that several ranks refuse, their answers are taken for those to later calls: loads that succeed are reported as failed.",
+    "All ranks answer before the error is raised.",
+    ("load",),
+    f"{_VLLM}/issues/49972",
+)
+VERSIONS_OF_A_NAME = Rule(
+    "versions-of-a-name",
+    "A step with requests for two versions of an adapter of one name, as after a swap, activates one of them; without a slot for the other the engine ends.",
+    "Requests are told apart by the adapter's number, too.",
+    ("doctor", "load"),
+    f"{_VLLM}/issues/30931",
+)
 REPLACED_WHILE_READ = Rule(
     "replaced-while-read",
     "A directory that a trainer replaces while it is read gives a mixture of two versions.",
@@ -225,7 +239,8 @@ DAMAGED_BYTES = Rule(
 RULES: tuple[Rule, ...] = (
     UNEVEN_EXPERTS, OTHER_PLACEMENT, EPLB, DATA_PARALLEL, UNKNOWN_VLLM, PATCHED_BY_OTHERS, IGNORED_LORA,
     WEIGHTED_INPUTS, OTHER_KERNEL, STALE_ROWS, FP8_ACTIVATIONS, SORTED_BY_LOCAL_EXPERT, EARLIER_DELTAS,
-    UNLOADED_ONLY_BY_NAME, STALE_PREFIX_CACHE, RANKS_DIFFER, REPLACED_WHILE_READ, RENAMED_EXPERTS,
+    UNLOADED_ONLY_BY_NAME, STALE_PREFIX_CACHE, RANKS_DIFFER, ANSWERS_LEFT_BEHIND,
+    VERSIONS_OF_A_NAME, REPLACED_WHILE_READ, RENAMED_EXPERTS,
     PATTERNS_IGNORED, PARTIAL_EXPERTS, RANKS_OF_EXPERTS, FUSED_ORDER, FUSED_ORIENTATION, BASE_CHANGED,
     UNSUPPORTED_VARIANTS, LOST_IN_A_CAST, DAMAGED_BYTES,
 )  # fmt: skip

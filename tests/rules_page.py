@@ -29,6 +29,8 @@ TESTS = {
     "unloaded-by-name-only": f"{_CONFORMANCE}/patches/test_unloading.py::test_an_adapter_that_nobody_uses_leaves_every_rank_at_once",
     "stale-prefix-cache": f"{_CONFORMANCE}/patches/test_unloading.py::test_an_adapter_under_the_name_of_another_gets_nothing_that_the_other_has_cached",
     "ranks-differ": f"{_CONFORMANCE}/test_load_faults_conformance.py::test_a_fault_on_one_rank_is_the_same_on_both_and_the_next_load_works",
+    "answers-left-behind": f"{_CONFORMANCE}/test_swapped_adapters_conformance.py::test_after_a_refusal_the_next_call_gets_its_own_answers",
+    "versions-of-a-name": f"{_CONFORMANCE}/test_swapped_adapters_conformance.py::test_a_step_activates_both_versions_of_a_name",
     "replaced-while-read": f"{_CONFORMANCE}/test_many_loads_conformance.py::test_every_slot_is_right_whatever_was_tried_before",
     "unknown-module-names": f"{_CONFORMANCE}/load/test_matching.py::test_a_container_that_no_layer_takes",
     "rank-and-alpha-patterns": "tests/adapter/test_name_patterns.py::test_patterns_mean_what_peft_means",

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections import deque
 from concurrent.futures import Future
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -146,7 +146,12 @@ class InProcess(Executor):  # type: ignore[misc]
         non_block: bool = False,
         **_: Any,
     ) -> Any:
-        answers = [getattr(worker, method)(*args, **kwargs or {}) for worker in self.workers]
+        answers = [
+            (partial(method, worker) if callable(method) else getattr(worker, method))(
+                *args, **kwargs or {}
+            )
+            for worker in self.workers
+        ]
         return _as_future(answers) if non_block else answers
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:

@@ -15,9 +15,8 @@ from lorashard.vllm_plugin.patches import (
     fully_sharded,
     peft_patterns,
     punica,
-    reading_ahead,
     rebalancing,
-    unloading,
+    swaps_table,
     warm_up,
 )
 from lorashard.vllm_plugin.patches.apply import Patch
@@ -29,8 +28,6 @@ _MANAGERS = "vllm.lora.worker_manager"
 _LAYERS = "vllm.lora.layers.fused_moe"
 _PUNICA = "vllm.lora.punica_wrapper.punica_gpu"
 _MOE = "vllm.model_executor.layers.fused_moe"
-_ENGINE = "vllm.v1.engine.core"
-_SCHEDULER = "vllm.v1.core.sched.scheduler"
 _EPLB = "vllm.distributed.eplb"
 
 PATCHES: tuple[Patch, ...] = (
@@ -171,76 +168,6 @@ PATCHES: tuple[Patch, ...] = (
         needed=peft_patterns.drops_patterns,
     ),
     Patch(
-        module="vllm.v1.engine.async_llm",
-        owner="AsyncLLM",
-        method="add_lora",
-        parameters=("self", "lora_request"),
-        why="While an adapter is read, no running request goes on.",
-        how="Under expert parallelism the workers read the adapter in a thread first; the engine adds "
-        "it once it is in memory.",
-        upstream=f"{_SOURCE}/v1/engine/async_llm.py#L1233",
-        since="0.16.0",
-        until=None,
-        wrap=reading_ahead.wrap_async_add_lora,
-    ),
-    Patch(
-        module="vllm.entrypoints.openai.models.serving",
-        owner="OpenAIServingModels",
-        method="unload_lora_adapter",
-        parameters=("self", "request"),
-        why="At /v1/unload_lora_adapter the server forgets the name, and the engine keeps the adapter.",
-        how="Has the engine remove the adapter, too, under expert parallelism.",
-        upstream=f"{_VLLM}/issues/54839",
-        hazard=rules.UNLOADED_ONLY_BY_NAME,
-        since="0.16.0",
-        until=None,
-        wrap=unloading.wrap_unload_lora_adapter,
-    ),
-    *(
-        Patch(
-            module=module,
-            owner=owner,
-            method=method,
-            parameters=("self", *parameters),
-            why="If an adapter is removed while requests use it, their next step loads it again from "
-            "its path, and if nothing is there any more, the engine ends.",
-            how=how,
-            upstream=f"{_SOURCE}/{module.removeprefix('vllm.').replace('.', '/')}.py#L{line}",
-            since="0.16.0",
-            until=None,
-            wrap=wrap,
-        )
-        for module, owner, method, parameters, line, how, wrap in (
-            (_SCHEDULER, "Scheduler", "__init__", ("vllm_config",), 87,
-             "Under expert parallelism it keeps a record of the adapters in use.",
-             unloading.wrap_init),
-            (_ENGINE, "EngineCore", "remove_lora", ("lora_id",), 1091,
-             "The adapter is removed once no request uses it.", unloading.wrap_remove_lora),
-            (_ENGINE, "EngineCore", "add_lora", ("lora_request",), 1088,
-             "An adapter of that number that is still to be removed goes first.",
-             unloading.wrap_add_lora),
-            (_SCHEDULER, "Scheduler", "add_request", ("request",), 2931,
-             "The request's adapter is noted.", unloading.wrap_add_request),
-            (_SCHEDULER, "Scheduler", "_free_request", ("request",), 3031,
-             "An adapter that is to be removed goes with its last request.",
-             unloading.wrap_free_request),
-        )
-    ),
-    Patch(
-        module="vllm.v1.core.kv_cache_utils",
-        owner="",
-        method="_gen_lora_extra_hash_keys",
-        parameters=("request",),
-        why="The prefix cache knows an adapter by its name (since 0.31.0 by its path as well), so a "
-        "new version under the same name is served what the one before has left there.",
-        how="After an adapter was unloaded or replaced in place, its name has other keys.",
-        upstream=f"{_SOURCE}/v1/core/kv_cache_utils.py#L590",
-        hazard=rules.STALE_PREFIX_CACHE,
-        since="0.16.0",
-        until=None,
-        wrap=unloading.wrap_gen_lora_extra_hash_keys,
-    ),
-    Patch(
         module="vllm.lora.model_manager",
         owner="LoRAModelManager",
         method="create_dummy_lora",
@@ -373,5 +300,6 @@ PATCHES: tuple[Patch, ...] = (
              rebalancing.wrap_commit_maps_for_layer),
         )
     ),
+    *swaps_table.PATCHES,
     *data_parallel_table.PATCHES,
 )  # fmt: skip

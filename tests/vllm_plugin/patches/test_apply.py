@@ -354,6 +354,20 @@ VLLM = {
             def create_lora_manager(self, model, vllm_config=None):
                 return model
     """,
+    "vllm/v1/executor/__init__.py": "",
+    "vllm/v1/executor/abstract.py": """
+        class Executor:
+            def add_lora(self, lora_request):
+                return True
+    """,
+    "vllm/lora/request.py": """
+        class LoRARequest:
+            def __eq__(self, value):
+                return True
+
+            def __hash__(self):
+                return 0
+    """,
     "vllm/lora/punica_wrapper/__init__.py": "",
     "vllm/lora/punica_wrapper/punica_gpu.py": """
         class PunicaWrapperGPU:
@@ -496,6 +510,7 @@ from lorashard.vllm_plugin import register
 
 MODULES = (
     "vllm.engine.arg_utils", "vllm.lora.worker_manager", "vllm.lora.layers.fused_moe",
+    "vllm.lora.request", "vllm.v1.executor.abstract",
     "vllm.lora.model_manager", "vllm.lora.punica_wrapper.punica_gpu",
     "vllm.entrypoints.openai.models.serving", "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",

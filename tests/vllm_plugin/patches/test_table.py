@@ -61,7 +61,8 @@ def test_every_replacement_is_in_the_table() -> None:
 
     names = (
         "activation", "activations", "adapter_adding", "adapter_loading", "adapter_packing", "data_parallel", "engine_start",
-        "expert_parallel", "fully_sharded", "peft_patterns", "punica", "reading_ahead", "rebalancing", "unloading", "warm_up",
+        "expert_parallel", "fully_sharded", "peft_patterns", "punica", "reading_ahead", "rebalancing", "refused_adds", "same_names",
+        "unloading", "warm_up",
     )  # fmt: skip
     written: set[Any] = set()
     for name in names:
