@@ -115,7 +115,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]
 
 
 def elsewhere(rank: int) -> list[str]:
-    message = f"Another rank could not load the adapter: KeyError: 'file of rank {rank}'"
+    message = f"Another rank could not load the adapter (rule ranks-differ): KeyError: 'file of rank {rank}'"
     return ["ValueError", message]
 
 
@@ -153,6 +153,7 @@ def test_ranks_that_have_read_different_versions_all_fail(ranks: Any) -> None:
     for kind, message in (rank["another version"] for rank in ranks):
         assert kind == "ValueError"
         assert message.startswith("The ranks have read different versions of the adapter.")
+        assert message.endswith(" same copy (rule replaced-while-read).")
 
 
 def test_a_failure_is_named_rather_than_the_difference_that_it_makes(ranks: Any) -> None:
