@@ -93,6 +93,7 @@ def test_the_commands_make_a_directory_that_needs_none(
     monkeypatch.chdir(work)
     (resharding,) = commands(before)
     assert resharding[0] == "reshard"
+    assert ("--placement" in resharding) == (engine != LINEAR)  # linear is the default
     done = run_cli(*resharding)
     assert done.returncode == 0, done.stderr
     (made,) = (path for path in [*work.iterdir(), *tmp_path.iterdir()] if "-resharded" in path.name)
@@ -149,6 +150,13 @@ def test_the_same_experts_in_another_order_are_another_placement(tmp_path: Path)
 
 def test_an_adapter_without_layers_on_this_rank_needs_none() -> None:
     assert resplit_advice("d", [], ep_rank=0, ep_size=2, num_experts=E) is None
+
+
+def test_each_rank_of_an_engine_with_a_map_of_its_own_gives_it() -> None:
+    for ep_rank in (0, 1):
+        assert is_first_mismatch(
+            origin(LINEAR, EXPLICIT, ep_rank), ep_rank=ep_rank, ep_size=2, num_experts=E
+        )
 
 
 @given(
