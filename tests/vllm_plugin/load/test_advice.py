@@ -152,6 +152,14 @@ def test_an_adapter_without_layers_on_this_rank_needs_none() -> None:
     assert resplit_advice("d", [], ep_rank=0, ep_size=2, num_experts=E) is None
 
 
+@pytest.mark.parametrize(
+    ("ranks", "gives"), [(((0, 1), (3, 2)), True), (((1, 0), (3, 2)), False), ((ALL,), False)]
+)
+def test_the_second_rank_gives_it_if_the_first_has_its_own_file(ranks: Ranks, gives: bool) -> None:
+    of_second = origin(ranks, LINEAR, 1)
+    assert is_first_mismatch(of_second, ep_rank=1, ep_size=2, num_experts=E) is gives
+
+
 def test_each_rank_of_an_engine_with_a_map_of_its_own_gives_it() -> None:
     for ep_rank in (0, 1):
         assert is_first_mismatch(
