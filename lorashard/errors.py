@@ -1,7 +1,8 @@
 """Every error that a user can meet, by kind.
 
 `exit_code` is what the command line returns. The first line of a message says what is wrong
-and where; `hint` says what to do next.
+and where; `hint` says what to do next; `rule` is what it is raised against, if it is one of
+`lorashard.rules`.
 
     LorashardError                 1  unexpected
       AdapterError                 3  the adapter cannot be used
@@ -30,19 +31,27 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorashard.rules import DAMAGED_BYTES, Rule, with_rule
+
 
 class LorashardError(Exception):
     """Root of all errors raised on purpose."""
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, rule: Rule | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.rule = rule
+
+    @property
+    def first_line(self) -> str:
+        """The message, which ends in the id of the rule where there is one."""
+        return self.message if self.rule is None else with_rule(self.message, self.rule.id)
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+        return self.first_line if self.hint is None else f"{self.first_line}\n  {self.hint}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what the error has become, as `__init__` takes other values than the message.
@@ -69,10 +78,13 @@ class AdapterError(LorashardError):
 class HeaderError(AdapterError):
     """A safetensors header is truncated, overlapping, or disagrees with its file."""
 
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], reason: str, *, rule: Rule | None = DAMAGED_BYTES
+    ) -> None:
         super().__init__(
             f"{os.fspath(path)}: not a valid safetensors file: {reason}.",
             hint="Copy or download the file again; its size and header must match.",
+            rule=rule,
         )
         self.path = os.fspath(path)
         self.reason = reason
@@ -81,8 +93,8 @@ class HeaderError(AdapterError):
 class UnsupportedAdapterError(AdapterError):
     """The adapter uses a feature that a shard directory cannot represent."""
 
-    def __init__(self, feature: str, where: str, *, hint: str) -> None:
-        super().__init__(f"{where}: {feature} is not supported.", hint=hint)
+    def __init__(self, feature: str, where: str, *, hint: str, rule: Rule | None = None) -> None:
+        super().__init__(f"{where}: {feature} is not supported.", hint=hint, rule=rule)
         self.feature = feature
         self.where = where
 
@@ -137,11 +149,17 @@ class ManifestError(ShardError):
     """lorashard.json is missing, damaged or from another format version."""
 
     def __init__(
-        self, path: str | os.PathLike[str], reason: str, *, hint: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        reason: str,
+        *,
+        hint: str | None = None,
+        rule: Rule | None = None,
     ) -> None:
         super().__init__(
             f"{os.fspath(path)}: {reason}.",
             hint=hint or "Run `lorashard split` again, or copy the whole directory again.",
+            rule=rule,
         )
         self.path = os.fspath(path)
 
@@ -163,6 +181,7 @@ class VerificationError(ShardError):
         super().__init__(
             f"{os.fspath(path)}: {count} {noun} wrong; first: {findings[0]}",
             hint="Do not serve this directory. Run `lorashard split` again from the source.",
+            rule=DAMAGED_BYTES,
         )
         self.findings = findings
 

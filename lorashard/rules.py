@@ -1,7 +1,8 @@
 """Everything known to go wrong with MoE adapters that nobody notices: one table, with an id for each.
 
-What detects or mends one names its id: the refusals of the plugin (`engine/guards.py`), its patches
-(`patches/table.py`), what `inspect` finds. docs/rules.md is made from it. Pure.
+What detects or mends one names its id: errors (`errors.py`), the refusals of the plugin
+(`engine/guards.py`), its patches (`patches/table.py`), what `inspect` finds. docs/rules.md is made
+from it. Pure.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ class Rule:
     answer: str
     seen: tuple[Seen, ...]
     upstream: str
+
+
+def with_rule(text: str, rule_id: str) -> str:
+    """A line that says why something is refused, which ends in the rule's id."""
+    stop = "." if text.endswith(".") else ""
+    return f"{text.removesuffix('.')} (rule {rule_id}){stop}"
 
 
 UNEVEN_EXPERTS = Rule(
@@ -232,7 +239,7 @@ DAMAGED_BYTES = Rule(
     "damaged-bytes",
     "A truncated, swapped or damaged file of some ranks is an adapter that is wrong on these.",
     "Sizes, headers and the manifest's own digest are checked at each load, all digests with `verify` or `LORASHARD_VERIFY=full`.",
-    ("verify", "inspect", "doctor", "load"),
+    ("split", "verify", "inspect", "doctor", "load"),
     "",
 )
 

@@ -30,6 +30,7 @@ GROUND = frozenset(
         "installing",
         "parameters",
         "progress",
+        "rules",
         "version",
         "vllm_options",
     }

@@ -45,17 +45,19 @@ report needs, and `lorashard --install-completion` sets up completion for your s
 Results go to stdout, progress and notes to stderr. `--json` prints one JSON document on stdout;
 its fields are an interface and change only with a note in the changelog. If a command fails before
 it has a result, or is used wrongly (exit code 2), the document is
-`{"error": ..., "hint": ..., "exit_code": ..., "kind": ..., "where": ...}`, also on stdout: what is wrong, what
-to do, the exit code, the name of the class (or `UsageError`), and the path or module that it is about. `hint` and
-`where` may be null. Given several paths, `inspect` and `verify` print a list with a document for each,
-which is such an error where a path cannot be read. Classes and exit codes are listed in [errors.md](errors.md).
+`{"error": ..., "hint": ..., "exit_code": ..., "kind": ..., "where": ..., "rule": ...}`, also on stdout: what is wrong,
+what to do, the exit code, the name of the class (or `UsageError`), the path or module that it is about, and the id of its
+rule in [rules.md](rules.md). `hint`, `where` and `rule` may be null. Given several paths, `inspect` and `verify` print a
+list with a document for each, which is such an error where a path cannot be read. Classes and exit codes are listed in
+[errors.md](errors.md).
 """
 
 ERRORS_INTRO = """\
 # Errors and exit codes
 
-The first line of a message says what is wrong and where, the next what to do about it. Errors go to
-stderr. Every class is in `lorashard.errors`; to catch them all, catch `LorashardError`. In Python, what the
+The first line of a message says what is wrong and where, the next what to do about it. Where the first line ends in
+`(rule …)`, [rules.md](rules.md) says what would have gone wrong otherwise; in Python it is `error.rule`, which has an
+`id`, and may be None. Errors go to stderr. Every class is in `lorashard.errors`; to catch them all, catch `LorashardError`. In Python, what the
 operating system refuses can also come as its own `OSError`, for example `PermissionError` for a folder.
 
 | exit code | meaning |

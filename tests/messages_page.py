@@ -45,7 +45,8 @@ INTRO = """\
 # Troubleshooting by message
 
 Search this page for a few words of the message that you see; `…` stands for what is filled in. The second column is the
-line that lorashard prints below it. [Errors and exit codes](errors.md) has the classes.
+line that lorashard prints below it. A message that ends in `(rule …)` is listed without that; [rules.md](rules.md) has
+the rules. [Errors and exit codes](errors.md) has the classes.
 """
 
 

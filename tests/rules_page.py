@@ -47,9 +47,10 @@ TESTS = {
 INTRO = """\
 # Rules: what goes wrong unnoticed, and what lorashard does about it
 
-Each row is something known to give wrong answers, or none, without an error. The id is stable: `lorashard doctor --json` has it as
-`rule` in `refusals`. "Seen by" says where lorashard notices it: a command, vLLM's start, or the load of an adapter. A refusal at the
-start names it, and can be overridden by the variable that is named, which says what is risked. [releases.md](releases.md) has what was
+Each row is something known to give wrong answers, or none, without an error. The id is stable: the first line of an error that is
+raised because of it, in a command, a server's answer or Python, ends in `(rule ID)`, and `--json` has it as `rule`, in errors, in the
+result of `verify`, and in the `refusals` of `doctor`. "Seen by" says where lorashard notices it: a command, vLLM's start, or the load
+of an adapter. A refusal at the start can be overridden by the variable that is named, which says what is risked. [releases.md](releases.md) has what was
 run, [messages.md](messages.md) the messages.
 
 | id | without lorashard | with it | seen by | upstream | test |

@@ -12,10 +12,11 @@ import pytest
 
 from lorashard import SplitRequest, errors, split_adapter
 from lorashard.errors import LorashardError
+from lorashard.rules import DAMAGED_BYTES
 from tests.tiny import save_config, save_header
 
 EXAMPLES = (
-    LorashardError("what", hint="do"),
+    LorashardError("what", hint="do", rule=DAMAGED_BYTES),
     errors.AdapterError("what"),
     errors.HeaderError(Path("file"), "reason"),
     errors.UnsupportedAdapterError("DoRA", "adapter", hint="do"),

@@ -13,6 +13,7 @@ from lorashard.adapter.name_patterns import NamePatterns
 from lorashard.adapter.options import LoraBLayout
 from lorashard.errors import AdapterError, UnsupportedAdapterError
 from lorashard.header import TensorEntry
+from lorashard.rules import BASE_CHANGED, FUSED_ORDER, PATTERNS_IGNORED, UNSUPPORTED_VARIANTS
 from lorashard.storage.small_files import load_writable_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -81,6 +82,7 @@ class LoraConfig:
             raise AdapterError(
                 f"{module} has r={lora_rank}, but alpha_pattern gives it an alpha of 0.",
                 hint=f"State its alpha in {CONFIG_NAME}.",
+                rule=PATTERNS_IGNORED,
             )
         return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
 
@@ -131,26 +133,34 @@ def parse_config(raw: bytes, where: str) -> LoraConfig:
 def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
     peft_type, bias = config.get("peft_type", "LORA"), config.get("bias") or "none"
     init = config.get("init_lora_weights")
-    changes_base = isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS)
     saved = _strings(config.get("modules_to_save"), "modules_to_save", where)
     beyond = [name for name in saved if name.rpartition(".")[2] not in _CLASSIFIER_HEADS]
-    is_mlx = "lora_parameters" in config and "r" not in config
+    if "lora_parameters" in config and "r" not in config:
+        raise UnsupportedAdapterError(
+            "MLX's own format",
+            where,
+            hint="lorashard reads PEFT's format; convert the adapter first.",
+        )
     refusals: list[tuple[object, str, str]] = [
-        (is_mlx, "MLX's own format", "lorashard reads PEFT's format; convert the adapter first."),
         (str(peft_type).upper() != "LORA", f"peft_type {peft_type!r}", "Only LoRA can be split."),
         (config.get("use_dora"), "DoRA (use_dora)", _CONVERT),
         (bias != "none", f"trained bias (bias={bias!r})", 'Train with bias="none".'),
         (config.get("lora_bias"), "lora_bias", "Train with lora_bias=False."),
         (config.get("trainable_token_indices"), "trainable_token_indices", _CONVERT),
         (config.get("layer_replication"), "layer_replication", _CONVERT),
-        (changes_base, f"init_lora_weights={init!r}, which changes the base weights,",
-         "Save with path_initial_model_for_weight_conversion, which turns it into a plain LoRA."),
         (beyond, f"modules_to_save {beyond}", "Only a classifier head can be kept."),
         *((config.get(name), f"the LoRA variant {name}", _CONVERT) for name in _LORA_VARIANTS),
     ]  # fmt: skip
     for present, feature, hint in refusals:
         if present:
-            raise UnsupportedAdapterError(feature, where, hint=hint)
+            raise UnsupportedAdapterError(feature, where, hint=hint, rule=UNSUPPORTED_VARIANTS)
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        raise UnsupportedAdapterError(
+            f"init_lora_weights={init!r}, which changes the base weights,",
+            where,
+            hint="Save with path_initial_model_for_weight_conversion, which turns it into a plain LoRA.",
+            rule=BASE_CHANGED,
+        )
 
 
 def _patterns(
@@ -249,6 +259,9 @@ def _lora_b_layout(config: Mapping[str, Any], where: str) -> LoraBLayout | None:
     layout: LoraBLayout | None = config.get("lora_B_layout")
     if layout not in (None, "rank_major", "grouped_by_expert"):
         raise UnsupportedAdapterError(
-            f"lora_B_layout {layout!r}", where, hint="Known: rank_major, grouped_by_expert."
+            f"lora_B_layout {layout!r}",
+            where,
+            hint="Known: rank_major, grouped_by_expert.",
+            rule=FUSED_ORDER,
         )
     return layout

@@ -19,6 +19,7 @@ from lorashard.adapter.options import LayoutOptions, LoraBLayout, Orientation
 from lorashard.adapter.source_layout import SourceLayout, Storage
 from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
+from lorashard.rules import FUSED_ORDER
 
 MAX_EXPERTS = 2**16
 
@@ -308,6 +309,7 @@ def _lora_b_layout(module: str, config: LoraConfig, options: LayoutOptions) -> L
             f"{module}: adapter_config.json says lora_B_layout={marker}, `lora_b_layout` says "
             f"{chosen}.",
             hint="Leave the option out to follow the adapter.",
+            rule=FUSED_ORDER,
         )
     if marker or chosen:
         return chosen or marker  # type: ignore[return-value]
@@ -317,6 +319,7 @@ def _lora_b_layout(module: str, config: LoraConfig, options: LayoutOptions) -> L
             "adapter_config.json, which PEFT did not write, does not say which.",
             hint="Give `lora_b_layout`: rank_major is PEFT's order, grouped_by_expert is "
             "Megatron-Bridge's and older Unsloth's.",
+            rule=FUSED_ORDER,
         )
     return "rank_major"
 

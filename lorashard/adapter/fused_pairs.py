@@ -27,6 +27,7 @@ from lorashard.adapter.keys import Projection
 from lorashard.adapter.options import LayoutOptions, Orientation
 from lorashard.errors import LayoutError, UnclearLayoutError
 from lorashard.header import TensorEntry
+from lorashard.rules import FUSED_ORIENTATION
 
 Role = Literal["gate_up_proj", "up_proj", "down_proj"]
 
@@ -109,6 +110,7 @@ def read_fused(
             f"{module}: {shapes} can be read as {' or '.join(map(str, readings))}, which "
             f"contradicts {', '.join(f'{name} {v}' for name, v in stated.items() if v)}.",
             hint="Is `model` the base model of this adapter?",
+            rule=FUSED_ORIENTATION,
         )
     # Other tensors may break a tie, but not overrule: experts can be narrower than attention.
     if len(matching) > 1:
@@ -118,6 +120,7 @@ def read_fused(
         raise UnclearLayoutError(
             f"{module}: {shapes} can be read in more than one way: {listed}.",
             hint="Give `model=MODEL_DIR` (its config.json has the hidden size), or `orientation`.",
+            rule=FUSED_ORIENTATION,
         )
     return matching[0]
 

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from lorashard.rules import UNSUPPORTED_VARIANTS, Rule
+
 Projection = Literal["gate_proj", "up_proj", "down_proj", "gate_up_proj"]
 Matrix = Literal["lora_A", "lora_B"]
 
@@ -125,10 +127,14 @@ class FullWeightKey:
 
 @dataclass(frozen=True, slots=True)
 class UnknownKey:
-    """A name that no known writer uses; `reason` says what is odd about it, `hint` what to do."""
+    """A name that no known writer uses; `reason` says what is odd about it, `hint` what to do.
+
+    rule: what it would be to go on without the tensor, where that is known.
+    """
 
     reason: str
     hint: str = "docs/adapter-layouts.md lists the layouts that lorashard reads."
+    rule: Rule | None = None
 
 
 ParsedKey = ExpertKey | LoraKey | FullWeightKey | UnknownKey
@@ -209,7 +215,7 @@ def _parse_other(name: str, num_dims: int) -> ParsedKey:
         ("trainable_tokens", "trainable tokens"),
     ):
         if marker in name:
-            return UnknownKey(reason)
+            return UnknownKey(reason, rule=UNSUPPORTED_VARIANTS)
     if "experts" in name.split("."):
         return UnknownKey("this way of naming expert tensors")
     if match := _LORA.fullmatch(name):
@@ -218,7 +224,7 @@ def _parse_other(name: str, num_dims: int) -> ParsedKey:
         return LoraKey(match["module"], _MATRICES[match["matrix"]], "embedding" in match["matrix"])
     if _is_full_weight(name):
         return FullWeightKey()
-    return UnknownKey("a tensor other than a LoRA factor")
+    return UnknownKey("a tensor other than a LoRA factor", rule=UNSUPPORTED_VARIANTS)
 
 
 def _is_full_weight(name: str) -> bool:

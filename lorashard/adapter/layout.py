@@ -136,6 +136,7 @@ def _collect(
                 key.reason,
                 f"{where}: tensor {entry.name} {list(entry.shape)}",
                 hint=key.hint,
+                rule=key.rule,
             )
         else:
             if not (isinstance(key, LoraKey) and is_untrained(key.matrix, entry)):

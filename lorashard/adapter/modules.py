@@ -15,6 +15,7 @@ from lorashard.adapter.keys import Matrix, Projection
 from lorashard.adapter.options import GateUp
 from lorashard.adapter.source_layout import SourceLayout
 from lorashard.errors import LayoutError
+from lorashard.rules import PATTERNS_IGNORED
 
 PROJECTIONS: tuple[Projection, ...] = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
@@ -228,6 +229,7 @@ def _check_config_ranks(trained: Mapping[int | None, _TrainedPair], config: Lora
                 hint="The scaling alpha / r would be a guess. State the real r in "
                 'adapter_config.json, e.g. "rank_pattern": '
                 f'{{"{factor.module.rpartition(".")[2]}": {factor.lora_rank}}}.',
+                rule=PATTERNS_IGNORED,
             )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from lorashard.errors import UnsupportedAdapterError
+from lorashard.rules import PATTERNS_IGNORED
 
 _Number = TypeVar("_Number", int, float)
 
@@ -85,7 +86,10 @@ class NamePattern:
     def _unsupported(self, why: str = "") -> UnsupportedAdapterError:
         text = ascii(self._text if len(self._text) <= 80 else self._text[:80] + "...")
         return UnsupportedAdapterError(
-            f"{self._field}: the regular expression {text}{why}", self._where, hint=_HINT
+            f"{self._field}: the regular expression {text}{why}",
+            self._where,
+            hint=_HINT,
+            rule=PATTERNS_IGNORED,
         )
 
 
@@ -108,12 +112,12 @@ class NamePatterns(Mapping[str, _Number]):
                 self._add_plain(key, place)
             elif len(self._others) == _MAX_OTHERS:
                 feature = f"{field} with more than {_MAX_OTHERS} keys that are no names"
-                raise UnsupportedAdapterError(feature, where, hint=_HINT)
+                raise UnsupportedAdapterError(feature, where, hint=_HINT, rule=PATTERNS_IGNORED)
             else:
                 self._others.append((place, NamePattern(key, field, where, _END_OF_NAME)))
         if sum(map(len, self._forms.values())) > _MAX_FORMS:
             feature = f"{field} with keys of more than {_MAX_FORMS} forms"
-            raise UnsupportedAdapterError(feature, where, hint=_HINT)
+            raise UnsupportedAdapterError(feature, where, hint=_HINT, rule=PATTERNS_IGNORED)
 
     def __getitem__(self, key: str) -> _Number:
         return self._values[key]

@@ -128,7 +128,7 @@ def main() -> NoReturn:
 
 
 def _fail(error: Mapping[str, Any]) -> NoReturn:
-    render.say_error(error["error"], error["hint"])
+    render.say_error(error["error"], error["hint"], error["rule"])
     _print_error_json(error)
     sys.exit(error["exit_code"])
 

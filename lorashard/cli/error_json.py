@@ -7,13 +7,19 @@ from typing import Any
 
 from lorashard.errors import LorashardError
 from lorashard.parameters import with_flags
+from lorashard.rules import Rule
 from lorashard.storage.system_errors import hint_of
 
 USAGE = "UsageError"
 
 
 def error_json(
-    kind: str, message: str, hint: str | None, exit_code: int, where: str | None = None
+    kind: str,
+    message: str,
+    hint: str | None,
+    exit_code: int,
+    where: str | None = None,
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
     """The fields, with options in place of parameters. kind: the name of the class. where: the path or name that it is about."""
     return {
@@ -22,13 +28,19 @@ def error_json(
         "exit_code": exit_code,
         "kind": kind,
         "where": where,
+        "rule": None if rule is None else rule.id,
     }
 
 
 def json_of(error: LorashardError) -> dict[str, Any]:
     """The fields of one of our errors."""
     return error_json(
-        type(error).__name__, error.message, hint_of(error), error.exit_code, where_of(error)
+        type(error).__name__,
+        error.message,
+        hint_of(error),
+        error.exit_code,
+        where_of(error),
+        error.rule,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from lorashard.errors import LorashardError
 from lorashard.parameters import with_flags
+from lorashard.rules import with_rule
 
 COUNTED_FROM_R = " (counted from r; --model checks it)"
 _LEAST_WIDTH = 80
@@ -123,9 +124,9 @@ def say_interrupted(how: str) -> None:
     say("; ".join([how, *(say_what() for say_what in _INTERRUPTED)]))
 
 
-def say_error(message: str, hint: str | None) -> None:
-    """Say what is wrong, and on a line of its own what to do."""
-    say(f"error: {message}")
+def say_error(message: str, hint: str | None, rule_id: str | None) -> None:
+    """Say what is wrong, and by which rule if there is one; and on a line of its own what to do."""
+    say(f"error: {message if rule_id is None else with_rule(message, rule_id)}")
     if hint is not None:
         say(f"  {hint}")
 

@@ -32,7 +32,7 @@ def look_at_each(paths: Sequence[str], look: Look, *, key: str, as_json: bool) -
             errors.append(error)
             if len(paths) > 1:
                 shown = json_of(error)
-                render.say_error(shown["error"], shown["hint"])
+                render.say_error(shown["error"], shown["hint"], shown["rule"])
     if as_json:
         render.print_json(documents if len(paths) > 1 else documents[0])
     if errors and len(paths) == 1:

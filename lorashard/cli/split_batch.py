@@ -59,7 +59,8 @@ def split_batch(
             bar.finish(outcome.adapter)
             if outcome.error is not None:
                 shown = json_of(outcome.error)
-                render.say_error(_about(outcome.adapter, shown["error"]), shown["hint"])
+                text = _about(outcome.adapter, shown["error"])
+                render.say_error(text, shown["hint"], shown["rule"])
             elif outcome.result is not None:
                 say_changes(
                     outcome.result.uploaded, about=outcome.adapter, dry_run=dry_run, quiet=quiet

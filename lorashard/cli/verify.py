@@ -79,6 +79,7 @@ def _verify_one(
         )
     unproven_cast = against is None and proves_all and manifest.dtype is not None
     placement_proven = against is not None or (proves_all and not unproven_cast)
+    failure = _failure(shards, located, ep_ranks, findings) if findings else None
     document = {
         "shards": shards,
         "ok": not findings,
@@ -86,9 +87,10 @@ def _verify_one(
         "ep_ranks": None if ep_ranks is None else list(ep_ranks),
         "placement_proven": placement_proven and not findings,
         "findings": [with_flags(finding) for finding in findings],
+        "rule": failure.rule.id if failure is not None and failure.rule is not None else None,
     }
     if as_json:
-        return document, _failure(shards, located, ep_ranks, findings) if findings else None
+        return document, failure
     if findings:
         for finding in findings:
             render.print_line(with_flags(finding))
@@ -102,7 +104,7 @@ def _verify_one(
             f"{shards}: ok, {placement.num_experts} experts on {placement.ep_size} ranks"
             f"{proven}{checked}"
         )
-    return document, _failure(shards, located, ep_ranks, findings) if findings else None
+    return document, failure
 
 
 def _failure(

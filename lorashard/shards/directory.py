@@ -17,6 +17,7 @@ from lorashard.adapter.config import CONFIG_NAME, WEIGHTS_NAME
 from lorashard.adapter.notice import NOTICE, is_notice
 from lorashard.errors import AdapterError, HeaderError, LorashardError, ManifestError, ShardError
 from lorashard.header import Header
+from lorashard.rules import DAMAGED_BYTES
 from lorashard.shards.manifest import FileDigest, Manifest, ShardFile, format_manifest
 from lorashard.shards.manifest_parser import parse_manifest
 from lorashard.shards.names import MANIFEST_NAME, REPLICATED_NAME, rank_file_name
@@ -144,13 +145,13 @@ def manifest_bytes(directory: Location) -> bytes:
                 hint="Is the name right, and is this a shard directory written by `lorashard split`?",
             )
         if file.size_bytes > MAX_MANIFEST_BYTES:
-            raise ManifestError(f"{directory}/{MANIFEST_NAME}", _TOO_LARGE)
+            raise ManifestError(f"{directory}/{MANIFEST_NAME}", _TOO_LARGE, rule=DAMAGED_BYTES)
         return file.read(0, file.size_bytes)
     path = directory / MANIFEST_NAME
     try:
         return read_bounded(path, MAX_MANIFEST_BYTES)
     except AdapterError as err:
-        raise ManifestError(path, _TOO_LARGE) from err
+        raise ManifestError(path, _TOO_LARGE, rule=DAMAGED_BYTES) from err
     except OSError as err:
         if err.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise ManifestError(path, f"cannot be read ({err.strerror})") from err
@@ -217,6 +218,7 @@ def find_file(source: RemoteFolder, name: str, digest: FileDigest) -> RemoteFile
         raise ShardError(
             f"{file.name}: {file.size_bytes} bytes, the manifest says {digest.size_bytes}.",
             hint="Upload the whole directory again; its files belong together.",
+            rule=DAMAGED_BYTES,
         )
     return file
 
@@ -237,6 +239,7 @@ def check_header(path: Path, header: Header, recorded: ShardFile) -> None:
         raise ShardError(
             f"{path}: {header.file_size} bytes, the manifest says {recorded.digest.size_bytes}.",
             hint="Copy the file again; it is incomplete or belongs to another directory.",
+            rule=DAMAGED_BYTES,
         )
     if "ep_rank" in header.metadata:
         ep_rank, ep_size = header.metadata["ep_rank"], header.metadata.get("ep_size", "")
@@ -245,11 +248,13 @@ def check_header(path: Path, header: Header, recorded: ShardFile) -> None:
             raise ShardError(
                 f"{path}: was written as {written_as}.",
                 hint="The files of two ranks are swapped; copy the directory again.",
+                rule=DAMAGED_BYTES,
             )
     if header.tensors != recorded.tensors:
         raise ShardError(
             f"{path}: its tensors are not those of the manifest.",
             hint="The file belongs to another directory; copy the right one.",
+            rule=DAMAGED_BYTES,
         )
 
 
@@ -290,7 +295,7 @@ def _check_unchanged(file: LocalFile) -> None:
     try:
         file.check_unchanged()
     except AdapterError as err:
-        raise ShardError(err.message, hint=err.hint) from err
+        raise ShardError(err.message, hint=err.hint, rule=err.rule) from err
 
 
 @contextmanager
@@ -299,4 +304,6 @@ def reading_shards() -> Iterator[None]:
     try:
         yield
     except HeaderError as err:
-        raise ShardError(f"{err.path}: {err.reason}.", hint="Copy the file again.") from err
+        raise ShardError(
+            f"{err.path}: {err.reason}.", hint="Copy the file again.", rule=err.rule
+        ) from err

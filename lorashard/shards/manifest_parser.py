@@ -23,6 +23,7 @@ from lorashard.adapter.options import (
 from lorashard.dtypes import ELEMENT_BITS, ELEMENT_SIZE
 from lorashard.errors import ManifestError
 from lorashard.header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorEntry
+from lorashard.rules import DAMAGED_BYTES
 from lorashard.shards.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -54,12 +55,12 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
     try:
         document = load_writable_json(raw)
     except (ValueError, RecursionError) as err:
-        raise ManifestError(path, f"damaged: not JSON ({err})") from err
+        raise ManifestError(path, f"damaged: not JSON ({err})", rule=DAMAGED_BYTES) from err
     try:
         _check_format(document, path)
         return _parse(document)
     except _FieldError as err:
-        raise ManifestError(path, str(err)) from err
+        raise ManifestError(path, str(err), rule=DAMAGED_BYTES) from err
 
 
 def _check_format(document: Any, path: str) -> None:

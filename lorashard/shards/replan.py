@@ -31,6 +31,7 @@ from lorashard.errors import (
     VerificationError,
 )
 from lorashard.header import LENGTH_BYTES, header_length, parse_header
+from lorashard.rules import DAMAGED_BYTES
 from lorashard.shards.describe import describe_modules, differing_files
 from lorashard.shards.directory import LocatedShards, find_files
 from lorashard.shards.held import find_partial
@@ -81,9 +82,9 @@ def check_shards(shards: LocatedShards) -> CheckedShards:
     rebuilt = rebuild_plan(manifest, config_bytes, place)
     contradiction = next(find_contradictions(manifest, rebuilt), None)
     if contradiction is not None:
-        raise ManifestError(f"{place}/{MANIFEST_NAME}", contradiction)
+        raise ManifestError(f"{place}/{MANIFEST_NAME}", contradiction, rule=DAMAGED_BYTES)
     if shards.was_changed:
-        raise ManifestError(f"{place}/{MANIFEST_NAME}", CHANGED)
+        raise ManifestError(f"{place}/{MANIFEST_NAME}", CHANGED, rule=DAMAGED_BYTES)
     if isinstance(place, Path) and (partial := find_partial(manifest, place)) is not None:
         raise partial
     files = find_files(shards)
@@ -102,6 +103,7 @@ def rebuild_plan(manifest: Manifest, config_bytes: bytes, place: Location) -> Re
         raise ManifestError(
             path,
             f"source.files gives {CONFIG_NAME} {recorded_size} bytes, it has {len(config_bytes)}",
+            rule=DAMAGED_BYTES,
         )
     try:
         config = parse_config(config_bytes, f"{place}/{CONFIG_NAME}")
@@ -116,7 +118,9 @@ def rebuild_plan(manifest: Manifest, config_bytes: bytes, place: Location) -> Re
         layout = _with_recorded_order(layout, manifest)
         return RebuiltPlan(layout, build_plan(layout, manifest.placement, manifest.dtype))
     except LorashardError as err:
-        raise ManifestError(path, f"does not describe its source ({err.message})") from err
+        raise ManifestError(
+            path, f"does not describe its source ({err.message})", rule=err.rule or DAMAGED_BYTES
+        ) from err
 
 
 def _with_recorded_order(layout: AdapterLayout, manifest: Manifest) -> AdapterLayout:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lorashard.errors import AdapterError, HeaderError
+from lorashard.rules import REPLACED_WHILE_READ
 from lorashard.storage.syscalls import start_writeback
 
 _AHEAD_BYTES = 16 * 2**20
@@ -67,6 +68,7 @@ class WatchedFile:
             raise AdapterError(
                 f"{self.path}: it changed while being read.",
                 hint="Run the command again when nobody is writing there.",
+                rule=REPLACED_WHILE_READ,
             )
 
 
@@ -109,7 +111,7 @@ class LocalFile:
         try:
             self._fd = open_regular(path, dir_fd)
         except OSError as err:
-            raise HeaderError(path, f"cannot be read ({err.strerror})") from err
+            raise HeaderError(path, f"cannot be read ({err.strerror})", rule=None) from err
         status = os.fstat(self._fd)
         self.size_bytes = status.st_size
         self._watched = WatchedFile(path, _state(status))
@@ -171,15 +173,19 @@ class LocalFile:
         try:
             return os.preadv(self._fd, group, offset)
         except OSError as err:
-            raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
+            raise HeaderError(self._path, f"cannot be read ({err.strerror})", rule=None) from err
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         try:
             done = read_at(self._fd, buffer, offset)
         except OSError as err:
-            raise HeaderError(self._path, f"cannot be read ({err.strerror})") from err
+            raise HeaderError(self._path, f"cannot be read ({err.strerror})", rule=None) from err
         if done < len(buffer):
-            raise HeaderError(self._path, f"it ended at byte {offset + done} while being read")
+            raise HeaderError(
+                self._path,
+                f"it ended at byte {offset + done} while being read",
+                rule=REPLACED_WHILE_READ,
+            )
 
     def _read_ahead(self, position: int) -> None:
         """Let the disk read what comes next while the processor works on this."""

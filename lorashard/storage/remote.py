@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorashard.errors import AdapterError
+from lorashard.rules import REPLACED_WHILE_READ
 from lorashard.storage.ahead import WINDOW_BYTES, WINDOWS_AHEAD, FetchAhead
 from lorashard.storage.drivers import is_hub, read_range, size_and_version
 from lorashard.storage.hub import (
@@ -84,6 +85,7 @@ class RemoteFile:
             raise AdapterError(
                 f"{self.name}: it changed while being read.",
                 hint="Run the command again when nobody is writing there.",
+                rule=REPLACED_WHILE_READ,
             )
 
 

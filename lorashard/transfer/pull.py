@@ -20,6 +20,7 @@ from blake3 import blake3
 
 from lorashard.errors import ShardError
 from lorashard.progress import Progress
+from lorashard.rules import DAMAGED_BYTES
 from lorashard.shards.directory import (
     find_file,
     has_digest,
@@ -184,6 +185,7 @@ def _fetch_file(
         raise ShardError(
             f"{file.name}: its bytes are not those that were written.",
             hint="Pull again. If that does not help, upload the whole directory again.",
+            rule=DAMAGED_BYTES,
         )
     os.rename(part, path)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorashard.dtypes import ELEMENT_SIZE, TORCH_DTYPES
 from lorashard.errors import LayoutError
+from lorashard.rules import LOST_IN_A_CAST
 from lorashard.shards.plan import Rearrange, Target
 from lorashard.storage.packages import import_package
 from lorashard.writing.blocks import RearrangeBlock, axis_sizes
@@ -236,6 +237,7 @@ def _cast(data: memoryview, op: Rearrange, on_loss: Callable[[CastLoss], object]
             raise LayoutError(
                 f"A value is too large for {op.dtype}: {float(too_large[0]):g}.",
                 hint="Use bfloat16 or float32 as `dtype`, or leave it out.",
+                rule=LOST_IN_A_CAST,
             )
     num_kept = int(after.count_nonzero())
     if not num_kept:
@@ -244,6 +246,7 @@ def _cast(data: memoryview, op: Rearrange, on_loss: Callable[[CastLoss], object]
             raise LayoutError(
                 f"All values of a factor become 0 in {op.dtype}; the largest of them is {largest:g}.",
                 hint="Use bfloat16 or float32 as `dtype`, or leave it out.",
+                rule=LOST_IN_A_CAST,
             )
     num_zeroed = 0
     if ELEMENT_SIZE[op.source_dtype] > 1:  # those of 8 bits fit into all others

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorashard.errors import LayoutError, LorashardError
+from lorashard.rules import UNSUPPORTED_VARIANTS
 from tests.adapters import Adapter, Spec, build
 from tests.layouts import ATTENTION, EXPERTS, built, module_of, refusal
 from tests.strategies import layout_of
@@ -149,7 +150,14 @@ def test_a_refusal_says_what_is_wrong_and_what_to_do(case: str) -> None:
     refused = CASES[case]
     with pytest.raises(LorashardError) as caught:
         layout_of(refused.make(), **refused.options)
-    assert str(caught.value) == f"{refused.message}\n  {refused.hint}"
+    assert (caught.value.message, caught.value.hint) == (refused.message, refused.hint)
+
+
+def test_a_tensor_that_would_be_dropped_is_refused_by_the_rule_against_that() -> None:
+    refused = CASES["no factor"]
+    with pytest.raises(LorashardError) as caught:
+        layout_of(refused.make(), **refused.options)
+    assert caught.value.rule is UNSUPPORTED_VARIANTS
 
 
 def test_as_many_experts_as_any_model_may_have_are_read() -> None:

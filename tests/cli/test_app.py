@@ -94,9 +94,10 @@ def test_an_error_with_json_is_one_document(adapter: Path, shards: Path) -> None
         done = run_cli(*command, "--json")
         document = json.loads(done.stdout)
         assert (done.returncode, document.pop("exit_code")) == (code, code)
-        assert set(document) == {"error", "hint", "kind", "where"}
+        assert set(document) == {"error", "hint", "kind", "where", "rule"}
         assert document["kind"] in {"AdapterError", "ManifestError"}
-        assert f"error: {document['error']}\n" in done.stderr
+        text, rule = document["error"].removesuffix("."), document["rule"]
+        assert f"error: {text}{f' (rule {rule})' if rule else ''}.\n" in done.stderr
 
 
 def test_an_error_as_json_says_what_it_is_about(adapter: Path, shards: Path) -> None:
@@ -129,7 +130,7 @@ def test_wrong_usage_with_json_is_one_document_too(argv: list[object], error: st
     assert error in document.pop("error")
     assert document == {
         "hint": "Add --help to see the options.", "exit_code": 2, "kind": "UsageError",
-        "where": None,
+        "where": None, "rule": None,
     }  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("Usage: ")

@@ -55,7 +55,7 @@ def test_whatever_prints_a_name_shows_it_on_one_line(
     render.print_facts({"name": name})
     render.print_table("Files", ("", "size"), [(name, "1 B")])
     render.say(name)
-    render.say_error(name, name)
+    render.say_error(name, name, None)
     out, err = capsys.readouterr()
     assert out.split("\n")[:3] == [f"a{shown}b", f"name  a{shown}b", "Files"]
     assert out.split("\n")[4:] == [f"a{shown}b   1 B", ""]

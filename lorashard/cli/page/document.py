@@ -87,7 +87,9 @@ def _part(part: PagePart) -> Html:
 def _failed(error: LorashardError) -> Html:
     hint = f" {error.hint}" if error.hint else ""
     return tag(
-        "article", tag("h1", "Not shown"), _findings([Finding("warning", f"{error.message}{hint}")])
+        "article",
+        tag("h1", "Not shown"),
+        _findings([Finding("warning", f"{error.first_line}{hint}")]),
     )
 
 

@@ -53,9 +53,10 @@ class Refusal:
     @property
     def explanation(self) -> str:
         """Why, what to do instead, how to start anyway, and the rule's id in docs/rules.md."""
-        return (
+        return rules.with_rule(
             f"{self.reason} {self.way_out} "
-            f"To start anyway, accepting the risk in its name, set {self.variable}=1 (rule {self.rule})."
+            f"To start anyway, accepting the risk in its name, set {self.variable}=1.",
+            self.rule,
         )
 
     def __str__(self) -> str:

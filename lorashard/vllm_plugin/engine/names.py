@@ -14,6 +14,7 @@ from typing import Any
 from lorashard.adapter.keys import PEFT_PREFIX, LoraKey, parse_key
 from lorashard.errors import LayoutError
 from lorashard.header import TensorEntry
+from lorashard.rules import RENAMED_EXPERTS
 from lorashard.vllm_plugin.engine.linears import LinearSizes, read_linears
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.[0-9]+\.")
@@ -155,6 +156,7 @@ class ModuleNames:
                     f"{entry.name}: no module of the model takes this tensor of the adapter.",
                     hint="vLLM would ignore it silently. Is the adapter for this model, and "
                     f"does vLLM support LoRA on {renamed.rpartition('.')[2]}?",
+                    rule=RENAMED_EXPERTS,
                 )
 
     def _is_filtered(self, module: str) -> bool:

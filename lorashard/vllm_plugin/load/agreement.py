@@ -18,6 +18,8 @@ from dataclasses import astuple, dataclass
 from functools import reduce
 from typing import Any, TypeVar
 
+from lorashard.rules import RANKS_DIFFER, REPLACED_WHILE_READ, with_rule
+
 T = TypeVar("T")
 
 _MOST_CHARACTERS = 2000  # of a failure
@@ -127,12 +129,16 @@ def raise_failure(outcomes: Iterable[Outcome]) -> None:
     outcomes = tuple(outcomes)
     for outcome in outcomes:
         if outcome.failure:
-            raise ValueError(f"Another rank could not load the adapter: {outcome.failure}")
+            refused = with_rule("Another rank could not load the adapter", RANKS_DIFFER.id)
+            raise ValueError(f"{refused}: {outcome.failure}")
     if len({outcome.version for outcome in outcomes}) > 1:
         raise ValueError(
-            "The ranks have read different versions of the adapter. Was the directory replaced "
-            "while it was being loaded, or do hosts have different copies of it? Load it again "
-            "once every host has the same copy."
+            with_rule(
+                "The ranks have read different versions of the adapter. Was the directory replaced "
+                "while it was being loaded, or do hosts have different copies of it? Load it again "
+                "once every host has the same copy.",
+                REPLACED_WHILE_READ.id,
+            )
         )
 
 

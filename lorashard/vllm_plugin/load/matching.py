@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lorashard.errors import LayoutError
+from lorashard.rules import RENAMED_EXPERTS
 from lorashard.vllm_plugin.engine.live import LiveExperts
 from lorashard.vllm_plugin.load.assembly import Assembly, plan_assembly
 from lorashard.vllm_plugin.load.contents import AdapterContents, ModuleContents
@@ -75,6 +76,7 @@ def _layer_of(
         raise LayoutError(
             f"{module.name}: the model has no MoE layer for this module of the adapter.",
             hint="Is the adapter for this model?",
+            rule=RENAMED_EXPERTS,
         )
     return layers[name]
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorashard.errors import PlacementError
+from lorashard.rules import OTHER_PLACEMENT
 from lorashard.vllm_plugin.engine.live import LiveExperts
 from lorashard.vllm_plugin.load.advice import LayerOrigin, is_first_mismatch, resplit_advice
 from lorashard.vllm_plugin.load.contents import AdapterContents
@@ -61,7 +62,11 @@ def explain_load(
 
 def strict_error(shard_directory: str, advice: str) -> PlacementError:
     """The error that LORASHARD_STRICT makes of an advice."""
-    return PlacementError(f"{shard_directory}: {advice}", hint=f"{STRICT} makes this an error.")
+    return PlacementError(
+        f"{shard_directory}: {advice}",
+        hint=f"{STRICT} makes this an error.",
+        rule=OTHER_PLACEMENT,
+    )
 
 
 def _origins(matched: Sequence[MatchedLayer]) -> list[LayerOrigin]:

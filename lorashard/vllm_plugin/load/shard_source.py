@@ -15,6 +15,7 @@ from blake3 import blake3
 from lorashard.adapter.config import CONFIG_NAME, parse_config
 from lorashard.adapter.keys import Matrix
 from lorashard.errors import AdapterError, HeaderError, ManifestError, ShardError
+from lorashard.rules import DAMAGED_BYTES, REPLACED_WHILE_READ
 from lorashard.shards.directory import MAX_MANIFEST_BYTES, check_header, read_manifest
 from lorashard.shards.manifest import Manifest, ShardFile
 from lorashard.shards.manifest_parser import parse_manifest
@@ -52,13 +53,18 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
         raise
     if not is_own_config(manifest, config_bytes):
         raise ManifestError(
-            path / CONFIG_NAME, "not the file that the shards were made from", hint=_COPY_AGAIN
+            path / CONFIG_NAME,
+            "not the file that the shards were made from",
+            hint=_COPY_AGAIN,
+            rule=DAMAGED_BYTES,
         )
     contradiction = next(find_contradictions(manifest, None), None)
     if contradiction is not None:
-        raise ManifestError(path / MANIFEST_NAME, contradiction, hint=_COPY_AGAIN)
+        raise ManifestError(
+            path / MANIFEST_NAME, contradiction, hint=_COPY_AGAIN, rule=DAMAGED_BYTES
+        )
     if is_seal_broken(raw):
-        raise ManifestError(path / MANIFEST_NAME, CHANGED, hint=_COPY_AGAIN)
+        raise ManifestError(path / MANIFEST_NAME, CHANGED, hint=_COPY_AGAIN, rule=DAMAGED_BYTES)
     files = stack.enter_context(_checked_files(held, manifest))
     shared = _stacks_in(manifest.files[REPLICATED_NAME], manifest, shared=True)
     # The rank files' tensors differ in dimension 0 alone, so the first file describes them all.
@@ -102,6 +108,7 @@ def _check_not_replaced(held: HeldDirectory) -> None:
         raise ShardError(
             f"{held.path.name}: the directory was replaced while it was being loaded.",
             hint="Load the adapter again.",
+            rule=REPLACED_WHILE_READ,
         )
 
 
@@ -119,7 +126,10 @@ def _stacks_in(
                 if entry is None:
                     continue
                 if len(entry.shape) != 3:
-                    raise ShardError(f"{entry.name} has {len(entry.shape)} dimensions, not 3.")
+                    raise ShardError(
+                        f"{entry.name} has {len(entry.shape)} dimensions, not 3.",
+                        rule=DAMAGED_BYTES,
+                    )
                 by_module.setdefault(module, []).append(
                     ShardStack(
                         entry.name, projection, matrix, entry.dtype, *entry.shape[1:], shared
@@ -143,7 +153,9 @@ class ShardFiles:
         if ep_rank not in self._offsets:
             self._offsets[ep_rank] = {entry.name: entry.begin for entry in recorded.tensors}
         if name not in self._offsets[ep_rank]:
-            raise ShardError(f"rank file {file_name}: no tensor {name}.", hint=_COPY_AGAIN)
+            raise ShardError(
+                f"rank file {file_name}: no tensor {name}.", hint=_COPY_AGAIN, rule=DAMAGED_BYTES
+            )
         return self._offsets[ep_rank][name]
 
     def source_of(self, ep_rank: int) -> RankFile:
@@ -183,7 +195,7 @@ class RankFile:
         except HeaderError as err:
             _check_not_replaced(directory)
             raise ShardError(
-                f"rank file {name}: {err.path}: {err.reason}.", hint=_COPY_AGAIN
+                f"rank file {name}: {err.path}: {err.reason}.", hint=_COPY_AGAIN, rule=err.rule
             ) from err
         try:
             self._check(recorded)
@@ -197,11 +209,15 @@ class RankFile:
             check_header(path, read_header(self._file)[1], recorded)
         except HeaderError as err:
             raise ShardError(
-                f"rank file {name}: {err.path}: {err.reason}.", hint="Copy the file again."
+                f"rank file {name}: {err.path}: {err.reason}.",
+                hint="Copy the file again.",
+                rule=err.rule,
             ) from err
         except ShardError as err:
             # The name again, without the path: vLLM's server hides paths in its answers.
-            raise ShardError(f"rank file {name}: {err.message}", hint=err.hint) from err
+            raise ShardError(
+                f"rank file {name}: {err.message}", hint=err.hint, rule=err.rule
+            ) from err
         if verifies_fully():
             opened = f"/proc/self/fd/{self._file.fileno()}"
             digest = blake3(max_threads=blake3.AUTO).update_mmap(opened).hexdigest()
@@ -209,6 +225,7 @@ class RankFile:
                 raise ShardError(
                     f"rank file {name}: {path}: its bytes are not those that were written.",
                     hint=_COPY_AGAIN,
+                    rule=DAMAGED_BYTES,
                 )
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -218,6 +235,7 @@ class RankFile:
             raise ShardError(
                 f"rank file {self._path.name}: it ended at byte {offset + done} while being read.",
                 hint=_COPY_AGAIN,
+                rule=REPLACED_WHILE_READ,
             )
 
     def check_unchanged(self) -> None:
@@ -226,6 +244,7 @@ class RankFile:
             raise ShardError(
                 f"rank file {self._path.name}: it changed while it was being loaded.",
                 hint="Load the adapter again when nobody writes there.",
+                rule=REPLACED_WHILE_READ,
             )
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from lorashard.rules import RANKS_DIFFER, REPLACED_WHILE_READ, with_rule
 from lorashard.vllm_plugin.engine.agreed_slots import (
     Adapter,
     Announcement,
@@ -254,16 +255,15 @@ class SlotAgreement:
 def _raise_failure(told: Sequence[tuple[str, Mapping[int, str]]]) -> None:
     for rank, (failure, _) in enumerate(told):
         if failure:
-            raise ValueError(
-                f"lorashard: data-parallel engine {rank} could not load an adapter that is in use: "
-                f"{failure}"
-            )
+            refused = f"data-parallel engine {rank} could not load an adapter that is in use"
+            raise ValueError(f"lorashard: {with_rule(refused, RANKS_DIFFER.id)}: {failure}")
     for number in told[0][1]:
         if len({versions[number] for _, versions in told}) > 1:
-            raise ValueError(
+            different = (
                 f"lorashard: the data-parallel engines have read different versions of adapter "
                 f"{number}. Was the directory replaced meanwhile, or do hosts have different copies?"
             )
+            raise ValueError(with_rule(different, REPLACED_WHILE_READ.id))
 
 
 def attach_agreement(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,6 +92,18 @@ def test_a_slot_that_was_lost_is_the_first_to_be_filled() -> None:
     assert table.with_all((A, C))[1] == (Placement(1, C),)
 
 
+def test_a_slot_that_was_lost_is_filled_before_those_that_were_never_used() -> None:
+    table, _ = SlotTable.empty(2).with_all((A,))
+    assert table.without({0}).with_all((C,))[1] == (Placement(0, C),)
+
+
+def test_each_bit_of_an_adapter_tells_names_apart() -> None:
+    names = [Adapter.of(1, f"name{n}").name for n in range(200)]
+    bits = (1 << 30) - 1
+    assert functools.reduce(operator.or_, names) == bits
+    assert functools.reduce(operator.or_, (bits ^ name for name in names)) == bits
+
+
 def test_more_adapters_than_slots_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"use 3 adapters in one step, and --max-loras is 2"):
         SlotTable.empty(2).with_all((A, B, C))
@@ -101,8 +116,11 @@ def test_the_union_is_of_all_engines_in_order() -> None:
 
 def test_a_number_with_two_names_is_an_error() -> None:
     other = Adapter.of(A.number, "another name")
-    with pytest.raises(ValueError, match="the number 1 is that of two adapters"):
+    with pytest.raises(ValueError, match="the number 1 is that of two adapters") as caught:
         union_of((Announcement((A,)), Announcement((other,))), SlotTable.empty(2))
+    assert str(caught.value).endswith(
+        ". Load an adapter on all data-parallel engines, under one name and number"
+    )
     in_slot, _ = SlotTable.empty(2).with_all((A,))
     with pytest.raises(ValueError, match="the number 1 is that of two adapters"):
         union_of((Announcement((other,)),), in_slot)

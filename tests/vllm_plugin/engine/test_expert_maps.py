@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashard.shards.placement import bind_layers, explicit_placement
+from lorashard.shards.placement import OF_ENGINE, bind_layers, explicit_placement
 from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps, expert_map_document, place_layers
 from lorashard.vllm_plugin.engine.live import LiveExperts
 
@@ -48,14 +48,28 @@ def test_a_layer_s_new_map_has_a_number_of_its_own_and_leaves_the_others() -> No
 
 def test_an_engine_s_map_is_one_for_split_with_each_expert_once_on_a_rank() -> None:
     document = json.loads(json.dumps(expert_map_document(MAPS, 2)))
+    assert (document["num_experts"], document["ep_size"]) == (4, 2)
+    assert document[OF_ENGINE] is True
     placement = bind_layers(explicit_placement(document, 4, 2), NAMES)
     assert placement.ranks_of(NAMES[0]) == ((0, 1, 2), (3, 0, 1))
     assert placement.ranks_of(NAMES[1]) == ((3, 1), (0, 2, 3))
 
 
-def test_layers_without_a_clear_number_go_by_their_names() -> None:
-    maps = ExpertMaps({"a.1.experts": (0, 1), "b.1.experts": (1, 0)})
-    assert set(expert_map_document(maps, 2)["layers"]) == {"a.1.experts", "b.1.experts"}  # type: ignore[call-overload]
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (NAMES, {"1", "2"}),
+        (("a.1.experts", "b.1.experts"), None),  # one number for both
+        (("a.1.experts", "b.experts"), None),  # no number
+        (("a.1.experts", "b.2.part.3.experts"), None),  # one of two
+    ],
+)
+def test_layers_go_by_their_numbers_if_those_are_clear_else_by_their_names(
+    names: tuple[str, str], keys: set[str] | None
+) -> None:
+    maps = ExpertMaps({names[0]: (0, 1), names[1]: (1, 0)})
+    layers = expert_map_document(maps, 2)["layers"]
+    assert set(layers) == (keys or set(names))  # type: ignore[call-overload]
 
 
 @given(st.lists(st.permutations(range(6)), min_size=1, max_size=3), st.sampled_from((1, 2, 3)))

@@ -20,6 +20,8 @@ from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 from tests.strategies import rank_lists
 from tests.tiny import E, run_cli, save_adapter, save_fused
 
+# `make mutation`: for the command itself, whose mutated modules could not be run from another folder.
+AS_IT_IS = {"MUTANT_UNDER_TEST": ""}
 LINEAR = linear_placement(E, 2).ranks
 ROUND_ROBIN = round_robin_placement(E, 2).ranks
 ALL = tuple(range(E))
@@ -93,7 +95,8 @@ def test_the_commands_make_a_directory_that_needs_none(
     monkeypatch.chdir(work)
     (resharding,) = commands(before)
     assert resharding[0] == "reshard"
-    done = run_cli(*resharding)
+    assert ("--placement" in resharding) == (engine != LINEAR)  # linear is the default
+    done = run_cli(*resharding, **AS_IT_IS)
     assert done.returncode == 0, done.stderr
     (made,) = (path for path in [*work.iterdir(), *tmp_path.iterdir()] if "-resharded" in path.name)
     assert [advice(made, engine, ep_rank) for ep_rank in range(len(engine))] == [None, None]
@@ -108,7 +111,7 @@ def test_an_engine_with_a_map_of_its_own_is_asked_for_it(
     monkeypatch.chdir(tmp_path)
     (resharding,) = commands(before)
     assert resharding[-2:] == ["--expert-map", "MAP.json"]
-    done = run_cli(*resharding)
+    done = run_cli(*resharding, **AS_IT_IS)
     assert done.returncode == 0, done.stderr
     assert advice(tmp_path / "out-resharded", EXPLICIT) is None
 
@@ -149,6 +152,21 @@ def test_the_same_experts_in_another_order_are_another_placement(tmp_path: Path)
 
 def test_an_adapter_without_layers_on_this_rank_needs_none() -> None:
     assert resplit_advice("d", [], ep_rank=0, ep_size=2, num_experts=E) is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gives"), [(((0, 1), (3, 2)), True), (((1, 0), (3, 2)), False), ((ALL,), False)]
+)
+def test_the_second_rank_gives_it_if_the_first_has_its_own_file(ranks: Ranks, gives: bool) -> None:
+    of_second = origin(ranks, LINEAR, 1)
+    assert is_first_mismatch(of_second, ep_rank=1, ep_size=2, num_experts=E) is gives
+
+
+def test_each_rank_of_an_engine_with_a_map_of_its_own_gives_it() -> None:
+    for ep_rank in (0, 1):
+        assert is_first_mismatch(
+            origin(LINEAR, EXPLICIT, ep_rank), ep_rank=ep_rank, ep_size=2, num_experts=E
+        )
 
 
 @given(

@@ -6,15 +6,26 @@ import contextlib
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 import weakref
 from functools import cache, partial
 from typing import Any
 
 import pytest
 
-from lorashard.vllm_plugin.load.agreement import Exchange, do_together, tensor_parallel_group
+from lorashard.vllm_plugin.load.agreement import (
+    Exchange,
+    Outcome,
+    describe,
+    do_together,
+    has_failed,
+    held_by_all,
+    raise_failure,
+    tensor_parallel_group,
+)
 from tests.tiny import REPO
 
 # Ranks 0 and 1 are one tensor-parallel group, 2 and 3 another; "all" is a group of the four.
@@ -28,6 +39,9 @@ from lorashard.vllm_plugin.load.agreement import Exchange, Outcome, do_together,
 
 CASES = json.loads(sys.argv[1])
 folder = sys.argv[2]
+
+def longest():
+    return Outcome(chr(1) * 2000, "f" * 64, tuple(range(2**63 - 8, 2**63)), True, 99)
 
 def work(rank):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
@@ -49,6 +63,9 @@ def work(rank):
         exchange = Exchange(groups["all"], 5)
         exchange.say(Outcome(held=tuple(held[rank])))
         answers[name] = sorted(held_by_all(exchange.hear()))
+    exchange = Exchange(groups["all"], 8)
+    exchange.say(longest() if rank == 1 else Outcome())
+    answers["longest"] = [heard == longest() for heard in exchange.hear()]
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(answers, file)
     dist.barrier()
@@ -115,7 +132,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]
 
 
 def elsewhere(rank: int) -> list[str]:
-    message = f"Another rank could not load the adapter: KeyError: 'file of rank {rank}'"
+    message = f"Another rank could not load the adapter (rule ranks-differ): KeyError: 'file of rank {rank}'"
     return ["ValueError", message]
 
 
@@ -153,6 +170,7 @@ def test_ranks_that_have_read_different_versions_all_fail(ranks: Any) -> None:
     for kind, message in (rank["another version"] for rank in ranks):
         assert kind == "ValueError"
         assert message.startswith("The ranks have read different versions of the adapter.")
+        assert message.endswith(" same copy (rule replaced-while-read).")
 
 
 def test_a_failure_is_named_rather_than_the_difference_that_it_makes(ranks: Any) -> None:
@@ -181,6 +199,100 @@ def test_without_a_group_each_is_on_its_own(ranks: Any) -> None:
 )
 def test_ranks_find_what_all_of_them_have(ranks: Any, case: str, common: list[int]) -> None:
     assert [rank[case] for rank in ranks] == [common] * 4
+
+
+def test_the_longest_that_a_rank_can_say_arrives_whole(ranks: Any) -> None:
+    assert [rank["longest"] for rank in ranks] == [[False, True, False, False]] * 4
+
+
+OUTCOMES = [
+    Outcome(),
+    Outcome("KeyError: 'gone'"),
+    Outcome(version="abc", held=(3, 1), slot=2),
+    Outcome(held=(BEYOND_INT64,), is_adding=True),
+]
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_an_outcome_arrives_as_it_was_said_also_with_spaces_behind_it(outcome: Outcome) -> None:
+    assert Outcome.decode(outcome.encode()) == outcome
+    assert Outcome.decode(outcome.encode() + b"   ") == outcome
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "said"),
+    [
+        ([Outcome(), Outcome(slot=3)], None),
+        ([Outcome(version="a"), Outcome(version="a")], None),
+        ([Outcome(), Outcome("OSError: gone"), Outcome("KeyError: 1")],
+         "Another rank could not load the adapter (rule ranks-differ): OSError: gone"),
+        ([Outcome(version="a"), Outcome(version="b")],
+         ("The ranks have read different versions of the adapter. Was the directory replaced while it "
+         "was being loaded, or do hosts have different copies of it? Load it again once every host has "
+         "the same copy (rule replaced-while-read).")),
+    ],
+)  # fmt: skip
+def test_what_any_rank_says_decides_for_all(outcomes: list[Outcome], said: str | None) -> None:
+    assert has_failed(outcomes) == (said is not None)
+    if said is None:
+        raise_failure(outcomes)
+        return
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        raise_failure(iter(outcomes))
+    assert str(caught.value) == said
+
+
+def test_what_all_have_is_what_each_has() -> None:
+    assert held_by_all([Outcome(held=(1, 2, 3)), Outcome(held=(3, 2))]) == {2, 3}
+
+
+def test_an_error_is_told_with_its_kind_and_no_more_than_fits() -> None:
+    assert describe(KeyError("file")) == "KeyError: 'file'"
+    assert describe(ValueError("x" * 5000)) == f"ValueError: {'x' * 1988}"
+
+
+def test_only_what_is_said_first_counts() -> None:
+    exchange = Exchange(None)
+    assert not exchange.has_said
+    exchange.say(Outcome(version="first"))
+    assert exchange.has_said
+    exchange.say(Outcome(version="second"))
+    assert exchange.hear() == (Outcome(version="first"),)
+
+
+def test_the_time_that_a_rank_has_waited_is_added_up() -> None:
+    began = time.perf_counter()
+    exchange = Exchange(None)
+    exchange.say(Outcome())
+    waited = [exchange.waited_s]
+    for _ in range(50):
+        exchange.hear()
+        waited.append(exchange.waited_s)
+    assert waited[0] == 0
+    assert waited == sorted(waited)
+    assert waited[-1] <= time.perf_counter() - began
+
+
+def test_a_rank_says_what_it_has_loaded_and_where() -> None:
+    exchange = Exchange(None)
+    done: list[str] = []
+    do_together(
+        lambda: done.append("loaded"), exchange, lambda: f"after {done}", lambda: 5 * len(done)
+    )
+    assert exchange.hear() == (Outcome(version="after ['loaded']", slot=5),)
+
+
+def test_a_rank_that_fails_says_so_and_nothing_else() -> None:
+    exchange = Exchange(None)
+    with pytest.raises(ZeroDivisionError):
+        do_together(lambda: 1 / 0, exchange, lambda: "version", lambda: 3)
+    assert exchange.hear() == (Outcome("ZeroDivisionError: division by zero"),)
+
+
+def test_a_load_that_says_nothing_more_is_of_no_version_and_in_no_slot() -> None:
+    exchange = Exchange(None)
+    do_together(list, exchange)
+    assert exchange.hear() == (Outcome(),)
 
 
 def test_alone_the_result_and_the_error_are_those_of_the_load() -> None:

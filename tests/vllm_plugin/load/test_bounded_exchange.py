@@ -75,7 +75,7 @@ def test_a_rank_that_never_comes_is_named_in_time_and_the_next_meeting_works(
     found = all_at_once(lambda rank: add(ranks[rank], ABSENT if rank == 1 else ADDS))
     assert time.monotonic() - began < 20 * LIMIT.total_seconds()
     assert found[1] == ABSENT
-    message = "Another rank could not load the adapter: rank 1 of the tensor-parallel group"
+    message = "Another rank could not load the adapter (rule ranks-differ): rank 1 of the tensor-parallel group"
     assert found[0] == found[2] == f"{message} {NOT_THERE} 0.5 s"
     for _ in range(2):
         assert all_at_once(lambda rank: add(ranks[rank], ADDS)) == [ADDS] * RANKS

@@ -61,6 +61,12 @@ def test_slots_without_an_expert_get_nothing() -> None:
     assert plan.received == (0, 1)
 
 
+def test_of_ranks_that_have_an_expert_the_one_that_sends_the_least_gives_it() -> None:
+    plans = [plan_moves([0, 0, 1, 2], [0, 0, 0, 0], 4, rank) for rank in range(4)]
+    assert [plan.received for plan in plans[2:]] == [(1, 0, 0, 0), (0, 1, 0, 0)]
+    assert {plan.most_sent for plan in plans} == {1}
+
+
 def test_an_expert_that_was_nowhere() -> None:
     with pytest.raises(KeyError):
         plan_moves([0, 1], [0, 2], 2, 0)

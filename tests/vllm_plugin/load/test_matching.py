@@ -103,7 +103,7 @@ def test_layers_that_the_adapter_does_not_train_are_left_out() -> None:
 
 def test_containers_of_other_pipeline_stages_are_skipped() -> None:
     other = module("model.layers.9.mlp.experts", hidden=2 * H)
-    assert len(match(module(), other, names=Names(elsewhere=(other.name,)))) == 1
+    assert len(match(other, module(), other, names=Names(elsewhere=(other.name,)))) == 1
 
 
 def test_names_are_the_engines() -> None:
@@ -111,9 +111,16 @@ def test_names_are_the_engines() -> None:
     assert (layer.live.name, layer.contents.name) == (NAME, "other.name")
 
 
-def test_of_files_that_both_hold_an_expert_the_ranks_own_is_read() -> None:
-    (layer,) = match(module(ranks=((0, 1, 2, 3), (2, 3))))
-    assert {run.ep_rank for run in layer.runs} == {1}
+@pytest.mark.parametrize(
+    ("ep_rank", "local_experts", "ranks"),
+    [(1, (2, 3), ((0, 1, 2, 3), (2, 3))), (0, (0, 1), ((0, 1), (0, 1, 2, 3)))],
+)
+def test_of_files_that_both_hold_an_expert_the_ranks_own_is_read(
+    ep_rank: int, local_experts: tuple[int, ...], ranks: tuple[tuple[int, ...], ...]
+) -> None:
+    live = replace(LIVE, ep_rank=ep_rank, local_experts=local_experts)
+    (layer,) = match(module(ranks=ranks), live=live)
+    assert {run.ep_rank for run in layer.runs} == {ep_rank}
 
 
 def test_a_file_of_another_split_is_not_taken_for_the_ranks_own() -> None:
@@ -147,7 +154,9 @@ def test_an_order_of_rows_that_is_known_must_be_the_models(interleaved: bool) ->
     assert piece.source_rows.step == (2 if interleaved else 1)
     text = refusal(module(projections=("gate_up_proj",), gate_up=wrong), live=live)
     assert f"gate and up rows are {wrong}, but {NAME} has them {right}." in text
-    assert "split it again with --model" in text
+    assert text.endswith(
+        "\n  Is the adapter for this model? If it is, split it again with --model."
+    )
 
 
 def test_an_order_that_no_row_depends_on_is_no_contradiction() -> None:
@@ -158,12 +167,18 @@ def test_an_order_that_no_row_depends_on_is_no_contradiction() -> None:
 
 def test_a_container_that_no_layer_takes() -> None:
     text = refusal(module("model.layers.9.mlp.experts"))
-    assert text.startswith("model.layers.9.mlp.experts: the model has no MoE layer for this module")
+    assert text == (
+        "model.layers.9.mlp.experts: the model has no MoE layer for this module of the adapter "
+        "(rule unknown-module-names).\n  Is the adapter for this model?"
+    )
 
 
 def test_another_number_of_experts() -> None:
     text = refusal(module(), num_experts=8)
-    assert text.startswith(f"{NAME}: the adapter has 8 experts, {NAME} has 4.")
+    assert text == (
+        f"{NAME}: the adapter has 8 experts, {NAME} has 4.\n"
+        "  Is the adapter for this model? `lorashard split --model` checks that."
+    )
 
 
 def test_two_containers_of_one_layer() -> None:

@@ -82,4 +82,6 @@ def test_what_does_not_fit_is_refused_before_any_advice(directory: Path) -> None
 def test_the_strict_error_carries_the_advice() -> None:
     error = strict_error("some/shards", "split for 3 ranks")
     assert isinstance(error, PlacementError)
-    assert str(error) == "some/shards: split for 3 ranks\n  LORASHARD_STRICT makes this an error."
+    assert str(error) == (
+        "some/shards: split for 3 ranks (rule other-placement)\n  LORASHARD_STRICT makes this an error."
+    )

@@ -84,6 +84,38 @@ def test_a_rank_has_what_its_file_of_a_split_has(
     assert (module.scaling, set(module.stacks)) == (of_shards.scaling, set(of_shards.stacks))
 
 
+def test_each_layer_has_the_experts_that_the_rank_has_of_it(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    tensors = per_expert_tensors(layers=2)
+    adapter = save_adapter(tmp_path, tensors)
+    own = {MODULE: (3, 1), MODULE.replace("0", "1"): (2,)}
+    with ExitStack() as stack:
+        contents = open_plain_adapter(adapter, OPTIONS, own.__getitem__, stack, KeptPlans())
+        assert contents is not None
+        found = read_stacks(contents, threads)
+    assert contents.num_experts == E
+    assert {module.name: module.ranks for module in contents.modules} == {
+        name: (experts,) for name, experts in own.items()
+    }
+    for name, experts in own.items():
+        expected = [tensors[f"base_model.model.{name}.{e}.up_proj.lora_A.weight"] for e in experts]
+        data = torch.stack(expected).view(torch.uint8).numpy().tobytes()
+        assert found[f"{name}.up_proj.lora_A"] == data
+
+
+@pytest.mark.parametrize("experts", [(0, 1), (2,)])
+def test_what_is_put_in_order_needs_no_zeros_before(
+    tmp_path: Path, opened: Opened, experts: tuple[int, ...]
+) -> None:
+    fused = opened(save_fused(tmp_path / "fused"), experts)
+    plain = opened(save_adapter(tmp_path / "plain"), experts)
+    assert fused is not None
+    assert plain is not None
+    assert fused.rearranged == {f"{MODULE}.gate_up_proj.lora_B", f"{MODULE}.down_proj.lora_B"}
+    assert not plain.rearranged
+
+
 def test_dense_tensors_are_those_beside_the_experts(tmp_path: Path, opened: Opened) -> None:
     contents = opened(save_adapter(tmp_path))
     assert contents is not None

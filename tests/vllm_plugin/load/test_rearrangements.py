@@ -95,20 +95,33 @@ AXES = ("rce", "rec", "ecr", "cre", "cer")
 
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-@pytest.mark.parametrize("step", [1, 2], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("cut", ["halves", "interleaved", "three and one"])
+@pytest.mark.parametrize("block_bytes", [1, 120, 180, 10**6])
 def test_rows_columns_and_scalings_are_where_the_pieces_and_slots_say(
-    threads: ThreadPoolExecutor, axes: str, dtype: str, step: int
+    threads: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    axes: str,
+    dtype: str,
+    cut: str,
+    block_bytes: int,
 ) -> None:
     """Of 5 experts, the rank has 3 in slots out of order; gate and up become two tensors."""
+    defaults = (block_bytes, block_bytes)
+    monkeypatch.setattr(blocks.split_into_blocks, "__defaults__", defaults)
     values = torch.arange(1.0, 61.0).view(5, 4, 3)
     source = values.permute(["erc".index(axis) for axis in axes]).contiguous()
     slots = (2, None, 0, None, 1)
     op = Rearrange(
         0, 240, axes, 4, 3, 4, 3, "F32", "F32", tuple((Target(1, 0),) for _ in range(5))  # type: ignore[arg-type]
     )  # fmt: skip
-    rows = (range(2), range(2, 4)) if step == 1 else (range(0, 4, 2), range(1, 4, 2))
+    rows = {
+        "halves": (range(2), range(2, 4)),
+        "interleaved": (range(0, 4, 2), range(1, 4, 2)),
+        "three and one": (range(3), range(3, 4)),
+    }[cut]
     factors = tuple(
-        DeviceFactor(3, 2, 5, (Piece(STACK, of_half, range(2), first_col=1),)) for of_half in rows
+        DeviceFactor(3, len(part), 5, (Piece(STACK, part, range(len(part)), first_col=1),))
+        for part in rows
     )
     size = {"F32": 4, "BF16": 2}[dtype]
     (placed,), end = place_factors([Assembly(factors, (), (), 0)], size, 0)
@@ -123,12 +136,12 @@ def test_rows_columns_and_scalings_are_where_the_pieces_and_slots_say(
     filler = Filler(region, _Weights(source), dtype, threads)
     jobs = list(plan_rearrangements([layer], [Rearrangement(STACK.name, op, slots)]))
     assert filler.run((), jobs) == 3 * 4 * 3 * 4
-    for factor, of_half in zip(placed, rows, strict=True):
+    for factor, part in zip(placed, rows, strict=True):
         found = filler.tensor(factor).float()
         assert not found[..., 0].any()
         assert not found[..., 4].any()
         for expert, slot in ((2, 0), (4, 1), (0, 2)):
-            expected = values[expert, list(of_half)] * 2**slot
+            expected = values[expert, list(part)] * 2**slot
             assert torch.equal(found[slot, :, 1:4], expected), (expert, slot)
 
 
@@ -139,11 +152,40 @@ def test_what_is_of_no_layer_and_of_no_slot_is_not_read() -> None:
     factor = DeviceFactor(1, 4, 3, (Piece(STACK, range(4), range(4)),))
     (placed,), _ = place_factors([Assembly((factor,), (), (), 0)], 4, 0)
     layer = LayerPlan("layer", placed, (Run(0, 0, 0, 1),), (3,), {"gate_up_proj": 1.0})
+    of_another_stage = Rearrangement("elsewhere", op, (0, 1, 2, 3, 4))
     (job,) = plan_rearrangements(
-        [layer], [Rearrangement(STACK.name, op, (None, None, None, 0, None))]
+        [layer], [of_another_stage, Rearrangement(STACK.name, op, (None, None, None, 0, None))]
     )
     assert job.size_bytes == 48
     assert job.ep_rank == WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("slots", "num_parts"),
+    [
+        ((None, 0, 1, 2, None), 1),  # one after the other
+        ((0, None, 1, None, 2), 1),  # every other one
+        ((None, None, 1, 2, None), 1),
+        ((2, None, None, None, None), 1),
+        ((1, None, None, 2, None), 1),
+        ((0, 1, None, 2, None), 3),
+        ((2, 1, 0, None, None), 3),
+        ((0, None, 2, None, 1), 3),
+    ],
+)
+def test_slots_in_even_steps_are_one_part(slots: tuple[int | None, ...], num_parts: int) -> None:
+    op = Rearrange(0, 240, "rce", 4, 3, 4, 3, "F32", "F32", ((),) * 5)
+    factor = DeviceFactor(3, 4, 3, (Piece(STACK, range(4), range(4)),))
+    (placed,), _ = place_factors([Assembly((factor,), (), (), 0)], 4, 0)
+    layer = LayerPlan("layer", placed, (Run(0, 0, 0, 3),), (3, 4, 5), {"gate_up_proj": 1.0})
+    (job,) = plan_rearrangements([layer], [Rearrangement(STACK.name, op, slots)])
+    assert len(job.parts) == num_parts
+    copied = {
+        expert: slot
+        for part in job.parts
+        for expert, slot in zip(range(5)[part.source[0]], range(3)[part.target[0]], strict=True)
+    }
+    assert copied == {expert: slot for expert, slot in enumerate(slots) if slot is not None}
 
 
 class _Weights:

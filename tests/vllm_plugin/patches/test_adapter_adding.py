@@ -161,9 +161,11 @@ def test_a_file_that_one_rank_misses_refuses_the_adapter_until_it_is_back(
     reason = "ValueError: LoRA adapter 'a1': rank file ep-00001-of-00002.safetensors: "
     for rank, ((refused, kept), *after) in enumerate((other, own)):
         if rank == 0:
-            assert refused.startswith("ValueError: Another rank could not load the adapter: ")
+            assert refused.startswith(
+                "ValueError: Another rank could not load the adapter (rule ranks-differ): "
+            )
         assert refused.removeprefix(
-            "ValueError: Another rank could not load the adapter: "
+            "ValueError: Another rank could not load the adapter (rule ranks-differ): "
         ).startswith(reason)
         assert "No such file or directory" in refused
         assert kept == []
