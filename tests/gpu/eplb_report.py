@@ -22,8 +22,8 @@ the base model itself is wrong (0.09 instead of 0.02); the plugin refuses that, 
 """
 COST = """
 A rearrangement by `EplbState.rearrange`, GLM-4.5-Air's shapes with 8 MoE layers in bf16, 128 experts on two ranks, r = 32, maps at random;
-medians. "Bytes" is what travels, beside vLLM without LoRA. These figures are of an exchange before the present one, which has one copy less and
-copies 16 bytes at a time; that has not been timed.
+medians of 24. "Bytes" is what travels, beside vLLM without LoRA. The time itself varies by a tenth: without LoRA between 0.085 and 0.113 s in
+this run, and one adapter took longer than four.
 """
 
 

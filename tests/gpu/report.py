@@ -228,7 +228,7 @@ turn); the last line writes this page:
     python -m tests.gpu.dp --work W --out docs/gpu/RELEASE-dp.json [--stock]
     python -m tests.gpu.dp_speed --work W --out docs/gpu/RELEASE-dp-speed.json
     python -m tests.gpu.tp_speed --work W --out docs/gpu/RELEASE-tp-speed.json
-    python -m tests.gpu.publishing --work W --eager --out docs/gpu/RELEASE-publishing.json
+    python -m tests.gpu.publishing --work W --out docs/gpu/RELEASE-publishing.json
     python -m tests.gpu.load --work W --out docs/gpu/RELEASE-load.json --release RELEASE
     python -m tests.gpu.beside_verl --work W --out docs/gpu/RELEASE-verl.json    # with verl's files on PYTHONPATH
     make docs
@@ -243,10 +243,8 @@ Notes on these runs:
   0.22.1 and five of 0.33.0. The same goes for the servers and the load times of these three. In 0.33.0's server run, the messages for a truncated
   and a missing rank file were right but lacked the file's name, which vLLM cuts out of paths; that was fixed before the other servers ran.
 - The servers of 0.24.0 and 0.33.0, and `tests.gpu.publishing`, ran on two H100s; in 0.33.0's row of load times the cards are still H200s.
-  An adapter that is added waits for the step that runs: its loads take 0.3 to 0.5 s while 32 requests decode, and 0.10 s otherwise. What is
-  left of the gap is a step, two agreements of the ranks and the copy of 0.56 GB to each GPU. These runs are from before adapters were copied
-  to the GPU as they are read, and before files were written again. With the copy and CUDA graphs (a step of 6.5 ms), the longest gap at each
-  of four loads was 19, 21, 31 and 56 ms, and 33 ms without a load; adding the adapter took 17 ms of it.
+  `publishing` ran with CUDA graphs. By the server's log the engine waited for 2.8 to 3.0 ms for each adapter; the rest of a gap is steps that take
+  longer while threads of the same processes read the adapter and copy it to the GPU.
 - `leak` is how far the base model's answer to a request of two tokens moves when an adapter is used in between. Without lorashard, 0.20.2
   without expert parallelism gives 0.030, 0.113 and 0.258 in bf16 (vLLM issue 42008); that is what is wrong in its row glm16-no-ep.
 - FP8 does not repeat exactly, with or without lorashard: the base model's answers differ by up to 0.036 between two requests. After the last

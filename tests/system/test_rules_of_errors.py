@@ -172,7 +172,7 @@ MENDED = {
     ("unloaded-by-name-only", "load"), ("stale-prefix-cache", "load"),
     ("untrained-experts", "inspect"), ("untrained-experts", "load"),
     ("experts-of-another-r", "inspect"), ("experts-of-another-r", "split"),
-    ("experts-of-another-r", "load"),
+    ("experts-of-another-r", "load"), ("answers-left-behind", "load"), ("versions-of-a-name", "load"),
 }  # fmt: skip
 
 
