@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -96,12 +97,20 @@ class Decoding:
 
     def gaps(self, begin: float, end: float) -> list[float]:
         """Of all requests, between tokens of which one at least came within the time."""
-        return [
-            after - before
-            for times in self.times
-            for before, after in pairwise(times)
-            if after > begin and before < end
-        ]
+        return [after - before for before, after in self._pairs(begin, end)]
+
+    def longest(self, begin: float, end: float) -> tuple[float, float]:
+        """When the longest of them began and ended, in seconds after `begin`."""
+        before, after = max(self._pairs(begin, end), key=lambda pair: pair[1] - pair[0])
+        return round(before - begin, 4), round(after - begin, 4)
+
+    def _pairs(self, begin: float, end: float) -> Iterator[tuple[float, float]]:
+        for times in self.times:
+            yield from (
+                (before, after)
+                for before, after in pairwise(times)
+                if after > begin and before < end
+            )
 
 
 def load(server: Server, path: Path) -> None:
@@ -162,6 +171,7 @@ def measure_gaps(server: Server, log: Path, running: Path, others: list[Path]) -
         "step_ms": round(1e3 * step, 2),
         "longest_ordinary_gap_ms": round(1e3 * max(ordinary), 2),
         "longest_gap_at_each_load_ms": [round(1e3 * gap, 2) for gap in longest],
+        "longest_gap_from_and_to_s": [decoding.longest(*window) for window in loads],
         "in_steps": round(statistics.median(longest) / step, 1),
         "load_s": [round(ended - began, 4) for began, ended in loads],
         "engine_waits": engine_waits(log, begin),

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# What a step copies to the device goes between two of these; behind a whole layer it would wait for long.
+PIECE_BYTES = 4 << 20
 _SHARE = 4  # at most a quarter of what is free on the device is taken, and only for this moment
 
 
@@ -65,9 +67,10 @@ class DeviceCopy:
         import torch
 
         begin, self._copied = self._copied, max(end, self._copied)
-        if begin < end:
-            with torch.cuda.stream(self._stream):  # nothing, for None
-                self.bytes[begin:end].copy_(self._region[begin:end], non_blocking=True)
+        with torch.cuda.stream(self._stream):  # nothing, for None
+            for first in range(begin, end, PIECE_BYTES):
+                piece = slice(first, min(first + PIECE_BYTES, end))
+                self.bytes[piece].copy_(self._region[piece], non_blocking=True)
 
 
 def begin_copy(region: Any, device: Any) -> DeviceCopy | None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from lorashard.vllm_plugin.load import device_copy
 from lorashard.vllm_plugin.load.device_copy import DeviceCopy, ExpertsOnDevice, begin_copy
 
 CPU = torch.device("cpu")
 
 
-def test_each_byte_is_copied_once_from_front_to_back() -> None:
+@pytest.mark.parametrize("piece", [device_copy.PIECE_BYTES, 3, 1])
+def test_each_byte_is_copied_once_from_front_to_back(
+    monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(device_copy, "PIECE_BYTES", piece)
     region = torch.arange(1, 11, dtype=torch.uint8)
     copy = DeviceCopy(region, CPU)
     copy.bytes.zero_()
