@@ -17,7 +17,7 @@ from typing import Any
 from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, LORA_RANK, adapter_directory
 from tests.gpu.processes import child_environment, exit_after, run
 
-NUM_LORAS, REPEATS = 4, 25
+NUM_LORAS, REPEATS = 4, 15
 ENGINE_LIMIT_S = 120.0
 COMMUNICATORS = ("torch_nccl",)
 
@@ -69,14 +69,15 @@ def measure(work: Path, communicator: str, *, lora: bool) -> dict[str, Any]:
         llm.llm_engine.add_lora(request(number))
         return round(time.perf_counter() - began, 4)
 
-    seconds: dict[str, list[float]] = {}
-    for count in (0, 1, NUM_LORAS) if lora else (0,):
-        for number in range(1, count + 1):
+    if lora:
+        for number in range(1, NUM_LORAS + 1):
             activate(number)
             llm.generate(prompt, one, lora_request=request(number), use_tqdm=False)
-        # The same maps each time.
-        timed = llm.collective_rpc("rearrange", args=(5, REPEATS))[0]
-        seconds[str(count)] = [round(value, 4) for value in timed]
+        turns = (5, REPEATS, (0, 1, NUM_LORAS))
+        seconds = llm.collective_rpc("rearrange_in_turn", args=turns)[0]
+    else:
+        seconds = {"0": llm.collective_rpc("rearrange", args=(5, REPEATS))[0]}
+    seconds = {count: [round(value, 4) for value in timed] for count, timed in seconds.items()}
     if lora:
         # Four more push the first four out of their slots; back in, their rows have to be moved.
         for number in range(NUM_LORAS + 1, 2 * NUM_LORAS + 1):
@@ -93,12 +94,18 @@ def measure(work: Path, communicator: str, *, lora: bool) -> dict[str, Any]:
 
 
 def summarise(with_lora: dict[str, Any], without: dict[str, Any]) -> dict[str, Any]:
-    """Medians, and the ratio to vLLM without LoRA beside the ratio of what travels."""
+    """Medians. ratio: to the rearrangement of the same turn without an adapter in a slot, for 0 adapters
+    to vLLM without LoRA. Beside it the ratio of what travels, and the most that it may be.
+    """
     base_bytes, lora_bytes = with_lora["bytes"]
     base = statistics.median(without["seconds"]["0"][1:])
+    of_none = with_lora["seconds"]["0"]
     summary: dict[str, Any] = {"without_s": base}
     for count, seconds in with_lora["seconds"].items():
-        ratio = statistics.median(seconds[1:]) / base
+        turns = zip(seconds[1:], of_none[1:], strict=True)
+        ratio = statistics.median(own / none for own, none in turns)
+        if count == "0":
+            ratio = statistics.median(seconds[1:]) / base
         most = 1 + 1.2 * int(count) * lora_bytes / base_bytes
         summary[f"{count} adapters"] = {
             "s": statistics.median(seconds[1:]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,4 +87,20 @@ class Rebalancing:
             state.rearrange()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
+        return seconds
+
+    def rearrange_in_turn(
+        self, seed: int, repeats: int, counts: Sequence[int]
+    ) -> dict[str, list[float]]:
+        """The same with so many adapters in their slots, in turn, of those that are in host memory."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        numbers = sorted(manager.list_adapters())
+        seconds: dict[str, list[float]] = {str(count): [] for count in counts}
+        for turn in range(repeats):
+            for count in counts:
+                for number in numbers:
+                    manager.deactivate_adapter(number)
+                for number in numbers[:count]:
+                    manager.activate_adapter(number)
+                seconds[str(count)] += self.rearrange(seed + 100 * turn + count, 1)
         return seconds
