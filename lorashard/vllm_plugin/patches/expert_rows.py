@@ -26,19 +26,20 @@ from typing import Any
 
 from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
 from lorashard.vllm_plugin.engine.live import moe_wrappers
-from lorashard.vllm_plugin.load.expert_moves import ExpertMoves, plan_moves
+from lorashard.vllm_plugin.load.expert_moves import plan_moves
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.load.lora_model import is_dummy, maps_of, set_maps
 from lorashard.vllm_plugin.patches.moved_adapters import move_adapter
 from lorashard.vllm_plugin.patches.published_maps import publish_maps
 from lorashard.vllm_plugin.patches.row_exchange import (
     Arrivals,
+    MovingLayer,
     all_gather_numbers,
+    batches_of,
     communicator_like,
     exchange_rows,
     moving_stacks,
     put_rows,
-    row_width,
 )
 
 logger = logging.getLogger("vllm.lorashard")
@@ -69,10 +70,10 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class _Arrived:
-    """Rows of one layer that are not in place yet."""
+    """Rows of one layer that are not in place yet. name: of its module."""
 
     name: str
-    moves: ExpertMoves
+    layer: MovingLayer
     arrivals: Sequence[Arrivals]
 
 
@@ -98,7 +99,7 @@ class ExpertRows:
         self.names = tuple(names)
         self.loader.maps = maps
         layers = [moving_stacks(self.wrappers[name]) for name in names]
-        size = max(stacks[0].shape[1] * row_width(stacks) for stacks in layers)
+        size = max(sum(stack[0].numel() for stack in stacks) for stacks in layers)
         self._room = layers[0][0].new_empty(self.num_slots * size)
 
     def begin_transfer(self, group: Any) -> frozenset[int]:
@@ -136,17 +137,14 @@ class ExpertRows:
         """
         import torch
 
-        assert self._transfer is not None
-        rank, slots = group.rank(), sorted(self._transfer.slots)
+        slots = self._travelling()
         if not slots:
             return
-        moves = plan_moves(before, after, group.size(), rank)
+        layer = self._moving_layer(name, before, after, group)
         communicator = communicator_like(communicator, group, self._manager.device, stream)
         with _any_tensors(), torch.cuda.stream(stream):
-            arrivals = exchange_rows(
-                moving_stacks(self.wrappers[name]), slots, moves, rank, communicator, self._room
-            )
-        self._arrived = _Arrived(name, moves, arrivals)
+            (arrivals,) = exchange_rows([layer], slots, group.rank(), communicator, self._room)
+        self._arrived = _Arrived(name, layer, arrivals)
 
     def put(self, name: str) -> None:
         """What has arrived for a layer goes into its stacks, if anything has."""
@@ -154,7 +152,37 @@ class ExpertRows:
         if arrived is not None:
             assert arrived.name == name
             with _any_tensors():
-                put_rows(moving_stacks(self.wrappers[name]), arrived.moves, arrived.arrivals)
+                put_rows([arrived.layer], [arrived.arrivals])
+
+    def move_all(
+        self,
+        before: Sequence[Sequence[int]],
+        after: Sequence[Sequence[int]],
+        group: Any,
+        communicator: Any,
+    ) -> None:
+        """`send` and `put` for all layers, as many at a time as there is room for. before, after: their maps."""
+        slots = self._travelling()
+        if not slots:
+            return
+        layers = [
+            self._moving_layer(*each, group) for each in zip(self.names, before, after, strict=True)
+        ]
+        communicator = communicator_like(communicator, group, self._manager.device, None)
+        with _any_tensors():
+            for batch in batches_of(layers, len(slots), len(self._room)):
+                arrivals = exchange_rows(batch, slots, group.rank(), communicator, self._room)
+                put_rows(batch, arrivals)
+
+    def _travelling(self) -> list[int]:
+        assert self._transfer is not None
+        return sorted(self._transfer.slots)
+
+    def _moving_layer(
+        self, name: str, before: Sequence[int], after: Sequence[int], group: Any
+    ) -> MovingLayer:
+        moves = plan_moves(before, after, group.size(), group.rank())
+        return MovingLayer(moving_stacks(self.wrappers[name]), moves)
 
     def arrived(self, layers: Mapping[int, Sequence[int]]) -> None:
         """Layers have their new maps, and what has travelled is in place. By EPLB's number of a layer."""

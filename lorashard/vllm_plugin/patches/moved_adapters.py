@@ -15,11 +15,14 @@ from lorashard.vllm_plugin.engine.live import WRAPPER_3D
 from lorashard.vllm_plugin.load.expert_moves import plan_moves
 from lorashard.vllm_plugin.load.lora_model import is_ready, maps_of, set_maps
 from lorashard.vllm_plugin.patches.row_exchange import (
+    SEND_BYTES,
+    MovingLayer,
     all_gather_numbers,
+    batches_of,
     exchange_rows,
     moving_stacks,
     put_rows,
-    row_width,
+    room_for,
     staged_communicator,
 )
 
@@ -49,11 +52,15 @@ def move_adapter(
     before, after = ([m.layers[name] for name in moved] for m in (packed, maps))
     _check_alike(group, (model.id, slot, moved, before, after))
     communicator = staged_communicator(group, manager.device)
-    for name, old, new in zip(moved, before, after, strict=True):
-        stacks, moves = moving_stacks(wrappers[name]), plan_moves(old, new, num_ranks, rank)
-        room = stacks[0].new_empty(sum(moves.received) * row_width(stacks))
-        arrivals = exchange_rows(stacks, (slot,), moves, rank, communicator, room)
-        put_rows(stacks, moves, arrivals)
+    layers = [
+        MovingLayer(moving_stacks(wrappers[name]), plan_moves(old, new, num_ranks, rank))
+        for name, old, new in zip(moved, before, after, strict=True)
+    ]
+    memory = layers[0].stacks[0]
+    for batch in batches_of(layers, 1, SEND_BYTES // memory.element_size()):
+        room = memory.new_empty(room_for(batch, 1))
+        put_rows(batch, exchange_rows(batch, (slot,), rank, communicator, room))
+    for name, new in zip(moved, after, strict=True):
         if _copy_back(manager, wrappers[name], model, name, slot):
             packed = packed.with_layer(name, new)
     set_maps(model, packed)

@@ -55,21 +55,18 @@ def wrap_rearrange(original: Callable[..., Any]) -> Callable[..., Any]:
     def rearrange_expert_weights_inplace(*args: Any, **kwargs: Any) -> Any:
         call = parameters.bind(*args, **kwargs)
         given = call.arguments
-        layers = list(map(layer_of, given["expert_weights"]))
-        first = None if given.get("is_profile") else layers[0]
-        if first is None:
+        first = layer_of(given["expert_weights"][0])
+        if first is None or given.get("is_profile"):
             return original(*call.args, **call.kwargs)
         from vllm.distributed.parallel_state import get_ep_group
 
         # Read before vLLM's part, behind which this would wait for the GPU. Then all of ours is on its way
         # to the GPU while that is busy with the base weights.
-        maps = [given[f"{age}_global_expert_indices"].tolist() for age in ("old", "new")]
+        before, after = (given[f"{age}_global_expert_indices"].tolist() for age in ("old", "new"))
         done = original(*call.args, **call.kwargs)
         group = get_ep_group().cpu_group
         first.rows.begin_transfer(group)
-        for layer, before, after in zip(layers, *maps, strict=True):
-            layer.rows.send(layer.name, before, after, group, given["communicator"])
-            layer.rows.put(layer.name)
+        first.rows.move_all(before, after, group, given["communicator"])
         return done
 
     return rearrange_expert_weights_inplace

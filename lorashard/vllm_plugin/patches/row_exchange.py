@@ -1,13 +1,13 @@
-"""Rows of the LoRA stacks go from rank to rank: a message from each rank to each other for each stack.
+"""Rows of the LoRA stacks go from rank to rank: a message from each rank to each other for some layers.
 
-An expert's rows of all slots that travel lie side by side in a message. With a message for each expert,
-as vLLM sends the base weights, sending them took longer than the base weights themselves, which are
-30 times as large.
+A message has, layer by layer and stack by stack, the rows of its experts, those of all slots that travel
+side by side. With a message for each expert, as vLLM sends the base weights, sending them took longer
+than the base weights themselves, which are 30 times as large.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,11 +19,42 @@ _LIMIT = timedelta(minutes=5)  # for which a rank waits for the others, where al
 
 
 @dataclass(frozen=True, slots=True)
+class MovingLayer:
+    """A layer whose rows are to be exchanged. stacks: [slots, E_local, ...] each, contiguous."""
+
+    stacks: Sequence[Any]
+    moves: ExpertMoves
+
+    @property
+    def row_width(self) -> int:
+        """Values of one expert in one slot."""
+        return sum(map(_width, self.stacks))
+
+    @property
+    def num_local(self) -> int:
+        """Experts of this rank."""
+        return int(self.stacks[0].shape[1])
+
+    @property
+    def most_sent_bytes(self) -> int:
+        """What the busiest rank puts together for a slot."""
+        return self.moves.most_sent * self.row_width * int(self.stacks[0].element_size())
+
+
+@dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Rows that have come, of some slots. blocks: of each stack, [R * len(slots), values]."""
+    """Rows of one layer that have come, of some slots.
+
+    blocks: by the rank that they come from, for each stack, [received[rank] * len(slots), values].
+    """
 
     slots: tuple[int, ...]
-    blocks: tuple[Any, ...]
+    blocks: tuple[tuple[Any, ...], ...]
+
+
+def _width(stack: Any) -> int:
+    """Values of one expert in one slot of a stack [slots, E_local, ...]."""
+    return int(stack.shape[2:].numel())
 
 
 def moving_stacks(wrapper: Any) -> list[Any]:
@@ -34,66 +65,166 @@ def moving_stacks(wrapper: Any) -> list[Any]:
     return stacks
 
 
-def row_width(stacks: Sequence[Any]) -> int:
-    """Values of one expert in one slot. stacks: [slots, E_local, ...] each, contiguous."""
-    return sum(stack[0, 0].numel() for stack in stacks)
+def room_for(layers: Iterable[MovingLayer], num_slots: int) -> int:
+    """Values of what can arrive for these layers, the same on all ranks."""
+    return num_slots * sum(layer.num_local * layer.row_width for layer in layers)
+
+
+def batches_of(
+    layers: Sequence[MovingLayer], num_slots: int, room: int
+) -> Iterator[list[MovingLayer]]:
+    """The layers, as many at a time as go well together, the same on all ranks.
+
+    room: values that may arrive at a time; one layer has to fit.
+    """
+    batch: list[MovingLayer] = []
+    for layer in layers:
+        longer = [*batch, layer]
+        num_sent = num_slots * sum(one.most_sent_bytes for one in longer)
+        if batch and (room_for(longer, num_slots) > room or num_sent > SEND_BYTES):
+            yield batch
+            longer = [layer]
+        batch = longer
+    if batch:
+        yield batch
 
 
 def exchange_rows(
-    stacks: Sequence[Any],
-    slots: Sequence[int],
-    moves: ExpertMoves,
-    rank: int,
-    communicator: Any,
-    room: Any,
-) -> list[Arrivals]:
-    """Send this rank's rows, and get those of others, on all ranks at once.
+    layers: Sequence[MovingLayer], slots: Sequence[int], rank: int, communicator: Any, room: Any
+) -> list[list[Arrivals]]:
+    """Send this rank's rows, and get those of others, on all ranks at once: for each layer, what comes.
 
-    stacks: of one layer. communicator: vLLM's, for transfers of EPLB. room: for what arrives, one
-    dimension, at least sum(moves.received) * len(slots) * row_width(stacks) values.
-    On the current stream, on which the communicator has to be, too.
+    communicator: vLLM's, for transfers of EPLB. room: for what arrives, one dimension, at least
+    room_for(layers, len(slots)) values. On the current stream, on which the communicator has to be, too.
     """
-    others = [peer for peer in range(len(moves.sent)) if peer != rank]
-    sent = [slot for peer in others for slot in moves.sent[peer]]
-    num_rows, width, begin = sum(moves.received), row_width(stacks), 0
-    arrivals = []
-    for group in _groups(slots, moves.most_sent * width * room.element_size()):
-        end = begin + num_rows * len(group) * width
-        incoming = _blocks(room[begin:end], stacks, num_rows * len(group))
+    arrivals: list[list[Arrivals]] = [[] for _ in layers]
+    begin = 0
+    for group in _groups(slots, sum(layer.most_sent_bytes for layer in layers)):
+        end = begin + room_for(layers, len(group))
+        for of_layer, arrived in zip(
+            arrivals, _exchange(layers, group, rank, communicator, room[begin:end]), strict=True
+        ):
+            of_layer.append(arrived)
         begin = end
-        outgoing = _blocks(
-            room.new_empty(len(sent) * len(group) * width), stacks, len(sent) * len(group)
-        )
-        at_in = sum(moves.received[:rank]) * len(group)
-        stay = [block[at_in : at_in + moves.received[rank] * len(group)] for block in incoming]
-        _gather(stacks, group, sent, outgoing)
-        _gather(stacks, group, moves.sent[rank], stay)
-        at_out = at_in = 0
-        for peer in range(len(moves.sent)):
-            num_in = moves.received[peer] * len(group)
-            if peer != rank:
-                num_out = len(moves.sent[peer]) * len(group)
-                if num_out:
-                    rows = [block[at_out : at_out + num_out] for block in outgoing]
-                    communicator.add_send(rows, peer, expert_id=0)
-                if num_in:
-                    rows = [block[at_in : at_in + num_in] for block in incoming]
-                    communicator.add_recv(rows, peer, expert_id=0)
-                at_out += num_out
-            at_in += num_in
-        communicator.execute()
-        arrivals.append(Arrivals(group, tuple(incoming)))
     return arrivals
 
 
-def put_rows(stacks: Sequence[Any], moves: ExpertMoves, arrivals: Sequence[Arrivals]) -> None:
-    """What has arrived goes into the stacks."""
-    first = [slots[0] for slots in moves.targets]
-    again = [(row, slot) for row, slots in enumerate(moves.targets) for slot in slots[1:]]
-    for arrived in arrivals if first else ():
-        _put(stacks, arrived, first)
-        if again:
-            _put(stacks, arrived, [slot for _, slot in again], [row for row, _ in again])
+def put_rows(layers: Sequence[MovingLayer], arrivals: Sequence[Sequence[Arrivals]]) -> None:
+    """What has arrived for each layer goes into its stacks."""
+    if not layers:
+        return
+    numbers, dtype = _RowNumbers(), _widest_dtype(layers)
+    puts: list[tuple[Any, Any, slice, slice | None]] = []
+    for layer, of_layer in zip(layers, arrivals, strict=True):
+        tables = _tables(layer.stacks, dtype)
+        for arrived in of_layer:
+            for blocks, targets in zip(arrived.blocks, _targets_by_rank(layer.moves), strict=True):
+                if not targets:
+                    continue
+                into = numbers.add(layer, arrived.slots, [slots[0] for slots in targets])
+                again = [(row, slot) for row, slots in enumerate(targets) for slot in slots[1:]]
+                places = numbers.add(layer, arrived.slots, [slot for _, slot in again])
+                rows = numbers.add_rows(len(arrived.slots), [row for row, _ in again])
+                for table, block in zip(tables, blocks, strict=True):
+                    puts.append((table, block.view(dtype), into, None))
+                    if again:
+                        puts.append((table, block.view(dtype), places, rows))
+    on_device = numbers.on(layers[0].stacks[0].device)
+    for table, values, into, chosen in puts:
+        source = values if chosen is None else values.index_select(0, on_device[chosen])
+        table.index_copy_(0, on_device[into], source)
+
+
+def _exchange(
+    layers: Sequence[MovingLayer], slots: tuple[int, ...], rank: int, communicator: Any, room: Any
+) -> list[Arrivals]:
+    ranks = range(len(layers[0].moves.sent))
+    incoming: list[list[list[Any]]] = []  # by the rank that they come from, and layer
+    end = 0
+    for peer in ranks:
+        begin = end
+        counts = [layer.moves.received[peer] * len(slots) for layer in layers]
+        incoming.append(_blocks_of_layers(room[begin:], layers, counts))
+        end += _num_values(layers, counts)
+        if peer != rank and begin < end:
+            communicator.add_recv([room[begin:end]], peer, expert_id=0)
+    for peer, into in zip(ranks, _outgoing(layers, slots, incoming[rank], rank, room), strict=True):
+        if peer != rank and into is not None:
+            communicator.add_send([into], peer, expert_id=0)
+    communicator.execute()
+    return [
+        Arrivals(slots, tuple(tuple(blocks[place]) for blocks in incoming))
+        for place in range(len(layers))
+    ]
+
+
+def _outgoing(
+    layers: Sequence[MovingLayer],
+    slots: tuple[int, ...],
+    stay: Sequence[Sequence[Any]],
+    rank: int,
+    room: Any,
+) -> list[Any]:
+    """The message to each rank, if it gets any; for the own rank, what stays is copied into `stay`."""
+    import torch
+
+    numbers, dtype = _RowNumbers(), _widest_dtype(layers)
+    ranks = range(len(layers[0].moves.sent))
+    rows = [
+        [numbers.add(layer, slots, layer.moves.sent[peer]) for layer in layers] for peer in ranks
+    ]
+    on_device = numbers.on(room.device)
+    tables = [_tables(layer.stacks, dtype) for layer in layers]
+    messages = []
+    for peer in ranks:
+        counts = [where.stop - where.start for where in rows[peer]]
+        size = _num_values(layers, counts)
+        message = room.new_empty(size) if peer != rank and size else None
+        into = stay if message is None else _blocks_of_layers(message, layers, counts)
+        if size:
+            for where, own, blocks in zip(rows[peer], tables, into, strict=True):
+                for table, block in zip(own, blocks, strict=True):
+                    if where.start < where.stop:
+                        torch.index_select(table, 0, on_device[where], out=block.view(dtype))
+        messages.append(message)
+    return messages
+
+
+class _RowNumbers:
+    """Numbers of rows, put together on the host to be copied to the device at once."""
+
+    def __init__(self) -> None:
+        self._all: list[int] = []
+
+    def add(self, layer: MovingLayer, slots: Sequence[int], experts: Sequence[int]) -> slice:
+        """Of these experts, each in all the slots, in the stacks as tables. Where they are."""
+        begins = [slot * layer.num_local for slot in slots]
+        return self._extend(begin + expert for expert in experts for begin in begins)
+
+    def add_rows(self, num_slots: int, rows: Sequence[int]) -> slice:
+        """The same in a block, in which the slots of a row lie side by side."""
+        return self._extend(row * num_slots + at for row in rows for at in range(num_slots))
+
+    def on(self, device: Any) -> Any:
+        """All of them, without waiting for what the device is busy with.
+
+        Not from pinned memory: what little there is CUDA takes along with the command, and pinning waits.
+        """
+        import torch
+
+        return torch.tensor(self._all, dtype=torch.int64).to(device, non_blocking=True)
+
+    def _extend(self, numbers: Iterable[int]) -> slice:
+        begin = len(self._all)
+        self._all.extend(numbers)
+        return slice(begin, len(self._all))
+
+
+def _targets_by_rank(moves: ExpertMoves) -> Iterator[tuple[tuple[int, ...], ...]]:
+    begin = 0
+    for count in moves.received:
+        yield moves.targets[begin : begin + count]
+        begin += count
 
 
 def _groups(slots: Sequence[int], slot_bytes: int) -> Iterator[tuple[int, ...]]:
@@ -102,69 +233,45 @@ def _groups(slots: Sequence[int], slot_bytes: int) -> Iterator[tuple[int, ...]]:
         yield tuple(slots[first : first + count])
 
 
-def _gather(
-    stacks: Sequence[Any], slots: Sequence[int], experts: Sequence[int], blocks: Sequence[Any]
-) -> None:
-    """Copy the rows of these experts. blocks: for each stack, [len(experts) * len(slots), values]."""
-    import torch
-
-    if experts:
-        numbers = _row_numbers(stacks[0].shape[1], slots, experts, stacks[0].device)
-        for table, block in zip(_tables(stacks), blocks, strict=True):
-            torch.index_select(table, 0, numbers, out=block.view(table.dtype))
+def _num_values(layers: Sequence[MovingLayer], counts: Sequence[int]) -> int:
+    return sum(count * layer.row_width for layer, count in zip(layers, counts, strict=True))
 
 
-def _put(
-    stacks: Sequence[Any],
-    arrived: Arrivals,
-    experts: Sequence[int],
-    rows: Sequence[int] | None = None,
-) -> None:
-    """What has arrived, or some `rows` of it, becomes that of `experts`: positions in the stacks."""
-    into = _row_numbers(stacks[0].shape[1], arrived.slots, experts, stacks[0].device)
-    chosen = None
-    if rows is not None:
-        num_slots = len(arrived.slots)
-        chosen = _row_numbers(1, range(num_slots), [row * num_slots for row in rows], into.device)
-    for table, block in zip(_tables(stacks), arrived.blocks, strict=True):
-        values = block.view(table.dtype)
-        table.index_copy_(0, into, values if chosen is None else values.index_select(0, chosen))
-
-
-def _blocks(memory: Any, stacks: Sequence[Any], num_rows: int) -> list[Any]:
-    """Each stack's part of the memory, [num_rows, values]."""
+def _blocks_of_layers(
+    memory: Any, layers: Sequence[MovingLayer], counts: Sequence[int]
+) -> list[list[Any]]:
+    """Parts of the memory from its beginning on: for each stack of each layer, [count, values]."""
     blocks, begin = [], 0
-    for stack in stacks:
-        end = begin + num_rows * stack[0, 0].numel()
-        blocks.append(memory[begin:end].view(num_rows, stack[0, 0].numel()))
-        begin = end
+    for layer, count in zip(layers, counts, strict=True):
+        of_layer = []
+        for stack in layer.stacks:
+            width = _width(stack)
+            end = begin + count * width
+            of_layer.append(memory[begin:end].view(count, width))
+            begin = end
+        blocks.append(of_layer)
     return blocks
 
 
-def _tables(stacks: Sequence[Any]) -> list[Any]:
-    """The stacks' memory as [slots * E_local, values], the values as wide as possible.
-
-    What is copied by index takes as long for 2 bytes as for 16.
-    """
+def _widest_dtype(layers: Sequence[MovingLayer]) -> Any:
+    """What the values of all stacks can be taken for: by index, 2 bytes take as long to copy as 16."""
     import torch
 
-    tables = [stack.view(stack.shape[0] * stack.shape[1], -1) for stack in stacks]
-    offsets = [n * t.element_size() for t in tables for n in (t.shape[1], t.storage_offset())]
+    stacks = [stack for layer in layers for stack in layer.stacks]
+    sizes = [
+        size * stack.element_size()
+        for stack in stacks
+        for size in (_width(stack), stack.storage_offset())
+    ]
     for dtype in (torch.complex128, torch.int64, torch.int32):
-        if all(offset % dtype.itemsize == 0 for offset in offsets):
-            return [table.view(dtype) for table in tables]
-    return tables
+        if all(size % dtype.itemsize == 0 for size in sizes):
+            return dtype
+    return stacks[0].dtype
 
 
-def _row_numbers(slot_rows: int, slots: Sequence[int], experts: Sequence[int], device: Any) -> Any:
-    """[len(experts) * len(slots)], on the device, without waiting for what it is busy with.
-
-    Not from pinned memory: what little there is CUDA takes along with the command, and pinning waits.
-    """
-    import torch
-
-    numbers = [slot * slot_rows + expert for expert in experts for slot in slots]
-    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+def _tables(stacks: Sequence[Any], dtype: Any) -> list[Any]:
+    """The stacks' memory as [slots * E_local, values]."""
+    return [stack.view(stack.shape[0] * stack.shape[1], -1).view(dtype) for stack in stacks]
 
 
 def communicator_like(given: Any, cpu_group: Any, device: Any, stream: Any) -> Any:
