@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -24,6 +25,9 @@ from lorashard.vllm_plugin.load.slot_ahead import SlotAhead
 # Before the number of the request, in place of a base model's name, which no worker looks at.
 _TO_BE_READ, _WAS_READ = "lorashard: to be read: ", "lorashard: was read: "
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.005, 0.05
+# At first it waits for most of the time that the adapter before took: each question delays a step.
+_SHARE_OF_LAST, _LONGEST_GUESS_S = 0.75, 0.06
+_LAST_READ_S = "_lorashard_last_read_s"  # an attribute of vLLM's AsyncLLM
 _LIMIT_S = 600.0  # an adapter that is not read by then is waited for in the engine
 
 
@@ -34,11 +38,12 @@ def wrap_async_add_lora(original: Callable[..., Awaitable[Any]]) -> Callable[...
         # A subclass may bring tensors.
         if not has_lora_and_ep(self.vllm_config) or type(lora_request).__name__ != "LoRARequest":
             return await original(self, lora_request)
-        number = uuid.uuid4().hex
-        for delay in _delays():
+        number, began = uuid.uuid4().hex, time.perf_counter()
+        for delay in _delays(getattr(self, _LAST_READ_S, 0.0)):
             if await original(self, _marked(lora_request, _TO_BE_READ + number)):
                 break
             await asyncio.sleep(delay)
+        setattr(self, _LAST_READ_S, time.perf_counter() - began)
         return await original(self, _marked(lora_request, _WAS_READ + number))
 
     return add_lora
@@ -50,8 +55,10 @@ def _marked(request: Any, mark: str) -> Any:
     return marked
 
 
-def _delays() -> Iterator[float]:
-    delay, total = _FIRST_DELAY_S, 0.0
+def _delays(last_read_s: float) -> Iterator[float]:
+    first = max(_FIRST_DELAY_S, min(_SHARE_OF_LAST * last_read_s, _LONGEST_GUESS_S))
+    yield first
+    delay, total = _FIRST_DELAY_S, first
     while total < _LIMIT_S:
         yield delay
         total += delay

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lorashard.vllm_plugin.patches import reading_ahead
 from tests.tiny import REPO
 from tests.vllm_release import END_RELEASES, run_in_release
 
@@ -98,3 +99,15 @@ def test_without_a_free_slot_an_adapter_is_packed_ahead_and_written_as_it_is_add
     packs, writes, first, other = answers(release)["no slot"]
     assert (packs, writes) == (["lorashard-read-ahead"], ["MainThread"])
     assert (first, other) == (RIGHT, RIGHT)
+
+
+@pytest.mark.parametrize(
+    ("last_s", "first"), [(0.0, 0.005), (0.004, 0.005), (0.04, 0.03), (9.0, 0.06)]
+)
+def test_the_server_asks_first_when_the_adapter_may_be_there(last_s: float, first: float) -> None:
+    delays = list(reading_ahead._delays(last_s))
+    assert delays[0] == pytest.approx(first)
+    assert delays[1] == 0.005
+    assert delays[1:-1] == sorted(delays[1:-1])
+    assert max(delays) <= 0.06
+    assert 590 < sum(delays) < 610
