@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-RELEASES_DIR = Path(__file__).resolve().parents[1] / ".venv" / "vllm"
+_REPO = Path(__file__).resolve().parents[1]
+RELEASES_DIR = _REPO / ".venv" / "vllm"
 
 # What the plugin is tested against: LORASHARD_RELEASES="0.24.0 0.26.0", or the ends of the range
 # and two between, where much changes.
@@ -117,6 +119,20 @@ def run_in_release(release: str, script: str, *, timeout_s: float = 300) -> Any:
         stderr = (Path(folder) / "stderr").read_text(errors="replace")
         assert process.exitcode == 0, f"vLLM {release}: {stderr[-3000:]}"
         return json.loads((Path(folder) / "answer.json").read_text())
+
+
+@cache
+def answers_of(release: str, module: str, *, timeout_s: float = 300) -> Any:
+    """What `run_all` of a module of the tests returns there.
+
+    Asked for once by all tests, in one process, because importing vLLM takes seconds.
+    """
+    script = f"""
+import sys; sys.path.insert(0, {str(_REPO)!r})
+import {module}
+answer({module}.run_all())
+"""
+    return run_in_release(release, script, timeout_s=timeout_s)
 
 
 def _run_script(folder: str, script: str, environment: dict[str, str]) -> None:

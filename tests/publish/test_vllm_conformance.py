@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tiny import REPO
-from tests.vllm_release import END_RELEASES, run_in_release
-
-SCRIPT = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-from tests.publish import vllm_models
-answer(vllm_models.run_all())
-"""
+from tests.vllm_release import END_RELEASES, answers_of
 
 
 @pytest.mark.parametrize("release", END_RELEASES)
 def test_versions_come_and_go_in_vllms_own_list_of_models(release: str) -> None:
-    found = run_in_release(release, SCRIPT)
+    found = answers_of(release, "tests.publish.vllm_models")
     zero, one, two, three = (f"policy-v{version:05}" for version in range(4))
     assert found["loads"] == [[zero, one, two, three], [zero, one, three]]
     assert found["known"] == [[one, three], [three]]

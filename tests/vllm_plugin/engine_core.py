@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections import deque
 from concurrent.futures import Future
-from functools import cache, partial
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -30,6 +30,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.serial_utils import run_method
 
 BLOCK = 16  # tokens of a block of the KV cache
 TOKEN = 7
@@ -146,12 +147,7 @@ class InProcess(Executor):  # type: ignore[misc]
         non_block: bool = False,
         **_: Any,
     ) -> Any:
-        answers = [
-            (partial(method, worker) if callable(method) else getattr(worker, method))(
-                *args, **kwargs or {}
-            )
-            for worker in self.workers
-        ]
+        answers = [run_method(worker, method, args, kwargs or {}) for worker in self.workers]
         return _as_future(answers) if non_block else answers
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:

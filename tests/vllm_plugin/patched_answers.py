@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-from tests.tiny import REPO
-from tests.vllm_release import run_in_release
-
-SCRIPT = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-from tests.vllm_plugin import patched
-answer(patched.run_all())
-"""
+from tests.vllm_release import answers_of
 
 
-@cache
 def answers(release: str) -> dict[str, Any]:
-    """What each check of patched.py answers. One process, because importing vLLM takes seconds."""
-    found: dict[str, Any] = run_in_release(release, SCRIPT, timeout_s=600)
+    """What each check of patched.py answers."""
+    found: dict[str, Any] = answers_of(release, "tests.vllm_plugin.patched", timeout_s=600)
     return found
 
 

@@ -11,22 +11,15 @@ from typing import Any
 import pytest
 
 from lorashard.vllm_plugin.patches.table import PATCHES
-from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, record, run_in_release
+from tests.vllm_release import PLUGIN_RELEASES, answers_of, record
 
 pytestmark = pytest.mark.parametrize("release", PLUGIN_RELEASES)
-
-SCRIPT = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-from tests.vllm_plugin import layers
-answer(layers.run_all())
-"""
 
 
 @cache
 def findings(release: str) -> dict[str, Any]:
     """What layers.py finds in a release."""
-    found: dict[str, Any] = run_in_release(release, SCRIPT, timeout_s=600)
+    found: dict[str, Any] = answers_of(release, "tests.vllm_plugin.layers", timeout_s=600)
     record(release, "layers", found)
     return found
 

@@ -12,23 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import REPO
-from tests.vllm_release import PLUGIN_RELEASES, record, run_in_release
+from tests.vllm_release import PLUGIN_RELEASES, answers_of, record
 
 pytestmark = pytest.mark.parametrize("release", PLUGIN_RELEASES)
-
-
-SCRIPT = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-from tests.vllm_plugin import loading
-answer(loading.run_all())
-"""
 
 
 @cache
 def findings(release: str) -> dict[str, Any]:
     """What loading.py finds in a release: one process, because importing vLLM takes seconds."""
-    found: dict[str, Any] = run_in_release(release, SCRIPT, timeout_s=900)
+    found: dict[str, Any] = answers_of(release, "tests.vllm_plugin.loading", timeout_s=900)
     record(release, "loading", found)
     return found
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 
-from tests.tiny import REPO
-from tests.vllm_release import END_RELEASES, run_in_release
-
-SCRIPT = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-from tests.vllm_plugin import swapped_adapters
-answer(swapped_adapters.run_all())
-"""
+from tests.vllm_release import END_RELEASES, answers_of
 
 each_release = pytest.mark.parametrize("release", END_RELEASES)
 
 
-@cache
 def answers(release: str) -> dict[str, Any]:
-    found: dict[str, Any] = run_in_release(release, SCRIPT, timeout_s=300)
+    found: dict[str, Any] = answers_of(release, "tests.vllm_plugin.swapped_adapters")
     return found
 
 

@@ -64,9 +64,11 @@ class DeviceCopy:
 
     def copy_up_to(self, end: int) -> None:
         """Begin to copy what is in the region before byte `end`, and was not copied yet."""
+        begin, self._copied = self._copied, max(end, self._copied)
+        if begin >= end:  # after most reads
+            return
         import torch
 
-        begin, self._copied = self._copied, max(end, self._copied)
         with torch.cuda.stream(self._stream):  # nothing, for None
             for first in range(begin, end, PIECE_BYTES):
                 piece = slice(first, min(first + PIECE_BYTES, end))

@@ -21,11 +21,20 @@ from lorashard.rules import Rule
 
 logger = logging.getLogger("vllm.lorashard")
 
+# What `Patch.upstream` begins with: a thread, or a line of the release that was read.
+VLLM = "https://github.com/vllm-project/vllm"
+SOURCE = f"{VLLM}/blob/v0.33.0/vllm"
+
 _MARK = "_lorashard_original"
 UNSUPPORTED = "unsupported"
 
 # original -> replacement. The replacement gets the original's arguments.
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def source_line(module: str, line: int) -> str:
+    """The link to a line of a module of vLLM."""
+    return f"{SOURCE}/{module.removeprefix('vllm.').replace('.', '/')}.py#L{line}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from lorashard import rules
 from lorashard.vllm_plugin.patches import data_parallel
-from lorashard.vllm_plugin.patches.apply import Patch, Wrap
+from lorashard.vllm_plugin.patches.apply import Patch, Wrap, source_line
 
-_SOURCE = "https://github.com/vllm-project/vllm/blob/v0.33.0/vllm"
 _MANAGERS = "vllm.lora.worker_manager"
 _WORKER = "vllm.v1.worker"
 
@@ -22,7 +21,6 @@ def _patch(
 ) -> Patch:
     """target: module, class or "", and method. line: of 0.33.0."""
     module, owner, method = target
-    path = module.removeprefix("vllm.").replace(".", "/")
     return Patch(
         module=module,
         owner=owner,
@@ -30,7 +28,7 @@ def _patch(
         parameters=parameters,
         why=why,
         how=how,
-        upstream=f"{_SOURCE}/{path}.py#L{line}",
+        upstream=source_line(module, line),
         hazard=rules.DATA_PARALLEL,
         since="0.24.0",
         until=None,

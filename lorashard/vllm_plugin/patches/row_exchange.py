@@ -78,13 +78,15 @@ def batches_of(
     room: values that may arrive at a time; one layer has to fit.
     """
     batch: list[MovingLayer] = []
+    num_values = num_bytes = 0
     for layer in layers:
-        longer = [*batch, layer]
-        num_sent = num_slots * sum(one.most_sent_bytes for one in longer)
-        if batch and (room_for(longer, num_slots) > room or num_sent > SEND_BYTES):
+        of_layer, sent = room_for([layer], num_slots), num_slots * layer.most_sent_bytes
+        if batch and (num_values + of_layer > room or num_bytes + sent > SEND_BYTES):
             yield batch
-            longer = [layer]
-        batch = longer
+            batch, num_values, num_bytes = [], 0, 0
+        batch.append(layer)
+        num_values += of_layer
+        num_bytes += sent
     if batch:
         yield batch
 
@@ -110,9 +112,7 @@ def exchange_rows(
 
 
 def put_rows(layers: Sequence[MovingLayer], arrivals: Sequence[Sequence[Arrivals]]) -> None:
-    """What has arrived for each layer goes into its stacks."""
-    if not layers:
-        return
+    """What has arrived for each layer goes into its stacks. layers: one at least."""
     numbers, dtype = _RowNumbers(), _widest_dtype(layers)
     puts: list[tuple[Any, Any, slice, slice | None]] = []
     for layer, of_layer in zip(layers, arrivals, strict=True):
@@ -181,11 +181,10 @@ def _outgoing(
         size = _num_values(layers, counts)
         message = room.new_empty(size) if peer != rank and size else None
         into = stay if message is None else _blocks_of_layers(message, layers, counts)
-        if size:
-            for where, own, blocks in zip(rows[peer], tables, into, strict=True):
-                for table, block in zip(own, blocks, strict=True):
-                    if where.start < where.stop:
-                        torch.index_select(table, 0, on_device[where], out=block.view(dtype))
+        for count, where, own, blocks in zip(counts, rows[peer], tables, into, strict=True):
+            for table, block in zip(own, blocks, strict=True):
+                if count:
+                    torch.index_select(table, 0, on_device[where], out=block.view(dtype))
         messages.append(message)
     return messages
 

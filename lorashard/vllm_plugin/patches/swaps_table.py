@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from lorashard import rules
 from lorashard.vllm_plugin.patches import reading_ahead, refused_adds, same_names, unloading
-from lorashard.vllm_plugin.patches.apply import Patch
-
-_VLLM = "https://github.com/vllm-project/vllm"
-_SOURCE = f"{_VLLM}/blob/v0.33.0/vllm"
+from lorashard.vllm_plugin.patches.apply import SOURCE, VLLM, Patch, source_line
 
 _ENGINE = "vllm.v1.engine.core"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
@@ -21,7 +18,7 @@ PATCHES: tuple[Patch, ...] = (
         why="While an adapter is read, no running request goes on.",
         how="Under expert parallelism the workers read the adapter in a thread first; the engine adds "
         "it once it is in memory.",
-        upstream=f"{_SOURCE}/v1/engine/async_llm.py#L1233",
+        upstream=f"{SOURCE}/v1/engine/async_llm.py#L1233",
         since="0.16.0",
         until=None,
         wrap=reading_ahead.wrap_async_add_lora,
@@ -33,7 +30,7 @@ PATCHES: tuple[Patch, ...] = (
         parameters=("self", "request"),
         why="At /v1/unload_lora_adapter the server forgets the name, and the engine keeps the adapter.",
         how="Has the engine remove the adapter, too, under expert parallelism.",
-        upstream=f"{_VLLM}/issues/54839",
+        upstream=f"{VLLM}/issues/54839",
         hazard=rules.UNLOADED_ONLY_BY_NAME,
         since="0.16.0",
         until=None,
@@ -48,7 +45,7 @@ PATCHES: tuple[Patch, ...] = (
             why="If an adapter is removed while requests use it, their next step loads it again from "
             "its path, and if nothing is there any more, the engine ends.",
             how=how,
-            upstream=f"{_SOURCE}/{module.removeprefix('vllm.').replace('.', '/')}.py#L{line}",
+            upstream=source_line(module, line),
             since="0.16.0",
             until=None,
             wrap=wrap,
@@ -109,7 +106,7 @@ PATCHES: tuple[Patch, ...] = (
         why="The prefix cache knows an adapter by its name (since 0.31.0 by its path as well), so a "
         "new version under the same name is served what the one before has left there.",
         how="After an adapter was unloaded or replaced in place, its name has other keys.",
-        upstream=f"{_SOURCE}/v1/core/kv_cache_utils.py#L590",
+        upstream=f"{SOURCE}/v1/core/kv_cache_utils.py#L590",
         hazard=rules.STALE_PREFIX_CACHE,
         since="0.16.0",
         until=None,
@@ -123,7 +120,7 @@ PATCHES: tuple[Patch, ...] = (
         why="If an adapter cannot be added, the executor reads the answers of the ranks up to the first "
         "failure, and takes the others for answers to the next calls.",
         how="Under expert parallelism a worker's failure is an answer, and is raised once all have answered.",
-        upstream=f"{_VLLM}/issues/49972",
+        upstream=f"{VLLM}/issues/49972",
         hazard=rules.ANSWERS_LEFT_BEHIND,
         since="0.16.0",
         until=None,
@@ -138,7 +135,7 @@ PATCHES: tuple[Patch, ...] = (
             why="Requests are equal if the names of their adapters are, so that a step with two versions "
             "of a name makes sure of one alone; the other may have lost its slot, and that ends the engine.",
             how="Equal requests have the same number as well.",
-            upstream=f"{_VLLM}/issues/30931",
+            upstream=f"{VLLM}/issues/30931",
             hazard=rules.VERSIONS_OF_A_NAME,
             since="0.16.0",
             until=None,

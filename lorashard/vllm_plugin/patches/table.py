@@ -19,10 +19,7 @@ from lorashard.vllm_plugin.patches import (
     swaps_table,
     warm_up,
 )
-from lorashard.vllm_plugin.patches.apply import Patch
-
-_VLLM = "https://github.com/vllm-project/vllm"
-_SOURCE = f"{_VLLM}/blob/v0.33.0/vllm"
+from lorashard.vllm_plugin.patches.apply import SOURCE, VLLM, Patch, source_line
 
 _MANAGERS = "vllm.lora.worker_manager"
 _LAYERS = "vllm.lora.layers.fused_moe"
@@ -40,7 +37,7 @@ PATCHES: tuple[Patch, ...] = (
         "(ep_rank + 1) * n), which are the wrong ones if experts are uneven or round-robin.",
         how="During the call, lorashard's loader stands in for LoRAModel and reads the experts of "
         "this rank alone, those in each layer's _expert_map.",
-        upstream=f"{_SOURCE}/lora/model_manager.py#L1144",
+        upstream=f"{SOURCE}/lora/model_manager.py#L1144",
         hazard=rules.UNEVEN_EXPERTS,
         since="0.16.0",
         until=None,
@@ -56,7 +53,7 @@ PATCHES: tuple[Patch, ...] = (
             "ranks differ in what they have, and the next request waits for ever.",
             how="After a load under expert parallelism the ranks agree once more; if one has failed, "
             "they take the adapter out again, and drop what not every rank still has.",
-            upstream=f"{_SOURCE}/lora/worker_manager.py#L{line}",
+            upstream=f"{SOURCE}/lora/worker_manager.py#L{line}",
             hazard=rules.RANKS_DIFFER,
             since="0.16.0",
             until=None,
@@ -76,7 +73,7 @@ PATCHES: tuple[Patch, ...] = (
             why="An engine whose answers would be silently wrong must not start.",
             how="Checks the engine and what the plugin relies on in vLLM, and prepares the loader "
             "and its pinned buffers.",
-            upstream=f"{_SOURCE}/lora/worker_manager.py#L87",
+            upstream=f"{SOURCE}/lora/worker_manager.py#L87",
             since="0.16.0",
             until=None,
             wrap=engine_start.wrap_create_lora_manager,
@@ -92,7 +89,7 @@ PATCHES: tuple[Patch, ...] = (
             why="--fully-sharded-loras with --enable-expert-parallel stops at an assertion.",
             how="MoE layers under expert parallelism are built as if LoRA were not fully sharded; "
             "dense layers are sharded.",
-            upstream=f"{_SOURCE}/lora/layers/fused_moe.py#L244",
+            upstream=f"{SOURCE}/lora/layers/fused_moe.py#L244",
             since="0.16.0",
             until=None,
             wrap=fully_sharded.wrap_create_lora_weights,
@@ -106,7 +103,7 @@ PATCHES: tuple[Patch, ...] = (
         parameters=("self",),
         why="A refusal from inside a worker comes after minutes of loading and is hard to read.",
         how="Checks the finished configuration for whatever it alone shows to be wrong.",
-        upstream=f"{_SOURCE}/engine/arg_utils.py#L2245",
+        upstream=f"{SOURCE}/engine/arg_utils.py#L2245",
         since="0.16.0",
         until=None,
         wrap=engine_start.wrap_create_engine_config,
@@ -119,7 +116,7 @@ PATCHES: tuple[Patch, ...] = (
         why="An adapter that another package has made of tensors gets the experts [ep_rank * n, "
         "(ep_rank + 1) * n), which are the wrong ones if experts are uneven or round-robin.",
         how="Experts that are not packed yet are packed first, those in each layer's _expert_map.",
-        upstream=f"{_SOURCE}/lora/model_manager.py#L421",
+        upstream=f"{SOURCE}/lora/model_manager.py#L421",
         hazard=rules.PATCHED_BY_OTHERS,
         since="0.16.0",
         until=None,
@@ -134,7 +131,7 @@ PATCHES: tuple[Patch, ...] = (
         "written after a rebalance has the places that experts had before.",
         how="An adapter that was read before is in a free slot already. With EPLB, rows go to where "
         "the experts are now.",
-        upstream=f"{_SOURCE}/lora/model_manager.py#L355",
+        upstream=f"{SOURCE}/lora/model_manager.py#L355",
         since="0.16.0",
         until=None,
         wrap=activation.wrap_activate_adapter,
@@ -147,7 +144,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Sleep mode gives up the memory of the LoRA slots, into which a thread may be writing an "
         "adapter that was read before it is added.",
         how="The thread stops first; the adapter is written as it is added.",
-        upstream=f"{_SOURCE}/v1/worker/gpu_worker.py#L185",
+        upstream=f"{SOURCE}/v1/worker/gpu_worker.py#L185",
         since="0.16.0",
         until=None,
         wrap=activation.wrap_sleep,
@@ -160,7 +157,7 @@ PATCHES: tuple[Patch, ...] = (
         why="It drops rank_pattern and alpha_pattern, so that an adapter that another package has "
         "in memory is scaled wrongly.",
         how="What it returns has them, for lorashard's loader.",
-        upstream=f"{_SOURCE}/lora/peft_helper.py#L156",
+        upstream=f"{SOURCE}/lora/peft_helper.py#L156",
         hazard=rules.PATTERNS_IGNORED,
         since="0.16.0",
         until="0.31.0",
@@ -175,7 +172,7 @@ PATCHES: tuple[Patch, ...] = (
         why="The warm-up makes a dummy adapter with all the model's experts, too many for a rank's "
         "buffers (until 0.21.0), and fails on a rank without experts.",
         how="MoE layers for which vLLM cannot make one get zeros in the size of their buffers.",
-        upstream=f"{_SOURCE}/lora/model_manager.py#L648",
+        upstream=f"{SOURCE}/lora/model_manager.py#L648",
         since="0.16.0",
         until=None,
         wrap=warm_up.wrap_create_dummy_lora,
@@ -189,7 +186,7 @@ PATCHES: tuple[Patch, ...] = (
         "would be cut by tensor-parallel rank as well.",
         how="The layer keeps the kernel of its quant method and takes tp_size and tp_rank from "
         "the MoE layer (1 and 0).",
-        upstream=f"{_VLLM}/pull/40867",
+        upstream=f"{VLLM}/pull/40867",
         since="0.16.0",
         until="0.20.2",
         wrap=expert_parallel.wrap_init,
@@ -204,7 +201,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Under expert parallelism the CUDA op counts the local experts but gets global ids, "
         "and vLLM indexes the expert map with its unwritten output: an illegal memory access.",
         how="The op gets the number of all experts and the map itself, and ids that start as -1.",
-        upstream=f"{_VLLM}/pull/40867",
+        upstream=f"{VLLM}/pull/40867",
         hazard=rules.SORTED_BY_LOCAL_EXPERT,
         since="0.16.0",
         until="0.20.2",
@@ -219,7 +216,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Requests for the base model can get the deltas of an earlier adapter (until 0.23.0), "
         "and the kernel cannot run on a rank without experts.",
         how="Does nothing for a batch without LoRA or on a rank without experts.",
-        upstream=f"{_VLLM}/issues/42008",
+        upstream=f"{VLLM}/issues/42008",
         hazard=rules.EARLIER_DELTAS,
         since="0.16.0",
         until=None,
@@ -232,7 +229,7 @@ PATCHES: tuple[Patch, ...] = (
         parameters=("self", "layer", "x", "topk_weights", "topk_ids"),
         why="LoRA on FP8 experts is computed from quantised activations without their scale.",
         how="Puts the layer's input into the LoRA context while the experts run.",
-        upstream=f"{_VLLM}/pull/42120",
+        upstream=f"{VLLM}/pull/42120",
         hazard=rules.FP8_ACTIVATIONS,
         since="0.20.0",
         until="0.23.0",
@@ -247,7 +244,7 @@ PATCHES: tuple[Patch, ...] = (
             parameters=("self", "lora_context", "y", "x"),
             why="LoRA on FP8 experts is computed from quantised activations without their scale.",
             how="Takes the input from the LoRA context if the one passed in is quantised.",
-            upstream=f"{_VLLM}/pull/42120",
+            upstream=f"{VLLM}/pull/42120",
             hazard=rules.FP8_ACTIVATIONS,
             since=since,
             until=until,
@@ -267,7 +264,7 @@ PATCHES: tuple[Patch, ...] = (
             parameters=(*(("self",) if owner else ()), *parameters),
             why="A rebalance moves the experts' weights but not their LoRA.",
             how=how,
-            upstream=f"{_SOURCE}/{module.removeprefix('vllm.').replace('.', '/')}.py#L{line}",
+            upstream=source_line(module, line),
             hazard=rules.EPLB,
             since="0.24.0",
             until=None,

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 
 from lorashard.vllm_plugin.patches import reading_ahead
-from tests.tiny import REPO
-from tests.vllm_release import END_RELEASES, run_in_release
+from tests.vllm_release import END_RELEASES, answers_of
 
-SCRIPT = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-from tests.vllm_plugin import reading_ahead
-answer(reading_ahead.run_all())
-"""
 RIGHT = [[], []]  # nothing wrong on any rank
 READ, ADDED = "lorashard: to be read", "lorashard: was read"
 BY_THREADS = ["lorashard", "lorashard"]  # on each rank one, and only once
@@ -23,9 +16,8 @@ BY_THREADS = ["lorashard", "lorashard"]  # on each rank one, and only once
 each_release = pytest.mark.parametrize("release", END_RELEASES)
 
 
-@cache
 def answers(release: str) -> dict[str, Any]:
-    found: dict[str, Any] = run_in_release(release, SCRIPT, timeout_s=300)
+    found: dict[str, Any] = answers_of(release, "tests.vllm_plugin.reading_ahead")
     return found
 
 

@@ -18,13 +18,11 @@ WIDTH = 6  # values of a row
 
 
 def moving_layers(rank: int, seed: int, count: int) -> list[MovingLayer]:
-    shuffled, stacks = (
-        random.Random(seed),
-        [
-            torch.zeros(NUM_SLOTS, EXPERTS // NUM_RANKS, 2, cols, dtype=torch.bfloat16)
-            for cols in (1, 2)
-        ],
-    )
+    shuffled = random.Random(seed)
+    stacks = [
+        torch.zeros(NUM_SLOTS, EXPERTS // NUM_RANKS, 2, cols, dtype=torch.bfloat16)
+        for cols in (1, 2)
+    ]
     layers = []
     for _ in range(count):
         before, after = list(range(EXPERTS)), list(range(EXPERTS))

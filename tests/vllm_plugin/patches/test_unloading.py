@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 
-from tests.tiny import REPO
-from tests.vllm_release import END_RELEASES, run_in_release
+from tests.vllm_release import END_RELEASES, answers_of
 
-SCRIPT = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-from tests.vllm_plugin import unloading
-answer(unloading.run_all())
-"""
 ON_BOTH, ON_NONE = [[1], [1]], [[], []]
 RIGHT = [[], []]  # nothing wrong on any rank
 PROMPT = 32  # tokens of it that a cache of whole blocks can have
@@ -22,9 +15,8 @@ PROMPT = 32  # tokens of it that a cache of whole blocks can have
 each_release = pytest.mark.parametrize("release", END_RELEASES)
 
 
-@cache
 def answers(release: str) -> dict[str, Any]:
-    found: dict[str, Any] = run_in_release(release, SCRIPT, timeout_s=300)
+    found: dict[str, Any] = answers_of(release, "tests.vllm_plugin.unloading")
     return found
 
 
