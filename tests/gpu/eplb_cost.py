@@ -18,7 +18,7 @@ from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, LORA_RANK, adapter_dire
 from tests.gpu.processes import child_environment, exit_after, run
 
 NUM_LORAS, REPEATS = 4, 15
-ENGINE_LIMIT_S = 120.0
+ENGINE_LIMIT_S = 150.0
 COMMUNICATORS = ("torch_nccl",)
 
 
