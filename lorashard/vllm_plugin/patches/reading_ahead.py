@@ -1,6 +1,6 @@
 """`/v1/load_lora_adapter`: the workers read the adapter before the engine is to add it.
 
-vLLM's engine adds an adapter between two steps, and until it is there no request goes on. So the
+vLLM's workers add an adapter between two steps, and until it is there no request goes on. So the
 server first has the adapter read, and asks now and then how it goes; only then has it added. It asks
 with an `add_lora` that bears a mark, since the workers of every release have that method. A worker
 that does not know the mark adds the adapter right away.
@@ -25,7 +25,7 @@ from lorashard.vllm_plugin.load.slot_ahead import SlotAhead
 # Before the number of the request, in place of a base model's name, which no worker looks at.
 _TO_BE_READ, _WAS_READ = "lorashard: to be read: ", "lorashard: was read: "
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.005, 0.05
-# At first it waits for most of the time that the adapter before took: each question delays a step.
+# At first it waits for most of the time that the adapter before took: a question takes time of a step.
 _SHARE_OF_LAST, _LONGEST_GUESS_S = 0.75, 0.06
 _LAST_READ_S = "_lorashard_last_read_s"  # an attribute of vLLM's AsyncLLM
 _LIMIT_S = 600.0  # an adapter that is not read by then is waited for in the engine

@@ -9,7 +9,7 @@ expert parallelism all ranks refuse an adapter that one of them cannot load, so 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,22 @@ def wrap_executor_add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_lora(self: Any, lora_request: Any) -> Any:
         if not has_lora_and_ep(self.vllm_config):
             return original(self, lora_request)
-        answers = self.collective_rpc(add_or_say_why, args=(lora_request,))
-        reasons = [answer.reason for answer in answers if isinstance(answer, NotAdded)]
-        if reasons:
-            raise RuntimeError(f"Worker failed with error '{reasons[0]}'")
-        return all(answers)
+        return outcome_of(ask_workers(self, lora_request))
 
     return add_lora
+
+
+def ask_workers(executor: Any, lora_request: Any, **how: Any) -> Any:
+    """The answers of all workers. how: for vLLM's `collective_rpc`; a future of them with non_block."""
+    return executor.collective_rpc(add_or_say_why, args=(lora_request,), **how)
+
+
+def outcome_of(answers: Sequence[Any]) -> bool:
+    """Whether all workers have added the adapter. Raises RuntimeError if one could not."""
+    reasons = [answer.reason for answer in answers if isinstance(answer, NotAdded)]
+    if reasons:
+        raise RuntimeError(f"Worker failed with error '{reasons[0]}'")
+    return all(answers)
 
 
 def add_or_say_why(worker: Any, lora_request: Any) -> Any:

@@ -8,6 +8,10 @@ from lorashard.vllm_plugin.patches.apply import SOURCE, VLLM, Patch, source_line
 
 _ENGINE = "vllm.v1.engine.core"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
+_ADD_LORA = (
+    "An adapter of that number that is still to be removed goes first. While the workers add the new "
+    "one, the engine goes on scheduling (since 0.17.1)."
+)
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
@@ -75,7 +79,7 @@ PATCHES: tuple[Patch, ...] = (
                 "add_lora",
                 ("lora_request",),
                 1088,
-                "An adapter of that number that is still to be removed goes first.",
+                _ADD_LORA,
                 unloading.wrap_add_lora,
             ),
             (

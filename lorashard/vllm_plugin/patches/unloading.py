@@ -13,6 +13,7 @@ from typing import Any
 from lorashard.vllm_plugin.engine.adapter_uses import AdapterUses
 from lorashard.vllm_plugin.engine.facts import has_lora_and_ep
 from lorashard.vllm_plugin.engine.prefix_versions import PrefixVersions
+from lorashard.vllm_plugin.patches.answered_later import add_between_steps
 from lorashard.vllm_plugin.patches.data_parallel import limit_adapters
 from lorashard.vllm_plugin.patches.reading_ahead import is_to_be_read
 
@@ -61,13 +62,18 @@ def wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    """EngineCore.add_lora: what an adapter of that number has left behind goes first."""
+    """EngineCore.add_lora: what an adapter of that number has left behind goes first.
 
-    def add_lora(self: Any, lora_request: Any) -> bool:
+    The engine goes on while the workers add it.
+    """
+
+    def add_lora(self: Any, lora_request: Any) -> Any:
         uses = _uses(self.scheduler)
-        if uses is not None and not is_to_be_read(lora_request):
+        if uses is None:
+            return original(self, lora_request)
+        if not is_to_be_read(lora_request):
             uses.before_load(lora_request)
-        return bool(original(self, lora_request))
+        return add_between_steps(self, lora_request, original)
 
     return add_lora
 
