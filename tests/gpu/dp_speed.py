@@ -28,7 +28,7 @@ from tests.gpu.step_figures import Found, Series, summarise
 from tests.gpu.throughput import DECODE, EXTENSION, PREFILL, measure, print_speeds
 
 KINDS = ("dp", "dp-stock", "tp")
-ROUNDS = 9
+ROUNDS = 6
 # Of prefill so many that an engine's fill several of its steps.
 NUM_REQUESTS = {DECODE: 32, PREFILL: 64}
 # Served name -> adapter. Stock is asked for one.
