@@ -96,19 +96,18 @@ def measure(work: Path, communicator: str, *, lora: bool, repeats: int) -> dict[
 
 
 def summarise(with_lora: dict[str, Any], without: dict[str, Any]) -> dict[str, Any]:
-    """Medians. ratio: to the median of the same engine without an adapter in a slot, for 0 adapters to
-    that of vLLM without LoRA. Beside it the ratio of what travels, and the most that it may be.
+    """Medians. ratio: to vLLM without LoRA. Beside it the ratio of what travels, and the most that it
+    may be.
     """
     base_bytes, lora_bytes = with_lora["bytes"]
     base = statistics.median(without["seconds"]["0"])
-    none = statistics.median(with_lora["seconds"]["0"])
     summary: dict[str, Any] = {"without_s": base}
     for count, seconds in with_lora["seconds"].items():
         own = statistics.median(seconds)
         most = 1 + 1.2 * int(count) * lora_bytes / base_bytes
         summary[f"{count} adapters"] = {
             "s": own,
-            "ratio": round(own / (base if count == "0" else none), 3),
+            "ratio": round(own / base, 3),
             "bytes_ratio": round(1 + int(count) * lora_bytes / base_bytes, 3),
             "most": round(most, 3),
         }

@@ -22,8 +22,7 @@ the base model itself is wrong (0.09 instead of 0.02); the plugin refuses that, 
 """
 COST = """
 A rearrangement by `EplbState.rearrange`, GLM-4.5-Air's shapes with 8 MoE layers in bf16, 128 experts on two ranks, r = 32, maps at random;
-medians, and between which values the middle half of them lies. "Time" is beside the same engine without an adapter in a slot, and for 0 adapters
-beside vLLM without LoRA. "Bytes" is what travels, beside vLLM without LoRA.
+medians, and between which values the middle half of them lies. "Time", and "bytes", which is what travels, are beside vLLM without LoRA.
 """
 
 
@@ -104,10 +103,9 @@ def _costs(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             without = engines[communicator]["seconds"]["0"]
             start = f"| {release} | {communicator}"
             rows.append(f"{start} | without LoRA | {_middle(summary['without_s'], without)} | | |")
-            of_none = summary["0 adapters"]["s"]
             for count, seconds in engines[f"{communicator}:lora"]["seconds"].items():
                 figures = summary[f"{count} adapters"]
-                ratio = figures["s"] / (summary["without_s"] if count == "0" else of_none)
+                ratio = figures["s"] / summary["without_s"]
                 rows.append(
                     f"{start} | {count} | {_middle(figures['s'], seconds)} | "
                     f"{ratio:.2f}× | {figures['bytes_ratio']:.2f}× |"
