@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tests.gpu.dp_cases import CASES
+from tests.gpu.speed_report import MEASURED, gpu_names, speed_table
 
 Result = Mapping[str, Any]
 
@@ -17,9 +18,15 @@ is, and if no single answer is nearer to another model's reference. With lorasha
 log-probabilities that it has in a prompt, and an adapter is loaded, used on both engines and unloaded while both are busy.
 """
 SPEED = """
-Tokens a second of 32 requests together, GLM-4.5-Air's shapes with 8 MoE layers in bf16, r = 32, CUDA graphs; medians of rounds, in each of which all
-servers are asked in turn. Stock is right only where both engines have the same adapter in the same slot.
+The time of a step on two {gpu}, with GLM-4.5-Air's shapes with 8 MoE layers in bf16, r = 32, CUDA graphs: 32 requests together that decode, and 64
+of prefill, half of them on each engine with `-dp 2`, where tokens are those of one engine. Stock is right only where both engines have the same
+adapter in the same slot. {measured}
 """
+SERVERS = {
+    "dp-stock": "-dp 2 without lorashard",
+    "dp": "-dp 2 with lorashard",
+    "tp": "-tp 2 with lorashard",
+}
 
 
 def dp_part(documents: Iterable[Mapping[str, Any]]) -> str:
@@ -32,7 +39,8 @@ def dp_part(documents: Iterable[Mapping[str, Any]]) -> str:
         gpus = ", ".join(sorted({str(of_run.get("gpu", "GPUs")) for _, of_run in found}))
         parts += [DP.format(gpu=gpus).strip(), _answers(found)]
     if speeds:
-        parts += [SPEED.strip(), _speeds(speeds)]
+        text = SPEED.format(gpu=gpu_names(speeds), measured=MEASURED)
+        parts += [text.strip(), speed_table(speeds, SERVERS)]
     return "\n\n".join(parts)
 
 
@@ -67,21 +75,3 @@ def _cells(server: Result) -> str:
             f"{mixed['nearer_to_another']}"
         )
     return f"{right} of {len(checks)} | {span} ({shown_base}) | {cell}"
-
-
-def _speeds(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    rows = [
-        "| release | | -dp 2 without lorashard | -dp 2 with lorashard | -tp 2 with lorashard |",
-        "|---|---|---|---|---|",
-    ]
-    for release, servers in found:
-        names = [name for name, of in servers.get("dp", {}).items() if isinstance(of, dict)]
-        for name in names:
-            cells = [_figure(servers, kind, name) for kind in ("dp-stock", "dp", "tp")]
-            rows.append(f"| {release} | {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def _figure(servers: Mapping[str, Any], kind: str, name: str) -> str:
-    of = servers.get(kind, {}).get(name)
-    return f"{of['tokens_a_second']:,.0f}" if isinstance(of, dict) else "–"

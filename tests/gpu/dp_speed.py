@@ -1,12 +1,14 @@
-"""Tokens a second with LoRA: two data-parallel engines, beside stock vLLM's, and beside -tp 2.
+"""The time of a step with LoRA: two data-parallel engines, beside stock vLLM's, and beside -tp 2.
 
     python -m tests.gpu.dp_speed --work DIR --out FILE [--only dp dp-stock tp] [--nccl LIBRARY]
 
 GLM-4.5-Air's shapes with 8 MoE layers and dummy weights, adapters of r = 32, CUDA graphs. Stock is right
 only where all engines have the same adapters in the same slots, so there one adapter is used on both.
-Decode: 32 requests of 32 tokens that generate 128 each. Prefill: 32 requests of 960 tokens that generate
-one. All servers are up at the same time and are asked in turn, so that whatever else slows the host down
-meets all of them; medians of the rounds after one that is not counted. FILE is written after each round.
+Decode: 32 requests of 32 tokens that generate 128 each; the time from step to step with all of an engine's
+requests. Prefill: 64 requests of 960 tokens that generate one; the GPU's time for a token of a large step.
+All servers are up at the same time and are asked in turn, so that whatever else slows the host down meets
+all of them; medians of the steps of all rounds after one that is not counted. FILE is written after each
+round.
 """
 
 import argparse
@@ -20,12 +22,15 @@ from typing import Any
 from tests.gpu.checkpoint import save_tokenizer
 from tests.gpu.load_adapters import VOCABULARY, adapter_directory
 from tests.gpu.nccl import nccl_variables
-from tests.gpu.processes import child_environment, run
+from tests.gpu.processes import child_environment, gpu_name, run
 from tests.gpu.server import Server
-from tests.gpu.throughput import DECODE, PREFILL, Figures, summarise, tokens_a_second
+from tests.gpu.step_figures import Found, Series, summarise
+from tests.gpu.throughput import DECODE, EXTENSION, PREFILL, measure, print_speeds
 
 KINDS = ("dp", "dp-stock", "tp")
-NUM_REQUESTS, ROUNDS = 32, 9
+ROUNDS = 6
+# Of prefill so many that an engine's fill several of its steps.
+NUM_REQUESTS = {DECODE: 32, PREFILL: 64}
 # Served name -> adapter. Stock is asked for one.
 SERVED = {"a": 0, "b": 1}
 # What each of two engines, or halves of the requests, is asked for.
@@ -42,7 +47,7 @@ def command(work: Path, kind: str) -> list[str]:
         *("--max-lora-rank", "32", "--max-loras", "2", "--max-cpu-loras", "2"),
         *("--served-model-name", "base", "--max-model-len", "1024", "--max-num-seqs", "32"),
         *("--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(2 << 30)),
-        *("--no-enable-prefix-caching", "--compilation-config"),
+        *("--no-enable-prefix-caching", *EXTENSION, "--compilation-config"),
         json.dumps({"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]}),
         "--lora-modules",
         *(
@@ -52,20 +57,21 @@ def command(work: Path, kind: str) -> list[str]:
     ]
 
 
-def measure_round(servers: Mapping[str, Server], figures: Figures) -> None:
-    """One more figure of each server for each workload and mix of adapters."""
-    for workload in (DECODE, PREFILL):
+def measure_round(servers: Mapping[str, Server], found: Found) -> None:
+    """One more round of each server for each workload and mix of adapters."""
+    for workload, num_requests in NUM_REQUESTS.items():
         for mix, names in MIXES.items():
             for kind, server in servers.items():
                 if kind == "dp-stock" and mix == "two adapters":
                     continue
-                figure = tokens_a_second(
+                what = f"{workload.name}, {mix}"
+                measure(
                     server,
-                    names * (NUM_REQUESTS // len(names)),
+                    names * (num_requests // len(names)),
                     workload,
+                    found[kind].setdefault(what, Series(workload.unit)),
                     num_engines=1 if kind == "tp" else 2,
                 )
-                figures[kind].setdefault(f"{workload.name}, {mix}", []).append(round(figure, 1))
 
 
 def _main() -> None:
@@ -91,7 +97,7 @@ def _main() -> None:
     run(adapters, logs / "load_adapters.log", child_environment(stock=True), 150.0)
     save_tokenizer(work / "model", VOCABULARY)
     document: dict[str, Any] = {"release": release, "stock": False, "cases": []}
-    figures: Figures = {kind: {} for kind in args.only}
+    found: Found = {kind: {} for kind in args.only}
     with ExitStack() as stack:
         servers = {}
         for kind in args.only:
@@ -102,11 +108,10 @@ def _main() -> None:
         for kind, server in servers.items():
             print(f"{kind}: started, {server.wait():.0f} s", flush=True)
         for _ in range(args.rounds + 1):
-            measure_round(servers, figures)
-            document["dp_speed"] = summarise(figures)
+            measure_round(servers, found)
+            document["dp_speed"] = {"gpu": gpu_name(), **summarise(found, "dp-stock", "dp")}
             args.out.write_text(json.dumps(document, indent=1))
-    for kind, found in document["dp_speed"].items():
-        print(kind, {what: of["tokens_a_second"] for what, of in found.items()}, flush=True)
+    print_speeds(document["dp_speed"])
 
 
 if __name__ == "__main__":

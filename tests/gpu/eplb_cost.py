@@ -3,8 +3,11 @@
     python -m tests.gpu.eplb_cost --work DIR --out FILE
 
 GLM-4.5-Air's shapes with 8 MoE layers and dummy weights, adapters of r = 32; EPLB's synchronous way,
-which can be timed, with the communicator of its default, asynchronous one. Maps at random. --short: one
-engine, in which nothing of LoRA travels as long as no adapter is used.
+which can be timed, with the communicator of its default, asynchronous one. Maps at random. Each engine
+takes turns: adapters into their slots, a rearrangement that is not counted, and some that are, so that
+all of these come right after another. Ratios are of medians over all turns: every count takes part in each
+turn, so that a host that slows down meets all of them, and a turn has too few to be a figure of its own.
+--short: one engine, in which nothing of LoRA travels as long as no adapter is used.
 """
 
 import argparse
@@ -17,12 +20,12 @@ from typing import Any
 from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, LORA_RANK, adapter_directory
 from tests.gpu.processes import child_environment, exit_after, run
 
-NUM_LORAS, REPEATS = 4, 15
+NUM_LORAS, TURNS, REPEATS = 4, 15, 2
 ENGINE_LIMIT_S = 150.0
 COMMUNICATORS = ("torch_nccl",)
 
 
-def measure(work: Path, communicator: str, *, lora: bool) -> dict[str, Any]:
+def measure(work: Path, communicator: str, *, lora: bool, repeats: int) -> dict[str, Any]:
     """Seconds of some rearrangements, by the number of adapters."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -73,10 +76,9 @@ def measure(work: Path, communicator: str, *, lora: bool) -> dict[str, Any]:
         for number in range(1, NUM_LORAS + 1):
             activate(number)
             llm.generate(prompt, one, lora_request=request(number), use_tqdm=False)
-        turns = (5, REPEATS, (0, 1, NUM_LORAS))
-        seconds = llm.collective_rpc("rearrange_in_turn", args=turns)[0]
-    else:
-        seconds = {"0": llm.collective_rpc("rearrange", args=(5, REPEATS))[0]}
+    counts = (0, 1, NUM_LORAS) if lora else (0,)
+    turns = (5, TURNS, repeats, counts)
+    seconds = llm.collective_rpc("rearrange_in_turn", args=turns)[0]
     seconds = {count: [round(value, 4) for value in timed] for count, timed in seconds.items()}
     if lora:
         # Four more push the first four out of their slots; back in, their rows have to be moved.
@@ -94,22 +96,18 @@ def measure(work: Path, communicator: str, *, lora: bool) -> dict[str, Any]:
 
 
 def summarise(with_lora: dict[str, Any], without: dict[str, Any]) -> dict[str, Any]:
-    """Medians. ratio: to the rearrangement of the same turn without an adapter in a slot, for 0 adapters
-    to vLLM without LoRA. Beside it the ratio of what travels, and the most that it may be.
+    """Medians. ratio: to vLLM without LoRA. Beside it the ratio of what travels, and the most that it
+    may be.
     """
     base_bytes, lora_bytes = with_lora["bytes"]
-    base = statistics.median(without["seconds"]["0"][1:])
-    of_none = with_lora["seconds"]["0"]
+    base = statistics.median(without["seconds"]["0"])
     summary: dict[str, Any] = {"without_s": base}
     for count, seconds in with_lora["seconds"].items():
-        turns = zip(seconds[1:], of_none[1:], strict=True)
-        ratio = statistics.median(own / none for own, none in turns)
-        if count == "0":
-            ratio = statistics.median(seconds[1:]) / base
+        own = statistics.median(seconds)
         most = 1 + 1.2 * int(count) * lora_bytes / base_bytes
         summary[f"{count} adapters"] = {
-            "s": statistics.median(seconds[1:]),
-            "ratio": round(ratio, 3),
+            "s": own,
+            "ratio": round(own / base, 3),
             "bytes_ratio": round(1 + int(count) * lora_bytes / base_bytes, 3),
             "most": round(most, 3),
         }
@@ -121,13 +119,14 @@ def _main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--short", action="store_true", help="one engine")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="counted ones of a turn")
     parser.add_argument("--engine", help="COMMUNICATOR or COMMUNICATOR:lora, for one engine")
     args = parser.parse_args()
     if args.engine:
         communicator, _, lora = args.engine.partition(":")
 
         def measured() -> None:
-            found = measure(args.work / "load", communicator, lora=bool(lora))
+            found = measure(args.work / "load", communicator, lora=bool(lora), repeats=args.repeats)
             args.out.write_text(json.dumps(found))
 
         exit_after(measured)
@@ -142,10 +141,9 @@ def _main() -> None:
             out = logs / f"eplb-cost-{kind.replace(':', '-')}.json"
             out.unlink(missing_ok=True)
             command = ["-m", "tests.gpu.eplb_cost", "--work", str(args.work), "--out", str(out)]
+            command += ["--repeats", str(args.repeats), "--engine", kind]
             environment = child_environment(stock=False)
-            ended = run(
-                [*command, "--engine", kind], out.with_suffix(".log"), environment, ENGINE_LIMIT_S
-            )
+            ended = run(command, out.with_suffix(".log"), environment, ENGINE_LIMIT_S)
             engines[kind] = json.loads(out.read_text()) if out.exists() else {"ended": ended}
         document[communicator] = engines
         if all("seconds" in engine for engine in engines.values()):

@@ -90,17 +90,24 @@ class Rebalancing:
         return seconds
 
     def rearrange_in_turn(
-        self, seed: int, repeats: int, counts: Sequence[int]
+        self, seed: int, turns: int, repeats: int, counts: Sequence[int]
     ) -> dict[str, list[float]]:
-        """The same with so many adapters in their slots, in turn, of those that are in host memory."""
-        manager = self.model_runner.lora_manager._adapter_manager
-        numbers = sorted(manager.list_adapters())
+        """The same with so many adapters in their slots, in turn, of those that are in host memory.
+
+        Each time one more rearrangement comes first, which is not counted: it is slower after adapters
+        were put into their slots, and only the others come right after another. Without LoRA, counts
+        can only be 0.
+        """
+        lora = getattr(self.model_runner, "lora_manager", None)
+        manager = lora._adapter_manager if lora else None
+        numbers = sorted(manager.list_adapters()) if manager else []
         seconds: dict[str, list[float]] = {str(count): [] for count in counts}
-        for turn in range(repeats):
+        for turn in range(turns):
             for count in counts:
                 for number in numbers:
                     manager.deactivate_adapter(number)
                 for number in numbers[:count]:
                     manager.activate_adapter(number)
-                seconds[str(count)] += self.rearrange(seed + 100 * turn + count, 1)
+                timed = self.rearrange(seed + 100 * turn + count, 1 + repeats)
+                seconds[str(count)] += timed[1:]
         return seconds

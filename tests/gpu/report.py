@@ -325,7 +325,7 @@ def make_report(documents: Sequence[Document]) -> str:
         ("Different adapters on data-parallel engines", dp_part(documents)),
         ("Beside verl, adapters in memory", verl_table(documents)),
         ("Load times, stock → lorashard", load_table(documents)),
-        ("Tokens a second", speed_part(documents)),
+        ("The time of a step", speed_part(documents)),
         (
             "From a trainer to answers, and what running requests notice",
             publishing_table(documents),

@@ -1,15 +1,20 @@
-"""The part of docs/gpu.md about tokens a second: results of `tests.gpu.tp_speed`."""
+"""The part of docs/gpu.md about the time of a step: results of `tests.gpu.tp_speed`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SPEED = """
-`vllm serve -tp 2 --enable-expert-parallel` on two {gpu}, GLM-4.5-Air's shapes with 8 MoE layers in bf16, r = 32, CUDA graphs. Decode: prompts of
-32 tokens, 128 are generated. Prefill: prompts of 960 tokens, one is generated. Both servers run at the same time and are asked in turn; medians
-of the rounds, and the middle half of them as a part of the median.
+`vllm serve -tp 2 --enable-expert-parallel` on two {gpu}, GLM-4.5-Air's shapes with 8 MoE layers in bf16, r = 32, CUDA graphs. {measured}
 """
+# Also of dp_report.
+MEASURED = """
+Decode, prompts of 32 tokens for which 128 are generated: the time from the begin of a step to the next, while all requests are in both. Prefill,
+prompts of 960 tokens: the GPU's time for a step by its tokens, of steps of 2,048 or more, or of a whole prompt if there is just one. Taken in the
+worker, on the first rank. All servers run at the same time and are asked in turn; medians of the steps of all rounds, and half of the range in
+which the middle half of them lies. The goal is at most 1.03 times stock.
+""".strip()
 
 
 def speed_part(documents: Iterable[Mapping[str, Any]]) -> str:
@@ -17,19 +22,36 @@ def speed_part(documents: Iterable[Mapping[str, Any]]) -> str:
     found = [(str(d["release"]), d["tp_speed"]) for d in documents if "tp_speed" in d]
     if not found:
         return ""
+    columns = {"stock": "without lorashard", "plugin": "with lorashard"}
+    text = SPEED.format(gpu=gpu_names(found), measured=MEASURED)
+    return "\n\n".join([text.strip(), speed_table(found, columns)])
+
+
+def gpu_names(found: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """Their names, of all runs."""
+    return ", ".join(sorted({speeds["gpu"] for _, speeds in found}))
+
+
+def speed_table(found: Sequence[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str]) -> str:
+    """A row for each release and workload. columns: the kinds of servers, and what each is called.
+
+    The ratio is the one that was written, of lorashard to stock.
+    """
     rows = [
-        "| release | | without lorashard | with lorashard | ratio |",
-        "|---|---|---|---|---|",
+        f"| release | | {' | '.join(columns.values())} | ratio |",
+        "|---|---|" + "---|" * (len(columns) + 1),
     ]
     for release, speeds in found:
-        stock, plugin = speeds["servers"]["stock"], speeds["servers"]["plugin"]
-        for what, of in stock.items():
-            ratio = plugin[what]["tokens_a_second"] / of["tokens_a_second"]
-            cells = " | ".join(_cell(figures) for figures in (of, plugin[what]))
-            rows.append(f"| {release} | {what} | {cells} | {ratio:.3f} |")
-    gpus = ", ".join(sorted({speeds["gpu"] for _, speeds in found}))
-    return "\n\n".join([SPEED.format(gpu=gpus).strip(), "\n".join(rows)])
+        servers = speeds["servers"]
+        for what in dict.fromkeys(what for asked in servers.values() for what in asked):
+            cells = [_cell(servers.get(kind, {}).get(what)) for kind in columns]
+            ratio = speeds["ratios"].get(what)
+            shown = "–" if ratio is None else f"{ratio:.3f}"
+            rows.append(f"| {release} | {what} | {' | '.join(cells)} | {shown} |")
+    return "\n".join(rows)
 
 
-def _cell(figures: Mapping[str, Any]) -> str:
-    return f"{figures['tokens_a_second']:,.0f} (± {figures['spread'] / 2:.1%})"
+def _cell(figures: Mapping[str, Any] | None) -> str:
+    if figures is None or figures["median"] is None:
+        return "–"
+    return f"{figures['median']:.3f} {figures['unit']} (± {figures['spread'] / 2:.1%})"

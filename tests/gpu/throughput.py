@@ -1,10 +1,9 @@
-"""Tokens a second of requests that a server has at the same time, and what several rounds say of them."""
+"""The steps of a server while it has some requests at the same time, and its tokens a second."""
 
 from __future__ import annotations
 
 import json
 import random
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,19 @@ from typing import Any
 
 from tests.gpu.load_adapters import VOCABULARY
 from tests.gpu.server import Server
+from tests.gpu.step_figures import (
+    DECODE_UNIT,
+    PREFILL_UNIT,
+    Series,
+    Step,
+    Unit,
+    decode_ms,
+    prefill_us,
+    verdicts,
+)  # fmt: skip
 
-# Of each server: what it was asked -> a figure for each round.
-Figures = dict[str, dict[str, list[float]]]
+# For the servers: methods of workers that record steps.
+EXTENSION = ("--worker-extension-cls", "tests.gpu.step_times.StepTimes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +35,65 @@ class Workload:
     prompt: int
     generated: int
 
+    @property
+    def unit(self) -> Unit:
+        return DECODE_UNIT if self.generated > 1 else PREFILL_UNIT
+
 
 DECODE = Workload("decode", 32, 128)
 PREFILL = Workload("prefill", 960, 1)
 
 
-def tokens_a_second(
-    server: Server, names: Sequence[str], workload: Workload, *, num_engines: int = 1
-) -> float:
-    """Of all requests together, one for each of `names`: the adapters, or the base model.
+def measure(
+    server: Server,
+    names: Sequence[str],
+    workload: Workload,
+    series: Series,
+    *,
+    num_engines: int = 1,
+    times: int = 1,
+) -> None:
+    """One more round of `series`: a request for each of `names`, all at once, and that so many times.
 
-    num_engines: the requests go to so many data-parallel engines in turn.
+    num_engines: the requests go to so many data-parallel engines in turn. The first round, which is not
+    counted, is asked once more before: the kernels that these requests need are compiled then.
     """
+    if not series.rounds:
+        _ask(server, names, workload, num_engines)
+    _on_workers(server, "record_steps")
+    began = time.monotonic()
+    for _ in range(times):
+        _ask(server, names, workload, num_engines)
+    seconds = time.monotonic() - began
+    steps = [
+        Step(int(tokens), int(requests), began_s, gpu_ms)
+        for tokens, requests, began_s, gpu_ms in _on_workers(server, "recorded_steps")[0]
+    ]
+    of_an_engine = len(names) // num_engines
+    if workload.generated > 1:
+        series.rounds.append(decode_ms(steps, of_an_engine))
+        tokens = workload.generated
+    else:
+        series.rounds.append(prefill_us(steps, of_an_engine * workload.prompt))
+        tokens = workload.prompt
+    series.tokens_a_second.append(times * len(names) * tokens / seconds)
+
+
+def _on_workers(server: Server, method: str) -> list[Any]:
+    """What each worker returns: of data-parallel engines, the first one's."""
+    status, body = server.post("/collective_rpc", {"method": method})
+    if status != 200:
+        raise RuntimeError(f"/collective_rpc {method}: {status} {body[:300]}")
+    results: list[Any] = json.loads(body)["results"]
+    return results
+
+
+def _ask(server: Server, names: Sequence[str], workload: Workload, num_engines: int) -> None:
+    """A request for each of `names`, the adapters or the base model, until all are answered."""
     chance = random.Random(0)
     prompts = [[chance.randrange(5, VOCABULARY - 5) for _ in range(workload.prompt)] for _ in names]
 
-    def one(number: int) -> int:
+    def one(number: int) -> None:
         body = {
             "model": names[number], "prompt": prompts[number], "max_tokens": workload.generated,
             "ignore_eos": True, "temperature": 0,
@@ -50,29 +102,17 @@ def tokens_a_second(
         status, text = server.post("/v1/completions", body, engine)
         if status != 200:
             raise RuntimeError(f"{names[number]}: {status} {text[:300]}")
-        return int(json.loads(text)["usage"]["completion_tokens"])
+        generated = json.loads(text)["usage"]["completion_tokens"]
+        if generated != workload.generated:
+            raise RuntimeError(f"{names[number]}: {generated} tokens instead of those asked for")
 
-    began = time.monotonic()
     with ThreadPoolExecutor(len(names)) as pool:
-        generated = sum(pool.map(one, range(len(names))))
-    seconds = time.monotonic() - began
-    return (generated if workload.generated > 1 else len(names) * workload.prompt) / seconds
+        list(pool.map(one, range(len(names))))
 
 
-def summarise(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    """For each server and what it was asked: the median of the rounds but the first, and all figures.
-
-    spread: the middle half of the rounds, as a part of the median.
-    """
-    return {
-        kind: {what: _summary(found) for what, found in asked.items()}
-        for kind, asked in figures.items()
-    }
-
-
-def _summary(found: Sequence[float]) -> dict[str, Any]:
-    counted = sorted(found[1:] or found)
-    median = statistics.median(counted)
-    quarter = len(counted) // 4
-    spread = (counted[-1 - quarter] - counted[quarter]) / median
-    return {"tokens_a_second": median, "spread": round(spread, 4), "all": list(found)}
+def print_speeds(speeds: Mapping[str, Any]) -> None:
+    """Of step_figures.summarise: medians of each server, then the ratios."""
+    for kind, asked in speeds["servers"].items():
+        for what, of in asked.items():
+            print(f"{kind}, {what}: {of['median']} {of['unit']}, {of['steps']} steps", flush=True)
+    print("\n".join(verdicts(speeds)), flush=True)

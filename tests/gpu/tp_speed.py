@@ -1,12 +1,12 @@
-"""Tokens a second with 0, 1 and 4 adapters in use: stock vLLM beside the plugin, -tp 2 with EP.
+"""The time of a step with 0, 1 and 4 adapters in use: stock vLLM beside the plugin, -tp 2 with EP.
 
     python -m tests.gpu.tp_speed --work DIR --out FILE [--rounds 7]
 
 GLM-4.5-Air's shapes with 8 MoE layers and dummy weights, adapters of r = 32, CUDA graphs; 1, 16 and 64
-requests at a time. Decode: 32 tokens, and 128 are generated. Prefill: 960 tokens, and one is generated.
-Experts are placed evenly and in order, where stock vLLM is right, too. Both servers are up at the same
-time and are asked in turn; medians of the rounds after one that is not counted. FILE is written after
-each round.
+requests at a time. Decode: 32 tokens, and 128 are generated; the time from step to step with all requests.
+Prefill: 960 tokens, and one is generated; the GPU's time for a token of a large step. Experts are placed
+evenly and in order, where stock vLLM is right, too. Both servers are up at the same time and are asked in
+turn; medians of the steps of all rounds after one that is not counted. FILE is written after each round.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from tests.gpu.checkpoint import save_tokenizer
 from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, VOCABULARY, adapter_directory
 from tests.gpu.processes import child_environment, gpu_name, run
 from tests.gpu.server import Server
-from tests.gpu.throughput import DECODE, PREFILL, Figures, summarise, tokens_a_second
+from tests.gpu.step_figures import Found, Series, summarise
+from tests.gpu.throughput import DECODE, EXTENSION, PREFILL, measure, print_speeds
 
 KINDS = ("stock", "plugin")
 NUM_LORAS, BATCHES, ROUNDS = 4, (1, 16, 64), 7
@@ -44,7 +45,7 @@ def command(work: Path) -> list[str]:
         ),
         *("--served-model-name", "base", "--max-model-len", "1024", "--max-num-seqs", "64"),
         *("--gpu-memory-utilization", "0.4", "--kv-cache-memory-bytes", str(3 << 30)),
-        *("--no-enable-prefix-caching", "--compilation-config"),
+        *("--no-enable-prefix-caching", *EXTENSION, "--compilation-config"),
         json.dumps({"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}),
         "--lora-modules",
         *(
@@ -54,18 +55,20 @@ def command(work: Path) -> list[str]:
     ]
 
 
-def measure_round(servers: Mapping[str, Server], figures: Figures) -> None:
-    """One more figure of each server for each workload, batch and number of adapters."""
+def measure_round(servers: Mapping[str, Server], found: Found) -> None:
+    """One more round of each server for each workload, batch and number of adapters."""
     for workload in (DECODE, PREFILL):
         for batch in BATCHES:
+            # A few prompts are one step or two.
+            times = min(16, 64 // batch) if workload is PREFILL else 1
             for count, asked in MIXES.items():
                 names = [asked[number % len(asked)] for number in range(batch)]
                 what = f"{workload.name}, {batch} at a time, adapters in use: {count}"
                 if len(set(names)) < count:
                     continue
                 for kind, server in servers.items():
-                    figure = tokens_a_second(server, names, workload)
-                    figures[kind].setdefault(what, []).append(round(figure, 1))
+                    series = found[kind].setdefault(what, Series(workload.unit))
+                    measure(server, names, workload, series, times=times)
 
 
 def _main() -> None:
@@ -84,7 +87,7 @@ def _main() -> None:
     adapters = ["-m", "tests.gpu.load_adapters", str(work), "--form", "per_expert"]
     run(adapters, logs / "load_adapters.log", child_environment(stock=True), 150.0)
     save_tokenizer(work / "model", VOCABULARY)
-    figures: Figures = {kind: {} for kind in KINDS}
+    found: Found = {kind: {} for kind in KINDS}
     with ExitStack() as stack:
         servers = {}
         for kind in KINDS:
@@ -94,12 +97,11 @@ def _main() -> None:
         for kind, server in servers.items():
             print(f"{kind}: started, {server.wait():.0f} s", flush=True)
         for _ in range(args.rounds + 1):
-            measure_round(servers, figures)
-            speeds = {"gpu": gpu_name(), "servers": summarise(figures)}
+            measure_round(servers, found)
+            speeds = {"gpu": gpu_name(), **summarise(found, "stock", "plugin")}
             document = {"release": release, "stock": False, "cases": [], "tp_speed": speeds}
             args.out.write_text(json.dumps(document, indent=1))
-    for kind, found in summarise(figures).items():
-        print(kind, {what: of["tokens_a_second"] for what, of in found.items()}, flush=True)
+    print_speeds(speeds)
 
 
 if __name__ == "__main__":
