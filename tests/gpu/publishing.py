@@ -13,20 +13,15 @@ measurements one after another.
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import re
 import shutil
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lorashard.adapter.config import CONFIG_NAME
 from lorashard.publish.removal import remove_shards
@@ -35,12 +30,14 @@ from tests.bench.trainer_ranks import LORA_RANK, MODEL, Trainer
 from tests.gpu.checkpoint import save_tokenizer
 from tests.gpu.load_adapters import NUM_EXPERTS, NUM_LAYERS, VOCABULARY, write_model_config
 from tests.gpu.server import Server
+from tests.gpu.throughput import EXTENSION, on_workers
+from tests.gpu.token_gaps import MAX_LEN, NUM_REQUESTS, Decoding, gaps_at
 
-NUM_REQUESTS, PROMPT_TOKENS, MAX_LEN = 32, 32, 2048
 QUIET_S, NUM_LOADS, NUM_VERSIONS = 1.5, 4, 6
 TRAINERS = (2, 8)  # ranks
 KINDS = ("stock", "plugin")
 DEVICES = ("cuda:0", "cuda:1")
+BEGAN_S = 2  # of a recorded step
 
 
 def serve_command(model: Path, *, graphs: bool) -> list[str]:
@@ -50,67 +47,9 @@ def serve_command(model: Path, *, graphs: bool) -> list[str]:
         *("--max-lora-rank", str(LORA_RANK), "--max-loras", "3", "--max-cpu-loras", "3"),
         *("--served-model-name", "base", "--max-model-len", str(MAX_LEN)),
         *("--max-num-seqs", str(NUM_REQUESTS), "--gpu-memory-utilization", "0.4"),
-        *("--kv-cache-memory-bytes", str(2 << 30), "--no-enable-prefix-caching"),
+        *("--kv-cache-memory-bytes", str(2 << 30), "--no-enable-prefix-caching", *EXTENSION),
         *(() if graphs else ("--enforce-eager",)),
     ]
-
-
-class Decoding:
-    """Requests that go on until they are stopped, and when each of their tokens came."""
-
-    def __init__(self, url: str, model: str) -> None:
-        self.times: list[list[float]] = [[] for _ in range(NUM_REQUESTS)]
-        self._stops = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._decode, args=(url, model, number))
-            for number in range(NUM_REQUESTS)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _decode(self, url: str, model: str, number: int) -> None:
-        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
-        body = {
-            "model": model, "prompt": [3 + number, *range(10, 9 + PROMPT_TOKENS)], "stream": True,
-            "max_tokens": MAX_LEN - PROMPT_TOKENS - 1, "temperature": 0, "ignore_eos": True,
-        }  # fmt: skip
-        connection.request(
-            "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
-        )
-        answer = connection.getresponse()
-        while not self._stops.is_set() and (line := answer.readline()):
-            if line.startswith(b"data: {"):
-                self.times[number].append(time.perf_counter())
-        connection.close()
-
-    def wait_until_all_run(self) -> None:
-        ends = time.monotonic() + 60
-        while any(len(times) < 10 for times in self.times):
-            if time.monotonic() > ends:
-                raise RuntimeError(f"tokens: {[len(times) for times in self.times]}")
-            time.sleep(0.05)
-
-    def stop(self) -> None:
-        self._stops.set()
-        for thread in self._threads:
-            thread.join()
-
-    def gaps(self, begin: float, end: float) -> list[float]:
-        """Of all requests, between tokens of which one at least came within the time."""
-        return [after - before for before, after in self._pairs(begin, end)]
-
-    def longest(self, begin: float, end: float) -> tuple[float, float]:
-        """When the longest of them began and ended, in seconds after `begin`."""
-        before, after = max(self._pairs(begin, end), key=lambda pair: pair[1] - pair[0])
-        return round(before - begin, 4), round(after - begin, 4)
-
-    def _pairs(self, begin: float, end: float) -> Iterator[tuple[float, float]]:
-        for times in self.times:
-            yield from (
-                (before, after)
-                for before, after in pairwise(times)
-                if after > begin and before < end
-            )
 
 
 def load(server: Server, path: Path) -> None:
@@ -144,9 +83,14 @@ def engine_waits(log: Path, begin: int) -> list[str]:
 
 
 def measure_gaps(server: Server, log: Path, running: Path, others: list[Path]) -> dict[str, Any]:
-    """running: the adapter of the requests that go on. others: those that are loaded meanwhile."""
+    """running: the adapter of the requests that go on. others: those that are loaded meanwhile.
+
+    The gaps between tokens as the client has them, and under `steps` those between the begins of steps
+    on the first rank, without what the way to the client and its many threads add.
+    """
     load(server, running)
     begin = log.stat().st_size
+    on_workers(server, "record_steps")
     decoding = Decoding(server.url, running.name)
     loads = []
     try:
@@ -163,16 +107,10 @@ def measure_gaps(server: Server, log: Path, running: Path, others: list[Path]) -
     finally:
         decoding.stop()
     unload(server, running)
-    # What is ordinary: the second before each load.
-    ordinary = [gap for began, _ in loads for gap in decoding.gaps(began - 1.0, began)]
-    longest = [max(decoding.gaps(*window)) for window in loads]
-    step = statistics.median(ordinary)
+    steps = [step[BEGAN_S] for step in on_workers(server, "recorded_steps")[0]]
     return {
-        "step_ms": round(1e3 * step, 2),
-        "longest_ordinary_gap_ms": round(1e3 * max(ordinary), 2),
-        "longest_gap_at_each_load_ms": [round(1e3 * gap, 2) for gap in longest],
-        "longest_gap_from_and_to_s": [decoding.longest(*window) for window in loads],
-        "in_steps": round(statistics.median(longest) / step, 1),
+        **gaps_at(decoding.times, loads),
+        "steps": gaps_at([steps], loads),
         "load_s": [round(ended - began, 4) for began, ended in loads],
         "engine_waits": engine_waits(log, begin),
     }

@@ -276,6 +276,12 @@ def publishing_table(documents: Iterable[Document]) -> str:
             ],
             "its median, in steps": [str(gap["in_steps"]) for gap in gaps],
         }
+        if all("steps" in gap for gap in gaps):
+            texts["the longest time between two steps of a worker, in steps; without a load"] = [
+                f"{gap['steps']['in_steps']}; "
+                f"{gap['steps']['longest_ordinary_gap_ms'] / gap['steps']['step_ms']:.1f}"
+                for gap in gaps
+            ]
         for name in (name for name in sides[0] if name.endswith("trainer ranks")):
             parts = [side[name] for side in sides]
             texts[f"a version, from {name} to its first token"] = [

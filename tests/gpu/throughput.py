@@ -60,14 +60,14 @@ def measure(
     """
     if not series.rounds:
         _ask(server, names, workload, num_engines)
-    _on_workers(server, "record_steps")
+    on_workers(server, "record_steps")
     began = time.monotonic()
     for _ in range(times):
         _ask(server, names, workload, num_engines)
     seconds = time.monotonic() - began
     steps = [
         Step(int(tokens), int(requests), began_s, gpu_ms)
-        for tokens, requests, began_s, gpu_ms in _on_workers(server, "recorded_steps")[0]
+        for tokens, requests, began_s, gpu_ms in on_workers(server, "recorded_steps")[0]
     ]
     of_an_engine = len(names) // num_engines
     if workload.generated > 1:
@@ -79,7 +79,7 @@ def measure(
     series.tokens_a_second.append(times * len(names) * tokens / seconds)
 
 
-def _on_workers(server: Server, method: str) -> list[Any]:
+def on_workers(server: Server, method: str) -> list[Any]:
     """What each worker returns: of data-parallel engines, the first one's."""
     status, body = server.post("/collective_rpc", {"method": method})
     if status != 200:
