@@ -135,6 +135,10 @@ def test_links_of_page_resolve(page):
 
 
 def _anchors(page: Path) -> set[str]:
-    """GitHub's anchors of a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", _FENCED.sub("", page.read_text()), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """GitHub's anchors of a page's headings, and those that it names itself."""
+    text = _FENCED.sub("", page.read_text())
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    named = set(re.findall(r'<a id="([^"]+)"></a>', text))
+    return named | {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
