@@ -227,6 +227,23 @@ def in_its_client() -> Any:
     return ec.engine_core().add_lora(adapter(0, 1))
 
 
+def another_packages_way() -> Any:
+    """Another package has wrapped the executor's `add_lora`: what it sees, and what the client gets."""
+    seen: list[int] = []
+    add_lora = InThreads.add_lora
+
+    def wrapped(self: Any, lora_request: Any) -> Any:
+        seen.append(lora_request.lora_int_id)
+        return add_lora(self, lora_request)
+
+    InThreads.add_lora = wrapped
+    try:
+        engine = Engine(asynchronous=True)
+        return [engine.answer(engine.call("add_lora", adapter(0, 1))), seen]
+    finally:
+        del InThreads.add_lora
+
+
 def is_patched() -> bool:
     return original_of(vllm_core.EngineCore.add_lora) is not None
 
@@ -240,5 +257,6 @@ def run_all() -> dict[str, Any]:
         "many": many_at_once(),
         "refused": refused(),
         "in its client": in_its_client(),
+        "another package": another_packages_way(),
         "patched": is_patched(),
     }

@@ -55,3 +55,8 @@ def test_a_refusal_is_told_and_the_next_call_has_its_own_answer(release: str) ->
 def test_a_client_in_the_same_process_gets_the_answer_itself(release: str) -> None:
     assert answers(release)["in its client"] is True
     assert answers(release)["patched"] is True
+
+
+@each_release
+def test_another_packages_way_of_adding_is_not_passed_by(release: str) -> None:
+    assert answers(release)["another package"] == [True, [1]]

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from lorashard.vllm_plugin.patches.apply import replacements
 from lorashard.vllm_plugin.patches.refused_adds import ask_workers, outcome_of
 
 _ASKED = "_lorashard_asked"  # an attribute of vLLM's EngineCore: what the workers have not answered
@@ -46,6 +47,7 @@ def _may_answer_later(engine: Any) -> bool:
         hasattr(engine, "_invoke_utility_method")  # not if the client calls it in its own process
         and hasattr(engine, "_idle_state_callbacks")
         and hasattr(executor, "futures_queue")
+        and type(executor).add_lora in replacements.values()  # nobody else has a way of their own
     )
 
 
