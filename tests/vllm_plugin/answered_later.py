@@ -1,8 +1,8 @@
 """Run inside a vLLM release: an engine's loop, and adapters that its workers add between their steps.
 
 Real: the loop of EngineCoreProc, its scheduler, MultiprocExecutor's `collective_rpc`, the workers' loop,
-and each worker's LoRA manager. Stand-ins: threads for processes, and queues in this process, as short as
-vLLM's, for those in shared memory and for sockets. test_answered_later.py says what is right.
+and each worker's LoRA manager. Stand-ins: threads for processes (worker_threads.py), and queues in this
+process for sockets. test_answered_later_conformance.py says what is right.
 """
 
 from __future__ import annotations
@@ -17,30 +17,14 @@ from typing import Any
 
 from tests.vllm_plugin import engine_core as ec
 from tests.vllm_plugin import patched, unloading
+from tests.vllm_plugin.worker_threads import PLACES, WAIT_S, start_workers
 
 from vllm.v1.engine import EngineCoreRequestType, core as vllm_core  # isort: skip
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc  # isort: skip
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor  # isort: skip
 
 from lorashard.vllm_plugin.patches.apply import original_of
 
-PLACES = 10  # of a queue between two processes: the default of vLLM's MessageQueue
-WAIT_S = 60  # only a hang takes as long
 MANY = 3 * PLACES
-
-
-class Queue:
-    """Stand-in for vLLM's MessageQueue. `enqueue` waits for a place."""
-
-    def __init__(self, *queues: Queue) -> None:
-        self.items: queue.Queue[Any] = queue.Queue(PLACES)
-        self._queues = queues or (self,)
-
-    def enqueue(self, item: Any) -> None:
-        for one in self._queues:
-            one.items.put(item, timeout=WAIT_S)
-
-    def dequeue(self, *, timeout: float | None = None, **_: Any) -> Any:
-        return self.items.get(timeout=timeout)
 
 
 class Worker(ec.Worker):
@@ -73,20 +57,9 @@ class InThreads(MultiprocExecutor):  # type: ignore[misc]
 
     def _init_executor(self) -> None:
         self.workers = [Worker(rank) for rank in range(2)]
-        self.calls = [Queue() for _ in self.workers]
-        self.rpc_broadcast_mq = Queue(*self.calls)
-        self.response_mqs = [Queue() for _ in self.workers]
-        self.futures_queue: deque[Any] = deque()
-        self.is_failed, self.output_rank = False, 0
-        self.shutdown_event = threading.Event()
+        self.output_rank = 0
         self.kv_output_aggregator = self.ec_output_aggregator = None
-        self._finalizer = lambda: None
-        for rank, worker in enumerate(self.workers):
-            process = WorkerProc.__new__(WorkerProc)
-            process.worker, process.rank, process.use_async_scheduling = worker, rank, False
-            process.rpc_broadcast_mq = self.calls[rank]
-            process.worker_response_mq = self.response_mqs[rank]
-            threading.Thread(target=process.worker_busy_loop, daemon=True).start()
+        start_workers(self, self.workers)
 
     compile_or_warm_up_model = ec.InProcess.compile_or_warm_up_model
     initialize_from_config = ec.InProcess.initialize_from_config

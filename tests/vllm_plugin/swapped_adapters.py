@@ -1,17 +1,14 @@
 """Run inside a vLLM release: calls that fail on several workers, and two versions of a name in a step.
 
 Real: the executor's `collective_rpc`, the workers' loop body, `Worker.add_lora`, both model runners'
-`make_lora_inputs`, and each worker's LoRA manager (harness.py). Stand-ins: queues in this process for
-vLLM's in shared memory, and the rest of executor, worker and runner. test_swapped_adapters_conformance.py
-says what is right.
+`make_lora_inputs`, and each worker's LoRA manager (harness.py). Stand-ins: threads for the
+workers' processes (worker_threads.py), and the rest of executor, worker and runner.
+test_swapped_adapters_conformance.py says what is right.
 """
 
 from __future__ import annotations
 
-import queue
 import tempfile
-import threading
-from collections import deque
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +21,7 @@ register()
 import numpy as np  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.v1.executor.abstract import Executor  # noqa: E402
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc  # noqa: E402
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor  # noqa: E402
 from vllm.v1.worker.gpu.lora_utils import LoraState  # noqa: E402
 from vllm.v1.worker.gpu_input_batch import InputBatch  # noqa: E402
 from vllm.v1.worker.gpu_worker import Worker  # noqa: E402
@@ -33,64 +30,29 @@ from lorashard.vllm_plugin.patches.apply import original_of  # noqa: E402
 from tests.vllm_plugin import harness, patched  # noqa: E402
 from tests.vllm_plugin.engine_core import config_of  # noqa: E402
 from tests.vllm_plugin.harness_selfcheck import adapter_of  # noqa: E402
+from tests.vllm_plugin.worker_threads import start_workers  # noqa: E402
 
 
-class _Queue:
-    """Stand-in for vLLM's MessageQueue, from one process to another."""
-
-    def __init__(self) -> None:
-        self._items: queue.Queue[Any] = queue.Queue()
-
-    def enqueue(self, item: Any) -> None:
-        self._items.put(item)
-
-    def dequeue(self, *, timeout: float | None = None, **_: Any) -> Any:
-        return self._items.get(timeout=20 if timeout is None else timeout)
+def _worker(manager: Any) -> Any:
+    """One whose `add_lora` is vLLM's."""
+    runner = SimpleNamespace(lora_manager=manager, add_lora=manager.add_adapter)
+    return SimpleNamespace(add_lora=partial(Worker.add_lora, SimpleNamespace(model_runner=runner)))
 
 
-class _ToAll:
-    """The same to several."""
-
-    def __init__(self, queues: list[_Queue]) -> None:
-        self._queues = queues
-
-    def enqueue(self, item: Any) -> None:
-        for one in self._queues:
-            one.enqueue(item)
-
-
-class _Loop:
-    """One worker process, as a thread: what it does with a call is vLLM's."""
-
-    def __init__(self, rank: int) -> None:
-        self.calls, self.answers = _Queue(), _Queue()
-        self.manager = patched.engine_of(ep_rank=rank)
-        worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=self.manager))
-        worker.model_runner.add_lora = self.manager.add_adapter
-        process = WorkerProc.__new__(WorkerProc)
-        process.worker = SimpleNamespace(add_lora=partial(Worker.add_lora, worker))
-        process.rank, process.use_async_scheduling = rank, False
-        process.rpc_broadcast_mq, process.worker_response_mq = self.calls, self.answers
-        threading.Thread(target=process.worker_busy_loop, daemon=True).start()
-
-
-def _executor() -> tuple[Any, list[_Loop]]:
-    loops = [_Loop(rank) for rank in range(2)]
+def _executor() -> tuple[Any, list[Any]]:
+    """With the LoRA manager of each worker."""
+    managers = [patched.engine_of(ep_rank=rank) for rank in range(2)]
     executor = MultiprocExecutor.__new__(MultiprocExecutor)
-    executor.rpc_broadcast_mq = _ToAll([loop.calls for loop in loops])
-    executor.response_mqs = [loop.answers for loop in loops]
-    executor.futures_queue, executor.is_failed = deque(), False
-    executor.shutdown_event = threading.Event()
     executor.vllm_config = config_of(expert_parallel=True, asynchronous=False)
-    executor._finalizer = lambda: None  # there is nothing to shut down
-    return executor, loops
+    start_workers(executor, [_worker(manager) for manager in managers])
+    return executor, managers
 
 
 def refused_on_all_ranks(*, stock: bool) -> list[Any]:
     """What the executor says of an adapter that is not there and of the next, and who has that then."""
     add_lora = original_of(Executor.add_lora) if stock else Executor.add_lora
     assert add_lora is not None
-    executor, loops = _executor()
+    executor, managers = _executor()
     folder = Path(tempfile.mkdtemp())
     good = adapter_of("L1", 0).write(folder / "good")
     said = []
@@ -100,7 +62,7 @@ def refused_on_all_ranks(*, stock: bool) -> list[Any]:
             said.append(add_lora(executor, request))
         except RuntimeError as err:
             said.append(str(err))
-    return [*said, [sorted(loop.manager.list_adapters()) for loop in loops]]
+    return [*said, [sorted(manager.list_adapters()) for manager in managers]]
 
 
 def _of_v1(requests: list[LoRARequest]) -> Any:
