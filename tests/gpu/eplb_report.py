@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tests.gpu.eplb_cases import CASES
+from tests.gpu.step_figures import middle_half
 
 Result = Mapping[str, Any]
 
@@ -105,15 +106,13 @@ def _costs(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             rows.append(f"{start} | without LoRA | {_middle(summary['without_s'], without)} | | |")
             for count, seconds in engines[f"{communicator}:lora"]["seconds"].items():
                 figures = summary[f"{count} adapters"]
-                ratio = figures["s"] / summary["without_s"]
                 rows.append(
                     f"{start} | {count} | {_middle(figures['s'], seconds)} | "
-                    f"{ratio:.2f}× | {figures['bytes_ratio']:.2f}× |"
+                    f"{figures['ratio']:.2f}× | {figures['bytes_ratio']:.2f}× |"
                 )
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
 def _middle(median: float, seconds: Sequence[float]) -> str:
-    quarter = len(seconds) // 4
-    low, high = sorted(seconds)[quarter], sorted(seconds)[-1 - quarter]
+    low, high = middle_half(seconds)
     return f"{median:.3f} ({low:.3f} to {high:.3f})"

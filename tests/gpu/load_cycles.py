@@ -15,6 +15,7 @@ from typing import Any
 from lorashard.storage.syscalls import exchange
 from tests.gpu.load_traffic import ADAPTERS, Judge, Names
 from tests.gpu.server import RANK_FILES, Server, damage
+from tests.gpu.workers import on_workers
 
 NUM_NAMES = 4
 BAD_EVERY = 4  # cycles
@@ -140,20 +141,13 @@ class Cycles:
         if kind == "failing disk":
             return (
                 (),
-                lambda: self._on_workers("break_disk", 1, str(path)),
-                lambda: self._on_workers("mend_disk"),
+                lambda: on_workers(self._server, "break_disk", 1, str(path)),
+                lambda: on_workers(self._server, "mend_disk"),
             )
         other = path.with_name(f"{path.name}-other")
         shutil.copytree(self.shards(second), other)
         swapping = Swapping(path, other)
         return (first, second), swapping.start, swapping.end
-
-    def _on_workers(self, method: str, *arguments: Any) -> None:
-        status, body = self._server.post(
-            "/collective_rpc", {"method": method, "args": list(arguments)}
-        )
-        if status != 200:
-            raise RuntimeError(f"/collective_rpc {method}: {status} {body[:300]}")
 
 
 class Swapping:

@@ -30,14 +30,14 @@ from tests.bench.trainer_ranks import LORA_RANK, MODEL, Trainer
 from tests.gpu.checkpoint import save_tokenizer
 from tests.gpu.load_adapters import NUM_EXPERTS, NUM_LAYERS, VOCABULARY, write_model_config
 from tests.gpu.server import Server
-from tests.gpu.throughput import EXTENSION, on_workers
+from tests.gpu.throughput import EXTENSION, recorded_steps
 from tests.gpu.token_gaps import MAX_LEN, NUM_REQUESTS, Decoding, gaps_at
+from tests.gpu.workers import on_workers
 
 QUIET_S, NUM_LOADS, NUM_VERSIONS = 1.5, 4, 6
 TRAINERS = (2, 8)  # ranks
 KINDS = ("stock", "plugin")
 DEVICES = ("cuda:0", "cuda:1")
-BEGAN_S = 2  # of a recorded step
 
 
 def serve_command(model: Path, *, graphs: bool) -> list[str]:
@@ -107,7 +107,7 @@ def measure_gaps(server: Server, log: Path, running: Path, others: list[Path]) -
     finally:
         decoding.stop()
     unload(server, running)
-    steps = [step[BEGAN_S] for step in on_workers(server, "recorded_steps")[0]]
+    steps = [step.began_s for step in recorded_steps(server)]
     return {
         **gaps_at(decoding.times, loads),
         "steps": gaps_at([steps], loads),

@@ -48,6 +48,12 @@ def prefill_us(steps: Sequence[Step], num_tokens: int) -> list[float]:
     return [1000 * step.gpu_ms / step.num_tokens for step in steps if step.num_tokens >= least]
 
 
+def middle_half(values: Sequence[float]) -> tuple[float, float]:
+    """Between which of them the middle half lies."""
+    ordered, quarter = sorted(values), len(values) // 4
+    return ordered[quarter], ordered[-1 - quarter]
+
+
 @dataclass
 class Series:
     """Of one server and what it was asked. The first round is kept, but not counted."""
@@ -58,15 +64,13 @@ class Series:
 
     def summary(self) -> dict[str, Any]:
         """The median of all counted steps; spread: the middle half of them, as a part of it."""
-        counted = sorted(value for values in self.rounds[1:] or self.rounds for value in values)
+        counted = [value for values in self.rounds[1:] or self.rounds for value in values]
         median = statistics.median(counted) if counted else None
-        quarter = len(counted) // 4
+        low, high = middle_half(counted) if counted else (0.0, 0.0)
         return {
             "unit": self.unit,
             "median": _rounded(median),
-            "spread": _rounded((counted[-1 - quarter] - counted[quarter]) / median)
-            if median
-            else None,
+            "spread": _rounded((high - low) / median) if median else None,
             "steps": len(counted),
             "rounds": [
                 _rounded(statistics.median(values) if values else None) for values in self.rounds

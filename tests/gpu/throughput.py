@@ -22,6 +22,7 @@ from tests.gpu.step_figures import (
     prefill_us,
     verdicts,
 )  # fmt: skip
+from tests.gpu.workers import on_workers
 
 # For the servers: methods of workers that record steps.
 EXTENSION = ("--worker-extension-cls", "tests.gpu.step_times.StepTimes")
@@ -65,10 +66,7 @@ def measure(
     for _ in range(times):
         _ask(server, names, workload, num_engines)
     seconds = time.monotonic() - began
-    steps = [
-        Step(int(tokens), int(requests), began_s, gpu_ms)
-        for tokens, requests, began_s, gpu_ms in on_workers(server, "recorded_steps")[0]
-    ]
+    steps = recorded_steps(server)
     of_an_engine = len(names) // num_engines
     if workload.generated > 1:
         series.rounds.append(decode_ms(steps, of_an_engine))
@@ -79,13 +77,12 @@ def measure(
     series.tokens_a_second.append(times * len(names) * tokens / seconds)
 
 
-def on_workers(server: Server, method: str) -> list[Any]:
-    """What each worker returns: of data-parallel engines, the first one's."""
-    status, body = server.post("/collective_rpc", {"method": method})
-    if status != 200:
-        raise RuntimeError(f"/collective_rpc {method}: {status} {body[:300]}")
-    results: list[Any] = json.loads(body)["results"]
-    return results
+def recorded_steps(server: Server) -> list[Step]:
+    """Of the first engine's first rank, since `record_steps`."""
+    return [
+        Step(int(tokens), int(requests), began_s, gpu_ms)
+        for tokens, requests, began_s, gpu_ms in on_workers(server, "recorded_steps")[0]
+    ]
 
 
 def _ask(server: Server, names: Sequence[str], workload: Workload, num_engines: int) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 NUM_REQUESTS, PROMPT_TOKENS, MAX_LEN = 32, 32, 2048
-Pair = tuple[
-    float, float
-]  # times of time.perf_counter(), which is one clock for all processes of a host
+# Times of time.perf_counter(), which is one clock for all processes of a host.
+Pair = tuple[float, float]
 
 
 class Decoding:

@@ -12,24 +12,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from tests.gpu.workers import Server, on_workers
 
 TOKENS = 400  # of the answer during which the adapter is unloaded: about a second
 SETTLE_S = 5.0
 
 
-class Server(Protocol):
-    """What is needed of a server: status and body of an answer."""
-
-    def post(self, path: str, document: dict[str, Any]) -> tuple[int, str]: ...
-
-
 def adapters_of_workers(server: Server) -> list[set[int]]:
     """The numbers of the adapters in each worker."""
-    status, body = server.post("/collective_rpc", {"method": "list_loras"})
-    if status != 200:
-        raise RuntimeError(f"/collective_rpc: {status} {body[:300]}")
-    return [set(map(int, re.findall(r"\d+", str(held)))) for held in json.loads(body)["results"]]
+    held = on_workers(server, "list_loras")
+    return [set(map(int, re.findall(r"\d+", str(numbers)))) for numbers in held]
 
 
 @dataclass(frozen=True)
