@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,14 +100,16 @@ def test_steps_with_tokens_are_recorded_while_asked_to() -> None:
     assert len(runner.calls) == 7
 
 
-def test_a_worker_wraps_its_runner_once() -> None:
+def test_a_worker_wraps_its_runner_once(tmp_path: Path) -> None:
     worker = StepTimes()
     worker.model_runner = Runner(Clock())
+    worker.parallel_config, worker.rank = SimpleNamespace(data_parallel_rank=1), 0
     worker.record_steps()
     wrapped = worker.model_runner.execute_model
     worker.record_steps()
     assert worker.model_runner.execute_model is wrapped
-    assert worker.recorded_steps() == []
+    worker.write_recorded_steps(str(tmp_path))
+    assert json.loads((tmp_path / "1-0.json").read_text()) == []
 
 
 def decoding(num_requests: int, began_s: float) -> Step:
@@ -123,15 +127,24 @@ def test_decode_is_the_time_between_two_steps_of_all_requests() -> None:
         decoding(1, 3.0),
         decoding(1, 3.5),
     ]
-    assert decode_ms(steps, 2) == pytest.approx([4.0, 6.0])
-    assert decode_ms(steps, 1) == pytest.approx([500.0])
-    assert decode_ms(steps, 3) == []
+    assert decode_ms([steps], 2) == pytest.approx([4.0, 6.0])
+    assert decode_ms([steps], 1) == pytest.approx([500.0])
+    assert decode_ms([steps], 3) == []
 
 
-def test_prefill_is_the_gpu_time_for_a_token_of_large_steps() -> None:
-    steps = [Step(960, 1, 0.0, 96.0), Step(2048, 3, 0.1, 20.48), Step(8000, 9, 0.2, 40.0)]
-    assert prefill_us(steps, 30_720) == pytest.approx([10.0, 5.0])
-    assert prefill_us(steps, 960) == pytest.approx([100.0, 10.0, 5.0])
+def test_prefill_is_the_gpu_time_for_a_token_of_full_steps() -> None:
+    steps = [Step(960, 1, 0.0, 96.0), Step(8192, 9, 0.1, 81.92), Step(8000, 9, 0.2, 40.0)]
+    assert prefill_us([steps], 30_720) == pytest.approx([10.0])
+    assert prefill_us([steps], 960) == pytest.approx([100.0, 10.0, 5.0])
+
+
+def test_steps_count_while_every_engine_takes_full_ones() -> None:
+    first = [decoding(2, at) for at in (1.0, 1.004, 1.009, 1.015)]
+    second = [decoding(1, 1.0), decoding(2, 1.004), decoding(2, 1.012), decoding(1, 1.015)]
+    assert decode_ms([first, second], 2) == pytest.approx([5.0])
+    assert decode_ms([first, [decoding(1, 1.0)]], 2) == []
+    large = [Step(8192, 9, at, 10 * at) for at in (8.192, 16.384, 24.576)]
+    assert prefill_us([large, large[1:]], 61_440) == pytest.approx([20.0, 30.0])
 
 
 def series(*rounds: list[float]) -> Series:
@@ -140,7 +153,7 @@ def series(*rounds: list[float]) -> Series:
 
 def test_the_first_round_is_not_counted() -> None:
     summary = series([90.0, 91.0], [1.0, 2.0], [3.0, 6.0, 4.0]).summary()
-    assert (summary["median"], summary["steps"]) == (3.0, 5)
+    assert (summary["median"], summary["quartile"], summary["steps"]) == (3.0, 2.0, 5)
     assert summary["spread"] == pytest.approx(2 / 3, abs=1e-4)
     assert summary["rounds"] == [90.5, 1.5, 4.0]
     assert summary["tokens_a_second"] == 15.0
@@ -176,10 +189,10 @@ def test_tables_have_stock_beside_ours_and_the_ratio() -> None:
     speeds = {"gpu": "H100", **summarise(found, "stock", "plugin")}
     table = speed_part([{"release": "0.33.0", "tp_speed": speeds}])
     assert (
-        "| 0.33.0 | decode | 2.000 ms a step (± 0.0%) | 2.500 ms a step (± 0.0%) | 1.250 |" in table
+        "| 0.33.0 | decode | 2.000 ms a step (2.000) | 2.500 ms a step (2.500) | 1.250 |" in table
     )
-    assert "| 0.33.0 | prefill | 20.000 µs a token (± 0.0%) | – | – |" in table
+    assert "| 0.33.0 | prefill | 20.000 µs a token (20.000) | – | – |" in table
     own = {"gpu": "H200", **summarise({"dp": found["plugin"]}, "dp-stock", "dp")}
     part = dp_part([{"release": "0.33.0", "dp_speed": own}])
     assert "H200" in part
-    assert "| 0.33.0 | decode | – | 2.500 ms a step (± 0.0%) | – | – |" in part
+    assert "| 0.33.0 | decode | – | 2.500 ms a step (2.500) | – | – |" in part

@@ -4,11 +4,11 @@
 
 GLM-4.5-Air's shapes with 8 MoE layers and dummy weights, adapters of r = 32, CUDA graphs. Stock is right
 only where all engines have the same adapters in the same slots, so there one adapter is used on both.
-Decode: 32 requests of 32 tokens that generate 128 each; the time from step to step with all of an engine's
-requests. Prefill: 64 requests of 960 tokens that generate one; the GPU's time for a token of a large step.
-All servers are up at the same time and are asked in turn, so that whatever else slows the host down meets
-all of them; medians of the steps of all rounds after one that is not counted. FILE is written after each
-round.
+Decode: 32 requests of 32 tokens that generate 64 each; the time from step to step while each engine has
+all of its requests. Prefill: 128 requests of 960 tokens that generate one; the GPU's time for a token
+while both engines take steps of 8,192. All servers are up at the same time, each on CPUs of its own, and
+are asked in turn, so that whatever else slows the host down meets all of them; the steps of all rounds
+after one that is not counted. FILE is written after each round.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from typing import Any
 from tests.gpu.checkpoint import save_tokenizer
 from tests.gpu.load_adapters import VOCABULARY, adapter_directory
 from tests.gpu.nccl import nccl_variables
-from tests.gpu.processes import child_environment, gpu_name, run
+from tests.gpu.processes import child_environment, cpus_apart, gpu_name, run
 from tests.gpu.server import Server
 from tests.gpu.step_figures import Found, Series, summarise
 from tests.gpu.throughput import DECODE, EXTENSION, PREFILL, measure, print_speeds
 
 KINDS = ("dp", "dp-stock", "tp")
-ROUNDS = 6
+ROUNDS = 8
 # Of prefill so many that an engine's fill several of its steps.
-NUM_REQUESTS = {DECODE: 32, PREFILL: 64}
+NUM_REQUESTS = {DECODE: 32, PREFILL: 128}
 # Served name -> adapter. Stock is asked for one.
 SERVED = {"a": 0, "b": 1}
 # What each of two engines, or halves of the requests, is asked for.
@@ -40,7 +40,6 @@ MIXES = {"base": ("base", "base"), "one adapter": ("a", "a"), "two adapters": ("
 def command(work: Path, kind: str) -> list[str]:
     """Arguments of Python."""
     parallel = ("-tp", "2") if kind == "tp" else ("-dp", "2", "-tp", "1", "--api-server-count", "1")
-    served = SERVED if kind != "dp-stock" else {"a": 0}
     return [
         *("-m", "vllm.entrypoints.cli.main", "serve", str(work / "model")),
         *("--load-format", "dummy", *parallel, "--enable-expert-parallel", "--enable-lora"),
@@ -52,7 +51,7 @@ def command(work: Path, kind: str) -> list[str]:
         "--lora-modules",
         *(
             f"{name}={adapter_directory(work, 'per_expert', number, shards=False)}"
-            for name, number in served.items()
+            for name, number in SERVED.items()
         ),
     ]
 
@@ -100,10 +99,10 @@ def _main() -> None:
     found: Found = {kind: {} for kind in args.only}
     with ExitStack() as stack:
         servers = {}
-        for kind in args.only:
+        for kind, cpus in zip(args.only, cpus_apart(len(args.only)), strict=True):
             log = logs / kind / "server.log"
             log.parent.mkdir(exist_ok=True)
-            servers[kind] = Server(command(work, kind), log, stock=kind == "dp-stock")
+            servers[kind] = Server(command(work, kind), log, stock=kind == "dp-stock", cpus=cpus)
             stack.callback(servers[kind].end)
         for kind, server in servers.items():
             print(f"{kind}: started, {server.wait():.0f} s", flush=True)

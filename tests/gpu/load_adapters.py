@@ -47,7 +47,7 @@ def write_model_config(work: Path, num_experts: int) -> None:
         first_k_dense_replace=1,
         n_group=1,
         topk_group=1,
-        max_position_embeddings=2048,
+        max_position_embeddings=8192,
         num_nextn_predict_layers=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,12 +46,12 @@ def _split(path: str) -> list[str]:
 
 
 def start(
-    command: Sequence[str], log: Path, environment: Mapping[str, str]
+    command: Sequence[str], log: Path, environment: Mapping[str, str], cpus: Collection[int] = ()
 ) -> subprocess.Popen[bytes]:
-    """A process group of its own, writing to `log`."""
+    """A process group of its own, writing to `log`. cpus: that it may use; all if none are given."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, *command],
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -60,6 +60,19 @@ def start(
             cwd=ROOT,
             start_new_session=True,
         )
+    if cpus:  # long before it starts threads and processes, which get the same
+        os.sched_setaffinity(process.pid, cpus)
+    return process
+
+
+def cpus_apart(count: int) -> list[list[int]]:
+    """CPUs for so many processes that are not to disturb each other. This one keeps what is left."""
+    cpus = sorted(os.sched_getaffinity(0))
+    each = (len(cpus) - 1) // count
+    if each == 0:
+        return [[] for _ in range(count)]
+    os.sched_setaffinity(0, cpus[count * each :])
+    return [cpus[number * each : (number + 1) * each] for number in range(count)]
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

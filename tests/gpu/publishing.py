@@ -47,7 +47,7 @@ def serve_command(model: Path, *, graphs: bool) -> list[str]:
         *("--max-lora-rank", str(LORA_RANK), "--max-loras", "3", "--max-cpu-loras", "3"),
         *("--served-model-name", "base", "--max-model-len", str(MAX_LEN)),
         *("--max-num-seqs", str(NUM_REQUESTS), "--gpu-memory-utilization", "0.4"),
-        *("--kv-cache-memory-bytes", str(2 << 30), "--no-enable-prefix-caching", *EXTENSION),
+        *("--kv-cache-memory-bytes", str(6 << 30), "--no-enable-prefix-caching", *EXTENSION),
         *(() if graphs else ("--enforce-eager",)),
     ]
 
@@ -107,7 +107,7 @@ def measure_gaps(server: Server, log: Path, running: Path, others: list[Path]) -
     finally:
         decoding.stop()
     unload(server, running)
-    steps = [step.began_s for step in recorded_steps(server)]
+    steps = [step.began_s for step in recorded_steps(server)[0]]
     return {
         **gaps_at(decoding.times, loads),
         "steps": gaps_at([steps], loads),

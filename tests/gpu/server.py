@@ -12,7 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,18 @@ class Server:
     """The process and its HTTP interface."""
 
     def __init__(
-        self, arguments: Sequence[str], log: Path, *, stock: bool = False, port: int = 0
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        stock: bool = False,
+        port: int = 0,
+        cpus: Collection[int] = (),
     ) -> None:
-        """arguments: of Python, all but host and port. stock: without the plugin. port: 0 = a free one."""
+        """arguments: of Python, all but host and port. stock: without the plugin. port: 0 = a free one.
+
+        cpus: that it may use; all if none are given.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             self._port = int(probe.getsockname()[1])
@@ -60,7 +69,7 @@ class Server:
             },
         )
         where = ("--host", "127.0.0.1", "--port", str(self._port))
-        self._process = start([*arguments, *where], log, environment)
+        self._process = start([*arguments, *where], log, environment, cpus)
 
     def wait(self) -> float:
         """Seconds until it answers. Raises RuntimeError if it ends or takes too long."""

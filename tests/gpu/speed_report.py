@@ -10,10 +10,11 @@ SPEED = """
 """
 # Also of dp_report.
 MEASURED = """
-Decode, prompts of 32 tokens for which 128 are generated: the time from the begin of a step to the next, while all requests are in both. Prefill,
-prompts of 960 tokens: the GPU's time for a step by its tokens, of steps of 2,048 or more, or of a whole prompt if there is just one. Taken in the
-worker, on the first rank. All servers run at the same time and are asked in turn; medians of the steps of all rounds, and half of the range in
-which the middle half of them lies. The goal is at most 1.03 times stock.
+Decode, prompts of 32 tokens for which 64 are generated: the time from the begin of a step to the next, while all requests are in both. Prefill,
+prompts of 960 tokens: the GPU's time for a step by its tokens, of steps of 8,192, or of all prompts if these are fewer. Taken in the
+worker, on the first rank, while every engine takes such steps. All servers run at the same time, each on CPUs of its own, and are asked in turn.
+Lower quartiles of the steps of all rounds, since what else a host does only adds to a step, and does so for seconds at a time; behind them medians.
+The goal is at most 1.03 times stock.
 """.strip()
 
 
@@ -54,4 +55,4 @@ def speed_table(found: Sequence[tuple[str, Mapping[str, Any]]], columns: Mapping
 def _cell(figures: Mapping[str, Any] | None) -> str:
     if figures is None or figures["median"] is None:
         return "–"
-    return f"{figures['median']:.3f} {figures['unit']} (± {figures['spread'] / 2:.1%})"
+    return f"{figures['quartile']:.3f} {figures['unit']} ({figures['median']:.3f})"

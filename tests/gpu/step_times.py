@@ -12,14 +12,15 @@ nothing of lorashard, because stock servers have it too.
 #   `self.execute_model(..., dummy_run=True)`; the older one's calls the model.
 # - A step without tokens, which only takes finished requests away, has total_num_scheduled_tokens = 0.
 # - /collective_rpc of a server with data-parallel engines (DPLBAsyncMPClient.call_utility_async in
-#   v1/engine/core_client.py) calls all engines, and answers with the first engine's results alone. Of
-#   one engine there is a result for each worker, in order of rank. So what is seen of a server is its
-#   first engine's first rank. Engines and ranks wait for each other in every layer with experts.
+#   v1/engine/core_client.py) calls all engines, waits for all, and answers with the first engine's
+#   results alone. So the workers write theirs to files.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -80,6 +81,8 @@ class StepTimes:
     """Methods for the workers, called on all ranks at once."""
 
     model_runner: Any
+    parallel_config: Any
+    rank: int
 
     def record_steps(self) -> None:
         """From now on; what was recorded before is forgotten."""
@@ -88,6 +91,11 @@ class StepTimes:
             runner.execute_model = RecordedCalls(runner.execute_model, _cuda_event)
         runner.execute_model.begin()
 
-    def recorded_steps(self) -> list[list[float]]:
-        """Of each step since then: tokens, requests, when it began (s), and the GPU's time (ms)."""
-        return self.model_runner.execute_model.end()  # type: ignore[no-any-return]
+    def write_recorded_steps(self, folder: str) -> None:
+        """Into a file of the folder, named after engine and rank.
+
+        Of each step since then: tokens, requests, when it began (s), and the GPU's time (ms).
+        """
+        name = f"{self.parallel_config.data_parallel_rank}-{self.rank}.json"
+        steps = self.model_runner.execute_model.end()
+        Path(folder, name).write_text(json.dumps(steps))

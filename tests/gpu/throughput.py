@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.gpu.load_adapters import VOCABULARY
@@ -41,7 +43,7 @@ class Workload:
         return DECODE_UNIT if self.generated > 1 else PREFILL_UNIT
 
 
-DECODE = Workload("decode", 32, 128)
+DECODE = Workload("decode", 32, 64)
 PREFILL = Workload("prefill", 960, 1)
 
 
@@ -66,7 +68,7 @@ def measure(
     for _ in range(times):
         _ask(server, names, workload, num_engines)
     seconds = time.monotonic() - began
-    steps = recorded_steps(server)
+    steps = recorded_steps(server, num_engines)
     of_an_engine = len(names) // num_engines
     if workload.generated > 1:
         series.rounds.append(decode_ms(steps, of_an_engine))
@@ -77,12 +79,18 @@ def measure(
     series.tokens_a_second.append(times * len(names) * tokens / seconds)
 
 
-def recorded_steps(server: Server) -> list[Step]:
-    """Of the first engine's first rank, since `record_steps`."""
-    return [
-        Step(int(tokens), int(requests), began_s, gpu_ms)
-        for tokens, requests, began_s, gpu_ms in on_workers(server, "recorded_steps")[0]
-    ]
+def recorded_steps(server: Server, num_engines: int = 1) -> list[list[Step]]:
+    """Of each engine's first rank, since `record_steps`."""
+    with tempfile.TemporaryDirectory() as folder:
+        on_workers(server, "write_recorded_steps", folder)
+        files = [min(Path(folder).glob(f"{engine}-*.json")) for engine in range(num_engines)]
+        return [
+            [
+                Step(int(tokens), int(requests), began_s, gpu_ms)
+                for tokens, requests, began_s, gpu_ms in json.loads(file.read_text())
+            ]
+            for file in files
+        ]
 
 
 def _ask(server: Server, names: Sequence[str], workload: Workload, num_engines: int) -> None:
@@ -108,8 +116,11 @@ def _ask(server: Server, names: Sequence[str], workload: Workload, num_engines: 
 
 
 def print_speeds(speeds: Mapping[str, Any]) -> None:
-    """Of step_figures.summarise: medians of each server, then the ratios."""
+    """Of step_figures.summarise: lower quartiles (medians) of each server, then the ratios."""
     for kind, asked in speeds["servers"].items():
         for what, of in asked.items():
-            print(f"{kind}, {what}: {of['median']} {of['unit']}, {of['steps']} steps", flush=True)
+            print(
+                f"{kind}, {what}: {of['quartile']} ({of['median']}) {of['unit']}, {of['steps']} steps",
+                flush=True,
+            )
     print("\n".join(verdicts(speeds)), flush=True)

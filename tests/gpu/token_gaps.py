@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
-NUM_REQUESTS, PROMPT_TOKENS, MAX_LEN = 32, 32, 2048
+# So long that no request ends by itself.
+NUM_REQUESTS, PROMPT_TOKENS, MAX_LEN = 32, 32, 8192
 # Times of time.perf_counter(), which is one clock for all processes of a host.
 Pair = tuple[float, float]
 

@@ -3,10 +3,11 @@
     python -m tests.gpu.tp_speed --work DIR --out FILE [--rounds 7]
 
 GLM-4.5-Air's shapes with 8 MoE layers and dummy weights, adapters of r = 32, CUDA graphs; 1, 16 and 64
-requests at a time. Decode: 32 tokens, and 128 are generated; the time from step to step with all requests.
-Prefill: 960 tokens, and one is generated; the GPU's time for a token of a large step. Experts are placed
-evenly and in order, where stock vLLM is right, too. Both servers are up at the same time and are asked in
-turn; medians of the steps of all rounds after one that is not counted. FILE is written after each round.
+requests at a time. Decode: 32 tokens, and 64 are generated; the time from step to step with all requests.
+Prefill: 960 tokens, and one is generated; the GPU's time for a token of a step of all prompts or of 8,192
+tokens. Experts are placed evenly and in order, where stock vLLM is right, too. Both servers are up at the
+same time, each on CPUs of its own, and are asked in turn; the steps of all rounds after one that is not
+counted. FILE is written after each round.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from tests.gpu.checkpoint import save_tokenizer
 from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, VOCABULARY, adapter_directory
-from tests.gpu.processes import child_environment, gpu_name, run
+from tests.gpu.processes import child_environment, cpus_apart, gpu_name, run
 from tests.gpu.server import Server
 from tests.gpu.step_figures import Found, Series, summarise
 from tests.gpu.throughput import DECODE, EXTENSION, PREFILL, measure, print_speeds
@@ -90,8 +91,9 @@ def _main() -> None:
     found: Found = {kind: {} for kind in KINDS}
     with ExitStack() as stack:
         servers = {}
-        for kind in KINDS:
-            server = Server(command(work), logs / kind / "server.log", stock=kind == "stock")
+        for kind, cpus in zip(KINDS, cpus_apart(len(KINDS)), strict=True):
+            log = logs / kind / "server.log"
+            server = Server(command(work), log, stock=kind == "stock", cpus=cpus)
             stack.callback(server.end)
             servers[kind] = server
         for kind, server in servers.items():
