@@ -67,7 +67,7 @@ class Runner:
         self.clock.ms += 2 * output.total_num_scheduled_tokens
         return output, tensors
 
-    def dummy(self) -> None:
+    def _dummy_run(self) -> None:
         self.execute_model(scheduled(5), dummy_run=True)
 
 
@@ -89,7 +89,7 @@ def test_steps_with_tokens_are_recorded_while_asked_to() -> None:
     runner.execute_model(scheduled(7))
     recorded.begin()
     assert runner.execute_model(prompts := scheduled(30, 2), "tensors") == (prompts, "tensors")
-    runner.dummy()
+    runner._dummy_run()
     runner.execute_model(scheduled())
     runner.execute_model(scheduled(1, 1, 1))
     steps = recorded.end()
@@ -107,6 +107,11 @@ def test_a_worker_wraps_its_runner_once(tmp_path: Path) -> None:
     worker.record_steps()
     wrapped = worker.model_runner.execute_model
     worker.record_steps()
+    assert worker.seconds_at_rest() < 10
+    wrapped.last_s -= 10
+    assert worker.seconds_at_rest() > 10
+    worker.model_runner._dummy_run()
+    assert worker.seconds_at_rest() < 10
     assert worker.model_runner.execute_model is wrapped
     worker.write_recorded_steps(str(tmp_path))
     assert json.loads((tmp_path / "1-0.json").read_text()) == []

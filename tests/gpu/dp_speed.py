@@ -7,8 +7,8 @@ only where all engines have the same adapters in the same slots, so there one ad
 Decode: 32 requests of 32 tokens that generate 64 each; the time from step to step while each engine has
 all of its requests. Prefill: 128 requests of 960 tokens that generate one; the GPU's time for a token
 while both engines take steps of 8,192. All servers are up at the same time, each on CPUs of its own, and
-are asked in turn, so that whatever else slows the host down meets all of them; the steps of all rounds
-after one that is not counted. FILE is written after each round.
+are asked in turn, each once the one before is at rest, so that whatever else slows the host down meets
+all of them; the steps of all rounds after one that is not counted. FILE is written after each round.
 """
 
 import argparse

@@ -10,6 +10,7 @@ nothing of lorashard, because stock servers have it too.
 #   It launches the forward pass; sampling comes in another call. `execute_dummy_batch` calls
 #   `_dummy_run`, and the newer runner's (v1/worker/gpu/model_runner.py) calls
 #   `self.execute_model(..., dummy_run=True)`; the older one's calls the model.
+#   `_dummy_run` is called by the worker's `execute_dummy_batch` in either case.
 # - A step without tokens, which only takes finished requests away, has total_num_scheduled_tokens = 0.
 # - /collective_rpc of a server with data-parallel engines (DPLBAsyncMPClient.call_utility_async in
 #   v1/engine/core_client.py) calls all engines, waits for all, and answers with the first engine's
@@ -46,6 +47,7 @@ class RecordedCalls:
 
     def __init__(self, execute_model: Callable[..., Any], event: Callable[[], Event]) -> None:
         self._execute_model, self._event = execute_model, event
+        self.last_s = time.perf_counter()  # when the last step of any kind began
         self._steps: list[tuple[int, int, float, Event, Event]] | None = None
 
     def begin(self) -> None:
@@ -64,6 +66,7 @@ class RecordedCalls:
         ]
 
     def __call__(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self.last_s = time.perf_counter()
         tokens = scheduler_output.total_num_scheduled_tokens
         if self._steps is None or kwargs.get("dummy_run") or tokens == 0:
             return self._execute_model(scheduler_output, *args, **kwargs)
@@ -77,6 +80,14 @@ class RecordedCalls:
         return output
 
 
+def _noting(recorded: RecordedCalls, dummy_run: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        recorded.last_s = time.perf_counter()
+        return dummy_run(*args, **kwargs)
+
+    return noted
+
+
 class StepTimes:
     """Methods for the workers, called on all ranks at once."""
 
@@ -88,8 +99,13 @@ class StepTimes:
         """From now on; what was recorded before is forgotten."""
         runner = self.model_runner
         if not isinstance(runner.execute_model, RecordedCalls):
-            runner.execute_model = RecordedCalls(runner.execute_model, _cuda_event)
+            recorded = runner.execute_model = RecordedCalls(runner.execute_model, _cuda_event)
+            runner._dummy_run = _noting(recorded, runner._dummy_run)
         runner.execute_model.begin()
+
+    def seconds_at_rest(self) -> float:
+        """Since the last step began, with tokens or without."""
+        return time.perf_counter() - self.model_runner.execute_model.last_s  # type: ignore[no-any-return]
 
     def write_recorded_steps(self, folder: str) -> None:
         """Into a file of the folder, named after engine and rank.

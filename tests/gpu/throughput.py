@@ -43,6 +43,8 @@ class Workload:
         return DECODE_UNIT if self.generated > 1 else PREFILL_UNIT
 
 
+# At rest is what has taken no step for so long. Those of an idle engine are shorter.
+REST_S, REST_LIMIT_S = 0.5, 30.0
 DECODE = Workload("decode", 32, 64)
 PREFILL = Workload("prefill", 960, 1)
 
@@ -60,6 +62,9 @@ def measure(
 
     num_engines: the requests go to so many data-parallel engines in turn. The first round, which is not
     counted, is asked once more before: the kernels that these requests need are compiled then.
+
+    Returns when the server is at rest, and disturbs no other: data-parallel engines take up to 32 more
+    steps without tokens, and in each of them stock vLLM puts dummy adapters into its slots.
     """
     if not series.rounds:
         _ask(server, names, workload, num_engines)
@@ -68,6 +73,7 @@ def measure(
     for _ in range(times):
         _ask(server, names, workload, num_engines)
     seconds = time.monotonic() - began
+    _wait_until_at_rest(server)
     steps = recorded_steps(server, num_engines)
     of_an_engine = len(names) // num_engines
     if workload.generated > 1:
@@ -77,6 +83,16 @@ def measure(
         series.rounds.append(prefill_us(steps, of_an_engine * workload.prompt))
         tokens = workload.prompt
     series.tokens_a_second.append(times * len(names) * tokens / seconds)
+
+
+def _wait_until_at_rest(server: Server) -> None:
+    ends = time.monotonic() + REST_LIMIT_S
+    while on_workers(server, "seconds_at_rest")[0] < REST_S:
+        if time.monotonic() > ends:
+            raise RuntimeError(
+                f"the server goes on taking steps, {REST_LIMIT_S} s after all answers"
+            )
+        time.sleep(0.1)
 
 
 def recorded_steps(server: Server, num_engines: int = 1) -> list[list[Step]]:
