@@ -37,15 +37,16 @@ from vllm.model_executor.models.interfaces import MixtureOfExperts  # noqa: E402
 
 from lorashard.vllm_plugin.load import filled_region  # noqa: E402
 from lorashard.vllm_plugin.load.device_copy import DeviceCopy  # noqa: E402
-from lorashard.vllm_plugin.patches import reading_ahead, row_exchange  # noqa: E402
+from lorashard.vllm_plugin.patches import expert_rows, reading_ahead, row_batches  # noqa: E402
 from lorashard.vllm_plugin.patches.expert_rows import attached_rows  # noqa: E402
-from lorashard.vllm_plugin.patches.row_exchange import moving_stacks  # noqa: E402
+from lorashard.vllm_plugin.patches.row_batches import moving_stacks  # noqa: E402
 from tests.vllm_plugin import harness  # noqa: E402
 from tests.vllm_plugin.harness_selfcheck import SIZES, adapter_of, modules  # noqa: E402
 from tests.vllm_plugin.loading import expected_of  # noqa: E402
 
 LAYOUTS = ("L1", "L2", "L1", "L6", "L4-down", "L8", "L1")  # of the adapters 1, 2, ...
-NUM_BASE = 3  # numbers of an expert's base weight
+NUM_BASE = 3  # numbers of an expert's base weight: fewer than one of its LoRA has
+MANY_BASE = 3000  # more than one layer's LoRA has
 INTERVAL = 3  # steps from one rearrangement to the next
 
 
@@ -90,8 +91,9 @@ class Worker:
     def __init__(
         self, ep_rank: int, ep_size: int, folder: Path, *, num_redundant: int, wrapper: Any = "2d",
         max_loras: int = 2, max_cpu_loras: int = 3, shared_loras: bool = False,
+        num_base: int = NUM_BASE,
     ) -> None:  # fmt: skip
-        self.ep_rank, self.ep_size = ep_rank, ep_size
+        self.ep_rank, self.ep_size, self.num_base = ep_rank, ep_size, num_base
         _replace_cuda()
         if not dist.is_initialized():
             dist.init_process_group(
@@ -166,11 +168,13 @@ class Worker:
             for slot in range(self.num_local)
         ]
         for name, sign in (("w13_weight", 1.0), ("w2_weight", -1.0)):
-            values = torch.tensor([[sign * _base(layer_number, e)] * NUM_BASE for e in experts])
+            values = torch.tensor(
+                [[sign * _base(layer_number, e)] * self.num_base for e in experts]
+            )
             # The first as FP8's, of one byte, which EPLB gets another view of.
             dtype = torch.int8 if name == "w13_weight" else values.dtype
             parameter = torch.nn.Parameter(
-                values.view(self.num_local, NUM_BASE, 1).view(dtype), requires_grad=False
+                values.view(self.num_local, self.num_base, 1).view(dtype), requires_grad=False
             )
             setattr(base_layer.routed_experts, name, parameter)
         object.__setattr__(base_layer, "router", SimpleNamespace(eplb_state=None))
@@ -442,14 +446,20 @@ def _started(ep_rank: int, ep_size: int, folder: Path, **options: Any) -> Worker
 def sync(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     """EPLB's synchronous way, with redundant experts; a message has the rows of one slot."""
     worker = _started(ep_rank, ep_size, folder, num_redundant=4)
-    with mock.patch.object(row_exchange, "SEND_BYTES", 1):
+    with mock.patch.object(row_batches, "SEND_BYTES", 1):
         return random_runs(worker, in_thread=False, num_steps=120, seed=1)
 
 
 def sync_without_redundant(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
-    """The same without them, in the 3D layers."""
-    worker = _started(ep_rank, ep_size, folder, num_redundant=0, wrapper="3d")
-    return random_runs(worker, in_thread=False, num_steps=60, seed=2)
+    """The same without them, in the 3D layers; the buffer of the base weights holds all layers' rows."""
+    worker = _started(ep_rank, ep_size, folder, num_redundant=0, wrapper="3d", num_base=MANY_BASE)
+    exchange = mock.Mock(wraps=expert_rows.exchange_rows)
+    with mock.patch.object(expert_rows, "exchange_rows", exchange):
+        wrong = random_runs(worker, in_thread=False, num_steps=60, seed=2)
+    together = {len(call.args[0]) for call in exchange.call_args_list}
+    if together != {len(worker.layers)}:
+        wrong.append(f"so many layers went together: {together}")
+    return wrong
 
 
 def thread(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
@@ -479,7 +489,7 @@ def shared_factors(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
 def sequences(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     """Hypothesis makes up what happens in which order, the same on all ranks; both ways in turn."""
     wrong: list[str] = []
-    worker = _started(ep_rank, ep_size, folder, num_redundant=4)
+    worker = _started(ep_rank, ep_size, folder, num_redundant=4, num_base=MANY_BASE)
     _tries(worker, wrong)
     worker = Worker(ep_rank, ep_size, folder, num_redundant=4)
     worker.use_thread()

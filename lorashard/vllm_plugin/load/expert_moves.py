@@ -16,7 +16,7 @@ class ExpertMoves:
     sent: for each rank, the slots whose rows it gets; for the own rank, those that stay here.
     received: for each rank, how many rows come from it; for the own rank, how many stay here.
     targets: for each row that arrives, in the order of `received`, the slots that get it.
-    most_sent: rows that the busiest rank sends, what stays included.
+    most_sent: rows that the busiest rank sends to others.
     """
 
     sent: tuple[tuple[int, ...], ...]
@@ -54,7 +54,7 @@ def plan_moves(
                 source = to_rank if to_rank in own else min(own, key=lambda r: (loads[r], r))
                 places[expert] = source, len(sent[source][to_rank])
                 sent[source][to_rank].append(own[source])
-                loads[source] += 1
+                loads[source] += source != to_rank
             if to_rank == rank:
                 targets.append((slot, expert))
         if to_rank == rank:

@@ -31,14 +31,18 @@ from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.load.lora_model import is_dummy, maps_of, set_maps
 from lorashard.vllm_plugin.patches.moved_adapters import move_adapter
 from lorashard.vllm_plugin.patches.published_maps import publish_maps
+from lorashard.vllm_plugin.patches.row_batches import (
+    MovingLayer,
+    Workspace,
+    batches_of,
+    moving_stacks,
+    workspace_in,
+)
 from lorashard.vllm_plugin.patches.row_exchange import (
     Arrivals,
-    MovingLayer,
     all_gather_numbers,
-    batches_of,
     communicator_like,
     exchange_rows,
-    moving_stacks,
     put_rows,
 )
 
@@ -143,7 +147,8 @@ class ExpertRows:
         layer = self._moving_layer(name, before, after, group)
         communicator = communicator_like(communicator, group, self._manager.device, stream)
         with _any_tensors(), torch.cuda.stream(stream):
-            (arrivals,) = exchange_rows([layer], slots, group.rank(), communicator, self._room)
+            space = Workspace(self._room)
+            (arrivals,) = exchange_rows([layer], slots, group.rank(), communicator, space)
         self._arrived = _Arrived(name, layer, arrivals)
 
     def put(self, name: str) -> None:
@@ -160,19 +165,26 @@ class ExpertRows:
         after: Sequence[Sequence[int]],
         group: Any,
         communicator: Any,
+        buffers: Sequence[Any],
     ) -> None:
-        """`send` and `put` for all layers, as many at a time as there is room for. before, after: their maps."""
+        """`send` and `put` for all layers, as many at a time as there is room for.
+
+        before, after: their maps. buffers: tensors on the device that nothing is kept in meanwhile.
+        """
         slots = self._travelling()
         if not slots:
             return
         layers = [
             self._moving_layer(*each, group) for each in zip(self.names, before, after, strict=True)
         ]
-        communicator = communicator_like(communicator, group, self._manager.device, None)
+        own = communicator_like(communicator, group, self._manager.device, None)
         with _any_tensors():
-            for batch in batches_of(layers, len(slots), len(self._room)):
-                arrivals = exchange_rows(batch, slots, group.rank(), communicator, self._room)
-                put_rows(batch, arrivals)
+            # What goes through host memory takes as much of that.
+            space = workspace_in(buffers, self._room.dtype) if own is communicator else None
+            if space is None or len(space.arriving) < len(self._room):
+                space = Workspace(self._room)
+            for batch in batches_of(layers, len(slots), space):
+                put_rows(batch, exchange_rows(batch, slots, group.rank(), own, space))
 
     def _travelling(self) -> list[int]:
         assert self._transfer is not None

@@ -14,15 +14,18 @@ from lorashard.vllm_plugin.engine.expert_maps import ExpertMaps
 from lorashard.vllm_plugin.engine.live import WRAPPER_3D
 from lorashard.vllm_plugin.load.expert_moves import plan_moves
 from lorashard.vllm_plugin.load.lora_model import is_ready, maps_of, set_maps
-from lorashard.vllm_plugin.patches.row_exchange import (
+from lorashard.vllm_plugin.patches.row_batches import (
     SEND_BYTES,
     MovingLayer,
-    all_gather_numbers,
+    Workspace,
     batches_of,
-    exchange_rows,
     moving_stacks,
-    put_rows,
     room_for,
+)
+from lorashard.vllm_plugin.patches.row_exchange import (
+    all_gather_numbers,
+    exchange_rows,
+    put_rows,
     staged_communicator,
 )
 
@@ -57,9 +60,10 @@ def move_adapter(
         for name, old, new in zip(moved, before, after, strict=True)
     ]
     memory = layers[0].stacks[0]
-    for batch in batches_of(layers, 1, SEND_BYTES // memory.element_size()):
-        room = memory.new_empty(room_for(batch, 1))
-        put_rows(batch, exchange_rows(batch, (slot,), rank, communicator, room))
+    most = max(SEND_BYTES // memory.element_size(), *(room_for([layer], 1) for layer in layers))
+    space = Workspace(memory.new_empty(min(most, room_for(layers, 1))))
+    for batch in batches_of(layers, 1, space):
+        put_rows(batch, exchange_rows(batch, (slot,), rank, communicator, space))
     for name, new in zip(moved, after, strict=True):
         if _copy_back(manager, wrappers[name], model, name, slot):
             packed = packed.with_layer(name, new)

@@ -61,12 +61,13 @@ def wrap_rearrange(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.distributed.parallel_state import get_ep_group
 
         # Read before vLLM's part, behind which this would wait for the GPU. Then all of ours is on its way
-        # to the GPU while that is busy with the base weights.
+        # to the GPU while that is busy with the base weights. Their buffer is free for the rows then, and
+        # larger than what is kept for these: each layer on its own would take longer to be asked for.
         before, after = (given[f"{age}_global_expert_indices"].tolist() for age in ("old", "new"))
         done = original(*call.args, **call.kwargs)
         group = get_ep_group().cpu_group
         first.rows.begin_transfer(group)
-        first.rows.move_all(before, after, group, given["communicator"])
+        first.rows.move_all(before, after, group, given["communicator"], given["expert_buffer"])
         return done
 
     return rearrange_expert_weights_inplace

@@ -8,37 +8,20 @@ than the base weights themselves, which are 30 times as large.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 from lorashard.vllm_plugin.load.expert_moves import ExpertMoves
+from lorashard.vllm_plugin.patches.row_batches import (
+    MovingLayer,
+    Workspace,
+    room_for,
+    row_width_of,
+    slot_groups,
+)
 
-SEND_BYTES = 1 << 28  # about how much a rank puts together at a time
 _LIMIT = timedelta(minutes=5)  # for which a rank waits for the others, where all come at once
-
-
-@dataclass(frozen=True, slots=True)
-class MovingLayer:
-    """A layer whose rows are to be exchanged. stacks: [slots, E_local, ...] each, contiguous."""
-
-    stacks: Sequence[Any]
-    moves: ExpertMoves
-
-    @property
-    def row_width(self) -> int:
-        """Values of one expert in one slot."""
-        return sum(map(_width, self.stacks))
-
-    @property
-    def num_local(self) -> int:
-        """Experts of this rank."""
-        return int(self.stacks[0].shape[1])
-
-    @property
-    def most_sent_bytes(self) -> int:
-        """What the busiest rank puts together for a slot."""
-        return self.moves.most_sent * self.row_width * int(self.stacks[0].element_size())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,59 +35,26 @@ class Arrivals:
     blocks: tuple[tuple[Any, ...], ...]
 
 
-def _width(stack: Any) -> int:
-    """Values of one expert in one slot of a stack [slots, E_local, ...]."""
-    return int(stack.shape[2:].numel())
-
-
-def moving_stacks(wrapper: Any) -> list[Any]:
-    """A layer's LoRA stacks, [slots, E_local, ...] each. What all experts share does not move."""
-    stacks = [*wrapper.w13_lora_b_stacked, *wrapper.w2_lora_a_stacked]
-    if not getattr(wrapper, "enable_moe_shared_loras", False):
-        stacks += [*wrapper.w13_lora_a_stacked, *wrapper.w2_lora_b_stacked]
-    return stacks
-
-
-def room_for(layers: Iterable[MovingLayer], num_slots: int) -> int:
-    """Values of what can arrive for these layers, the same on all ranks."""
-    return num_slots * sum(layer.num_local * layer.row_width for layer in layers)
-
-
-def batches_of(
-    layers: Sequence[MovingLayer], num_slots: int, room: int
-) -> Iterator[list[MovingLayer]]:
-    """The layers, as many at a time as go well together, the same on all ranks.
-
-    room: values that may arrive at a time; one layer has to fit.
-    """
-    batch: list[MovingLayer] = []
-    num_values = num_bytes = 0
-    for layer in layers:
-        of_layer, sent = room_for([layer], num_slots), num_slots * layer.most_sent_bytes
-        if batch and (num_values + of_layer > room or num_bytes + sent > SEND_BYTES):
-            yield batch
-            batch, num_values, num_bytes = [], 0, 0
-        batch.append(layer)
-        num_values += of_layer
-        num_bytes += sent
-    if batch:
-        yield batch
-
-
 def exchange_rows(
-    layers: Sequence[MovingLayer], slots: Sequence[int], rank: int, communicator: Any, room: Any
+    layers: Sequence[MovingLayer],
+    slots: Sequence[int],
+    rank: int,
+    communicator: Any,
+    space: Workspace,
 ) -> list[list[Arrivals]]:
     """Send this rank's rows, and get those of others, on all ranks at once: for each layer, what comes.
 
-    communicator: vLLM's, for transfers of EPLB. room: for what arrives, one dimension, at least
-    room_for(layers, len(slots)) values. On the current stream, on which the communicator has to be, too.
+    communicator: vLLM's, for transfers of EPLB. space: for room_for(layers, len(slots)) values to arrive
+    at least. On the current stream, on which the communicator has to be, too.
     """
     arrivals: list[list[Arrivals]] = [[] for _ in layers]
     begin = 0
-    for group in _groups(slots, sum(layer.most_sent_bytes for layer in layers)):
+    slot_bytes = sum(layer.most_sent_bytes for layer in layers)
+    for group in slot_groups(slots, slot_bytes, space.send_bytes):
         end = begin + room_for(layers, len(group))
+        part = replace(space, arriving=space.arriving[begin:end])
         for of_layer, arrived in zip(
-            arrivals, _exchange(layers, group, rank, communicator, room[begin:end]), strict=True
+            arrivals, _exchange(layers, group, rank, communicator, part), strict=True
         ):
             of_layer.append(arrived)
         begin = end
@@ -136,8 +86,13 @@ def put_rows(layers: Sequence[MovingLayer], arrivals: Sequence[Sequence[Arrivals
 
 
 def _exchange(
-    layers: Sequence[MovingLayer], slots: tuple[int, ...], rank: int, communicator: Any, room: Any
+    layers: Sequence[MovingLayer],
+    slots: tuple[int, ...],
+    rank: int,
+    communicator: Any,
+    space: Workspace,
 ) -> list[Arrivals]:
+    room = space.arriving
     ranks = range(len(layers[0].moves.sent))
     incoming: list[list[list[Any]]] = []  # by the rank that they come from, and layer
     end = 0
@@ -148,7 +103,8 @@ def _exchange(
         end += _num_values(layers, counts)
         if peer != rank and begin < end:
             communicator.add_recv([room[begin:end]], peer, expert_id=0)
-    for peer, into in zip(ranks, _outgoing(layers, slots, incoming[rank], rank, room), strict=True):
+    messages = _outgoing(layers, slots, incoming[rank], rank, space)
+    for peer, into in zip(ranks, messages, strict=True):
         if peer != rank and into is not None:
             communicator.add_send([into], peer, expert_id=0)
     communicator.execute()
@@ -163,7 +119,7 @@ def _outgoing(
     slots: tuple[int, ...],
     stay: Sequence[Sequence[Any]],
     rank: int,
-    room: Any,
+    space: Workspace,
 ) -> list[Any]:
     """The message to each rank, if it gets any; for the own rank, what stays is copied into `stay`."""
     import torch
@@ -173,13 +129,17 @@ def _outgoing(
     rows = [
         [numbers.add(layer, slots, layer.moves.sent[peer]) for layer in layers] for peer in ranks
     ]
-    on_device = numbers.on(room.device)
+    on_device = numbers.on(space.arriving.device)
     tables = [_tables(layer.stacks, dtype) for layer in layers]
     messages = []
+    free = space.arriving[:0] if space.leaving is None else space.leaving
     for peer in ranks:
         counts = [where.stop - where.start for where in rows[peer]]
         size = _num_values(layers, counts)
-        message = room.new_empty(size) if peer != rank and size else None
+        message = None
+        if peer != rank and size:
+            message = free[:size] if size <= len(free) else free.new_empty(size)
+            free = free[size:]
         into = stay if message is None else _blocks_of_layers(message, layers, counts)
         for count, where, own, blocks in zip(counts, rows[peer], tables, into, strict=True):
             for table, block in zip(own, blocks, strict=True):
@@ -226,12 +186,6 @@ def _targets_by_rank(moves: ExpertMoves) -> Iterator[tuple[tuple[int, ...], ...]
         begin += count
 
 
-def _groups(slots: Sequence[int], slot_bytes: int) -> Iterator[tuple[int, ...]]:
-    count = max(1, SEND_BYTES // max(1, slot_bytes))
-    for first in range(0, len(slots), count):
-        yield tuple(slots[first : first + count])
-
-
 def _num_values(layers: Sequence[MovingLayer], counts: Sequence[int]) -> int:
     return sum(count * layer.row_width for layer, count in zip(layers, counts, strict=True))
 
@@ -244,7 +198,7 @@ def _blocks_of_layers(
     for layer, count in zip(layers, counts, strict=True):
         of_layer = []
         for stack in layer.stacks:
-            width = _width(stack)
+            width = row_width_of(stack)
             end = begin + count * width
             of_layer.append(memory[begin:end].view(count, width))
             begin = end
@@ -260,7 +214,7 @@ def _widest_dtype(layers: Sequence[MovingLayer]) -> Any:
     sizes = [
         size * stack.element_size()
         for stack in stacks
-        for size in (_width(stack), stack.storage_offset())
+        for size in (row_width_of(stack), stack.storage_offset())
     ]
     for dtype in (torch.complex128, torch.int64, torch.int32):
         if all(size % dtype.itemsize == 0 for size in sizes):

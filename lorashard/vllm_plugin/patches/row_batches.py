@@ -1,0 +1,111 @@
+"""LoRA stacks whose rows are to go from rank to rank, in which memory, and as many at a time as it holds.
+
+Out: what `row_exchange` sends in one message from each rank to each other. All ranks find the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorashard.vllm_plugin.load.expert_moves import ExpertMoves
+
+SEND_BYTES = 1 << 28  # about how much a rank puts together at a time in memory made for it
+
+
+@dataclass(frozen=True, slots=True)
+class MovingLayer:
+    """A layer whose rows are to be exchanged. stacks: [slots, E_local, ...] each, contiguous."""
+
+    stacks: Sequence[Any]
+    moves: ExpertMoves
+
+    @property
+    def row_width(self) -> int:
+        """Values of one expert in one slot."""
+        return sum(map(row_width_of, self.stacks))
+
+    @property
+    def num_local(self) -> int:
+        """Experts of this rank."""
+        return int(self.stacks[0].shape[1])
+
+    @property
+    def most_sent_bytes(self) -> int:
+        """What the busiest rank sends of a slot."""
+        return self.moves.most_sent * self.row_width * int(self.stacks[0].element_size())
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Memory on the device for rows on their way, one dimension each, of the stacks' type.
+
+    leaving: for messages to other ranks; without it they get memory of their own.
+    """
+
+    arriving: Any
+    leaving: Any = None
+
+    @property
+    def send_bytes(self) -> int:
+        """About how much a rank puts together at a time."""
+        return SEND_BYTES if self.leaving is None else int(self.leaving.nbytes)
+
+
+def row_width_of(stack: Any) -> int:
+    """Values of one expert in one slot of a stack [slots, E_local, ...]."""
+    return int(stack.shape[2:].numel())
+
+
+def moving_stacks(wrapper: Any) -> list[Any]:
+    """A layer's LoRA stacks, [slots, E_local, ...] each. What all experts share does not move."""
+    stacks = [*wrapper.w13_lora_b_stacked, *wrapper.w2_lora_a_stacked]
+    if not getattr(wrapper, "enable_moe_shared_loras", False):
+        stacks += [*wrapper.w13_lora_a_stacked, *wrapper.w2_lora_b_stacked]
+    return stacks
+
+
+def room_for(layers: Iterable[MovingLayer], num_slots: int) -> int:
+    """Values of what can arrive for these layers, the same on all ranks."""
+    return num_slots * sum(layer.num_local * layer.row_width for layer in layers)
+
+
+def workspace_in(buffers: Sequence[Any], dtype: Any) -> Workspace | None:
+    """The two largest of some tensors that nothing is kept in now; None if there are not so many."""
+    import torch
+
+    usable = [each for each in buffers if each.is_contiguous() and not each.nbytes % dtype.itemsize]
+    usable.sort(key=lambda each: int(each.nbytes), reverse=True)
+    if len(usable) < 2:
+        return None
+    return Workspace(*(each.view(-1).view(torch.uint8).view(dtype) for each in usable[:2]))
+
+
+def batches_of(
+    layers: Sequence[MovingLayer], num_slots: int, space: Workspace
+) -> Iterator[list[MovingLayer]]:
+    """The layers, as many at a time as there is space for, the same on all ranks.
+
+    One layer has to fit into what arrives.
+    """
+    room = len(space.arriving)
+    batch: list[MovingLayer] = []
+    num_values = num_bytes = 0
+    for layer in layers:
+        of_layer, sent = room_for([layer], num_slots), num_slots * layer.most_sent_bytes
+        if batch and (num_values + of_layer > room or num_bytes + sent > space.send_bytes):
+            yield batch
+            batch, num_values, num_bytes = [], 0, 0
+        batch.append(layer)
+        num_values += of_layer
+        num_bytes += sent
+    if batch:
+        yield batch
+
+
+def slot_groups(slots: Sequence[int], slot_bytes: int, most: int) -> Iterator[tuple[int, ...]]:
+    """The slots, as many at a time as fit into a message of `most` bytes; one at least."""
+    count = max(1, most // max(1, slot_bytes))
+    for first in range(0, len(slots), count):
+        yield tuple(slots[first : first + count])
