@@ -27,6 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM  # isort: skip
 from lorashard.vllm_plugin.engine.live import moe_wrappers
 from lorashard.vllm_plugin.load import filled_region
 from lorashard.vllm_plugin.load.device_copy import DeviceCopy
+from lorashard.vllm_plugin.load.read_ahead import ReadAhead
 from lorashard.vllm_plugin.patches import reading_ahead
 
 STEPS = 8  # that the engine takes while an adapter is read
@@ -206,6 +207,26 @@ def what_is_there_already() -> Any:
     return [client.calls, seen, without.calls]
 
 
+def rests() -> Any:
+    """Which threads could rest when an adapter is read ahead, and when the engine waits for one."""
+    core = ec.engine_core()
+    seen: list[str] = []
+
+    def is_busy(_: ReadAhead) -> bool:
+        seen.append(threading.current_thread().name)
+        return False
+
+    with (
+        mock.patch("lorashard.vllm_plugin.load.rests._WORK_S", 0.0),
+        mock.patch.object(ReadAhead, "_engine_is_busy", is_busy),
+    ):
+        Client(core).add(unloading.request(shards_at(patched.folder() / "ahead")))
+        ahead = list(seen)
+        core.add_lora(unloading.request(shards_at(patched.folder() / "waits", seed=1), 2))
+    layers = len(moe_wrappers(loaders(core)[0]._manager))
+    return [sorted(set(ahead)), len(ahead) >= 4 * layers, len(seen) == len(ahead)]
+
+
 def written_ahead() -> Any:
     """Which threads write the layers, and what vLLM's packing has to do in the step."""
     core = ec.engine_core()
@@ -349,6 +370,7 @@ def run_all() -> dict[str, Any]:
         "already there": what_is_there_already,
         "in place": in_place,
         "copied": copied_to_the_device,
+        "rests": rests,
         "written ahead": written_ahead,
         "slot taken": another_takes_the_slot,
         "no slot": no_slot_is_free,

@@ -28,6 +28,7 @@ from lorashard.vllm_plugin.load.reads import (
 )
 from lorashard.vllm_plugin.load.rearrangements import plan_rearrangements
 from lorashard.vllm_plugin.load.regions import RegionPool
+from lorashard.vllm_plugin.load.rests import rest_if_due
 from lorashard.vllm_plugin.load.rows import find_copies
 
 
@@ -77,6 +78,7 @@ def fill_region(
     for layer, layer_end in zip(layers, _layer_ends(layers, size)):
         jobs.extend(plan_reads([layer], contents.sources.offset_of, dtype, contents.rearranged))
         complete_up_to[len(jobs)] = layer_end
+        rest_if_due()
     with ExitStack() as stack:
         copy = None if copy_to is None else begin_copy(filler.bytes, copy_to)
         if copy is not None:
@@ -88,6 +90,7 @@ def fill_region(
         def follow(num_done: int) -> None:
             if copy is not None and is_complete_once_read:
                 copy.copy_up_to(complete_up_to.get(num_done, 0))
+                rest_if_due()
 
         num_bytes = filler.run(layers, jobs, follow)
         # After the reads, which fill with zeros what a rearrangement may fill in part.

@@ -15,6 +15,7 @@ from lorashard.rules import RENAMED_EXPERTS
 from lorashard.vllm_plugin.engine.live import LiveExperts
 from lorashard.vllm_plugin.load.assembly import Assembly, plan_assembly
 from lorashard.vllm_plugin.load.contents import AdapterContents, ModuleContents
+from lorashard.vllm_plugin.load.rests import rest_if_due
 from lorashard.vllm_plugin.load.rows import Run, find_runs
 
 
@@ -65,6 +66,7 @@ def match_layers(
             other = matched[live.name].contents.name
             raise LayoutError(f"{other} and {module.name} both belong to {live.name}.")
         matched[live.name] = _match(module, live, gate_up_known=contents.gate_up_known)
+        rest_if_due()
     return tuple(matched[name] for name in layers if name in matched)
 
 

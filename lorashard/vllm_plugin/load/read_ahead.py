@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lorashard.vllm_plugin.load.report import LoadedAdapter
+from lorashard.vllm_plugin.load.rests import with_rests
 
 
 class ReadAhead:
@@ -23,8 +24,7 @@ class ReadAhead:
         self._read = read
         self._loaded: LoadedAdapter | None = None
         self._error: Exception | None = None
-        # A region of memory is free again once the streams of the thread that took it are done.
-        self._same_stream = _current_stream(device)
+        self._engine_stream = _current_stream(device)
         self._thread = threading.Thread(target=self._run, name="lorashard-read-ahead", daemon=True)
         self._thread.start()
 
@@ -43,18 +43,27 @@ class ReadAhead:
 
     def _run(self) -> None:
         try:
-            with self._same_stream():
+            # A region of memory is free again once the streams of the thread that took it are done.
+            with _on(self._engine_stream), with_rests(self._engine_is_busy):
                 self._loaded = self._read()
         except Exception as err:  # noqa: BLE001 - raised by `wait`
             self._error = err.with_traceback(None)  # which would keep the memory
         del self._read
 
+    def _engine_is_busy(self) -> bool:
+        return self._engine_stream is None or not self._engine_stream.query()
 
-def _current_stream(device: Any) -> Callable[[], Any]:
-    """What makes this thread's CUDA stream that of another."""
+
+def _current_stream(device: Any) -> Any:
+    """This thread's CUDA stream; None on the CPU."""
     import torch
 
     if getattr(device, "type", None) != "cuda":
-        return nullcontext
-    stream = torch.cuda.current_stream(device)
-    return lambda: torch.cuda.stream(stream)
+        return None
+    return torch.cuda.current_stream(device)
+
+
+def _on(stream: Any) -> AbstractContextManager[Any]:
+    import torch
+
+    return nullcontext() if stream is None else torch.cuda.stream(stream)

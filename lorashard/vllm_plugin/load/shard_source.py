@@ -28,6 +28,7 @@ from lorashard.storage.safetensors_file import read_header
 from lorashard.storage.small_files import read_small_file
 from lorashard.vllm_plugin.load.assembly import ShardStack
 from lorashard.vllm_plugin.load.contents import REPLICATED, AdapterContents, ModuleContents
+from lorashard.vllm_plugin.load.rests import rest_if_due
 from lorashard.vllm_plugin.settings import verifies_fully
 
 
@@ -45,6 +46,7 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
         read_manifest(path)  # raises, and says what is there instead
         raise
     manifest = parse_manifest(raw, str(path / MANIFEST_NAME))
+    rest_if_due()
     try:
         config_bytes = held.read(CONFIG_NAME)
     except (AdapterError, OSError):
@@ -65,6 +67,7 @@ def open_shard_directory(path: Path, stack: ExitStack) -> AdapterContents:
         )
     if is_seal_broken(raw):
         raise ManifestError(path / MANIFEST_NAME, CHANGED, hint=_COPY_AGAIN, rule=DAMAGED_BYTES)
+    rest_if_due()
     files = stack.enter_context(_checked_files(held, manifest))
     shared = _stacks_in(manifest.files[REPLICATED_NAME], manifest, shared=True)
     # The rank files' tensors differ in dimension 0 alone, so the first file describes them all.

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lorashard.vllm_plugin.load.rests import rest_if_due
+
 
 class Withdrawn(Exception):  # noqa: N818 - not an error
     """The slot was given to another adapter."""
@@ -72,6 +74,7 @@ class SlotAhead:
                 if self._is_withdrawn:
                     raise Withdrawn
                 yield name, module
+            rest_if_due()
 
 
 def _event(device: Any) -> Any:

@@ -18,6 +18,7 @@ from lorashard.vllm_plugin.load.device_copy import ExpertsOnDevice
 from lorashard.vllm_plugin.load.loader import AdapterLoader
 from lorashard.vllm_plugin.load.prepared import NO_SLOT
 from lorashard.vllm_plugin.load.report import LoadedAdapter
+from lorashard.vllm_plugin.load.rests import rest_if_due
 from lorashard.vllm_plugin.load.slot_ahead import SlotAhead, Withdrawn
 from lorashard.vllm_plugin.patches.apply import original_of
 
@@ -42,7 +43,9 @@ def prepare(
     activate = _original(manager, "activate_adapter")
     if loaded.report is None or not loaded.model.loras or pack is None or activate is None:
         return loaded
+    rest_if_due()
     pack(_view(manager, {}), loaded.model)
+    rest_if_due()
     loaded = replace(loaded, is_packed=True)
     if slot is None:
         return loaded

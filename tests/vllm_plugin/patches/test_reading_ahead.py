@@ -70,6 +70,11 @@ def test_layers_take_it_from_the_device_and_what_is_kept_is_in_host_memory(relea
 
 
 @each_release
+def test_the_thread_that_reads_rests_between_layers_and_the_engines_does_not(release: str) -> None:
+    assert answers(release)["rests"] == [["lorashard-read-ahead"], True, True]
+
+
+@each_release
 def test_packing_and_writing_are_done_before_the_step_that_adds_the_adapter(release: str) -> None:
     found = answers(release)["written ahead"]
     assert found == [True, ["lorashard-read-ahead"], [[None, 1], [None, 1]], RIGHT]
