@@ -1,4 +1,4 @@
-"""Run inside a vLLM release: an engine's loop, and adapters that its workers add between their steps.
+"""Run inside a vLLM release: an engine's loop, and adapters that its workers add or remove between steps.
 
 Real: the loop of EngineCoreProc, its scheduler, MultiprocExecutor's `collective_rpc`, the workers' loop,
 and each worker's LoRA manager. Stand-ins: threads for processes (worker_threads.py), and queues in this
@@ -7,6 +7,7 @@ process for sockets. test_answered_later_conformance.py says what is right.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -28,18 +29,25 @@ MANY = 3 * PLACES
 
 
 class Worker(ec.Worker):
-    """It waits with an adapter's load until `may_add` is set."""
+    """It waits with an adapter's load or removal until `may_go_on` is set."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(rank, 2)
-        self.may_add, self.adds = threading.Event(), threading.Event()
-        self.may_add.set()
+        self.may_go_on, self.is_at_it = threading.Event(), threading.Event()
+        self.may_go_on.set()
         self._answers: deque[Any] = deque()
 
     def add_lora(self, lora_request: Any) -> bool:
-        self.adds.set()
-        assert self.may_add.wait(WAIT_S)
+        self._wait()
         return super().add_lora(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        self._wait()
+        return super().remove_lora(lora_id)
+
+    def _wait(self) -> None:
+        self.is_at_it.set()
+        assert self.may_go_on.wait(WAIT_S)
 
     def execute_model(self, scheduled: Any) -> Any:
         answer = super().execute_model(scheduled)
@@ -122,12 +130,23 @@ class Engine:
 
     def hold(self) -> None:
         for worker in self.executor.workers:
-            worker.adds.clear()
-            worker.may_add.clear()
+            worker.is_at_it.clear()
+            worker.may_go_on.clear()
 
     def release(self) -> None:
         for worker in self.executor.workers:
-            worker.may_add.set()
+            worker.may_go_on.set()
+
+    def scheduled_behind(self) -> str:
+        """What the workers are given while they are held at a call."""
+        for worker in self.executor.workers:
+            assert worker.is_at_it.wait(WAIT_S)
+        if not hasattr(self.core, "_idle_state_callbacks"):
+            return "nothing, in this release"
+        ends = time.monotonic() + WAIT_S
+        while self.executor.calls[0].items.empty() and time.monotonic() < ends:
+            time.sleep(0.001)
+        return next((str(item[0]) for item in list(self.executor.calls[0].items.queue)), "nothing")
 
     def held(self) -> list[list[int]]:
         return ec.loaded(self.core)
@@ -143,18 +162,44 @@ def while_steps_go_on(*, asynchronous: bool) -> Any:
     engine.send("long", None, 200)
     engine.hold()
     call = engine.call("add_lora", adapter(0, 1))
-    for worker in engine.executor.workers:
-        assert worker.adds.wait(WAIT_S)
-    behind = "nothing, in this release"
-    if hasattr(engine.core, "_idle_state_callbacks"):
-        ends = time.monotonic() + WAIT_S
-        while engine.executor.calls[0].items.empty() and time.monotonic() < ends:
-            time.sleep(0.001)
-        behind = next((item[0] for item in list(engine.executor.calls[0].items.queue)), "nothing")
+    behind = engine.scheduled_behind()
     engine.release()
     added = engine.answer(call)
     engine.send("with it", adapter(0, 1), 3)
     return [behind, added, engine.held(), sorted(engine.answer(engine.call("list_loras")))]
+
+
+def removed_while_steps_go_on() -> Any:
+    """The same for an adapter that goes."""
+    engine = Engine(asynchronous=True)
+    engine.answer(engine.call("add_lora", adapter(0, 1)))
+    engine.send("long", None, 200)
+    engine.hold()
+    call = engine.call("remove_lora", 1)
+    behind = engine.scheduled_behind()
+    engine.release()
+    return [
+        behind,
+        engine.answer(call),
+        engine.held(),
+        engine.answer(engine.call("remove_lora", 1)),
+    ]
+
+
+def removed_with_its_last_request() -> Any:
+    """It is unloaded while a request uses it; nobody asks for an answer then."""
+    engine = Engine(asynchronous=True)
+    mine = adapter(0, 1)
+    engine.answer(engine.call("add_lora", mine))
+    engine.send("long", None, 200)
+    engine.hold()
+    engine.send("uses it", mine, 3)
+    engine.release()
+    said = engine.answer(engine.call("remove_lora", 1))
+    ends = time.monotonic() + WAIT_S
+    while engine.answer(engine.call("list_loras")) and time.monotonic() < ends:
+        time.sleep(0.001)
+    return [said, engine.held()]
 
 
 def while_idle() -> Any:
@@ -201,20 +246,29 @@ def in_its_client() -> Any:
 
 
 def another_packages_way() -> Any:
-    """Another package has wrapped the executor's `add_lora`: what it sees, and what the client gets."""
-    seen: list[int] = []
-    add_lora = InThreads.add_lora
+    """Another package has wrapped the executor's methods: what it sees, and what the client gets."""
+    seen: list[Any] = []
 
-    def wrapped(self: Any, lora_request: Any) -> Any:
-        seen.append(lora_request.lora_int_id)
-        return add_lora(self, lora_request)
+    def wrapped(name: str) -> Any:
+        original = getattr(InThreads, name)
 
-    InThreads.add_lora = wrapped
+        @functools.wraps(original)
+        def method(self: Any, *arguments: Any) -> Any:
+            seen.append(name)
+            return original(self, *arguments)
+
+        return method
+
+    names = ("add_lora", "remove_lora")
+    for name in names:
+        setattr(InThreads, name, wrapped(name))
     try:
         engine = Engine(asynchronous=True)
-        return [engine.answer(engine.call("add_lora", adapter(0, 1))), seen]
+        calls = (("add_lora", adapter(0, 1)), ("remove_lora", 1))
+        return [[engine.answer(engine.call(*call)) for call in calls], seen]
     finally:
-        del InThreads.add_lora
+        for name in names:
+            delattr(InThreads, name)
 
 
 def is_patched() -> bool:
@@ -225,6 +279,8 @@ def run_all() -> dict[str, Any]:
     return {
         "steps": while_steps_go_on(asynchronous=False),
         "steps, asynchronous": while_steps_go_on(asynchronous=True),
+        "removed": removed_while_steps_go_on(),
+        "removed last": removed_with_its_last_request(),
         "idle": while_idle(),
         "last": at_the_end_of_the_last_request(),
         "many": many_at_once(),

@@ -1,4 +1,4 @@
-"""An adapter is added between two steps of the workers, and vLLM's engine goes on scheduling."""
+"""An adapter is added or removed between two steps of the workers, and vLLM's engine goes on scheduling."""
 
 from __future__ import annotations
 
@@ -18,17 +18,33 @@ def answers(release: str) -> dict[str, Any]:
     return found
 
 
+def next_step(release: str) -> str:
+    takes_futures = release_key(release) >= release_key("0.17.1")
+    return "execute_model" if takes_futures else "nothing, in this release"
+
+
 @each_release
 @pytest.mark.parametrize("mode", ["steps", "steps, asynchronous"])
 def test_the_next_step_is_scheduled_before_the_workers_have_answered(
     release: str, mode: str
 ) -> None:
     behind, added, held, listed = answers(release)[mode]
-    takes_futures = release_key(release) >= release_key("0.17.1")
-    assert behind == ("execute_model" if takes_futures else "nothing, in this release")
+    assert behind == next_step(release)
     assert added is True
     assert held == [[1], [1]]
     assert listed == [1]
+
+
+@each_release
+def test_the_next_step_is_scheduled_before_an_adapter_is_gone(release: str) -> None:
+    behind, removed, held, removed_again = answers(release)["removed"]
+    assert behind == next_step(release)
+    assert (removed, held, removed_again) == (True, [[], []], False)
+
+
+@each_release
+def test_an_adapter_goes_with_its_last_request(release: str) -> None:
+    assert answers(release)["removed last"] == [True, [[], []]]
 
 
 @each_release
@@ -59,4 +75,5 @@ def test_a_client_in_the_same_process_gets_the_answer_itself(release: str) -> No
 
 @each_release
 def test_another_packages_way_of_adding_is_not_passed_by(release: str) -> None:
-    assert answers(release)["another package"] == [True, [1]]
+    names = ["add_lora", "remove_lora"]
+    assert answers(release)["another package"] == [[True, True], names]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,15 @@ class AdapterUses:
     def __init__(self, requests: Mapping[str, Any], prefixes: PrefixVersions) -> None:
         self._requests = requests
         self._prefixes = prefixes
-        self._take_out: Callable[[int], bool] = _nothing_to_take_out
+        self._take_out: Callable[[int], Any] = _nothing_to_take_out
         self._names: dict[int, str] = {}
         self._leaving: dict[int, set[str]] = {}  # an adapter, and the requests that it waits for
 
-    def remove(self, number: int, take_out: Callable[[int], bool]) -> bool:
+    def remove(self, number: int, take_out: Callable[[int], Any]) -> Any:
         """Remove the adapter now, or as soon as no request uses it. False if it was not there.
 
-        take_out: takes an adapter out of all workers, at once.
+        take_out: takes an adapter out of all workers before they take another step, and answers with
+        whether it was there, or with a future of that, which is the answer then.
         """
         self._take_out = take_out
         self._renew_prefixes(number)
@@ -53,7 +56,7 @@ class AdapterUses:
         number = int(lora_request.lora_int_id)
         in_place = bool(getattr(lora_request, "load_inplace", False))
         if self._leaving.pop(number, None) is not None and not in_place:
-            self._take_out(number)
+            self._take_out_unasked(number)
         if in_place:
             self._renew_prefixes(number)
 
@@ -73,7 +76,7 @@ class AdapterUses:
         if number in self._leaving:
             self._leaving[number].add(request.request_id)
             if Path(request.lora_request.lora_path).expanduser().exists():
-                self._take_out(number)
+                self._take_out_unasked(number)
 
     def request_ended(self, request: Any) -> None:
         """A request has left the scheduler. Never raises: the engine's step goes on."""
@@ -93,9 +96,14 @@ class AdapterUses:
             return
         del self._leaving[number]
         try:
-            self._take_out(number)
+            self._take_out_unasked(number)
         except Exception:
             logger.exception("lorashard: adapter %d could not be unloaded", number)
+
+    def _take_out_unasked(self, number: int) -> None:
+        taken_out = self._take_out(number)
+        if isinstance(taken_out, Future):
+            taken_out.add_done_callback(partial(_log_failure, number))
 
     def _users(self, number: int) -> set[str]:
         """The requests that use an adapter and have not ended."""
@@ -111,6 +119,11 @@ class AdapterUses:
         name = self._names.pop(number, None)
         if name is not None:  # otherwise no request has left anything in the cache
             self._prefixes.renew(name)
+
+
+def _log_failure(number: int, taken_out: Future[bool]) -> None:
+    if error := taken_out.exception():
+        logger.error("lorashard: adapter %d could not be unloaded", number, exc_info=error)
 
 
 def _nothing_to_take_out(_: int) -> bool:

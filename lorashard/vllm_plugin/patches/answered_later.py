@@ -1,4 +1,4 @@
-"""An adapter that the workers add between two steps, while the engine goes on scheduling.
+"""An adapter that the workers add or remove between two steps, while the engine goes on scheduling.
 
 vLLM's engine waits for what it has asked its workers: first for the steps that they were given before,
 then for the answer; only then does it schedule the next step, and meanwhile they have none to take. Here
@@ -8,6 +8,7 @@ the same order as otherwise.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -25,30 +26,53 @@ def add_between_steps(engine: Any, lora_request: Any, add: Callable[..., Any]) -
 
     engine: an EngineCore. Raises what `add` raises.
     """
-    if not _may_answer_later(engine):
+    executor = engine.model_executor
+    is_ours = type(executor).add_lora in replacements.values()
+    if not (is_ours and _may_answer_later(engine)):
         return add(engine, lora_request)
+    return _ask(engine, partial(ask_workers, executor, lora_request), outcome_of)
+
+
+def remove_between_steps(engine: Any, number: int, remove: Callable[..., Any]) -> Any:
+    """The same for removing an adapter, of vLLM's number for it."""
+    executor = engine.model_executor
+    if not (_is_vllms(type(executor).remove_lora) and _may_answer_later(engine)):
+        return bool(remove(engine, number))
+    return _ask(engine, partial(executor.collective_rpc, "remove_lora", args=(number,)), all)
+
+
+def _ask(
+    engine: Any, ask: Callable[..., Any], outcome: Callable[[list[Any]], bool]
+) -> Future[bool]:
+    """A future of the outcome of what all workers answer. ask: them, without waiting."""
     # One at a time: the queues between engine and workers are short, and neither may wait for the other.
     _wait_for_answer(engine)
-    asked = ask_workers(engine.model_executor, lora_request, non_block=True)
+    asked = ask(non_block=True)
     setattr(engine, _ASKED, asked)
     # The answer is read on the way to that of the next step. Where there is none, the engine says so.
     callbacks = engine._idle_state_callbacks  # noqa: SLF001 - vLLM gives no other way
     if _wait_for_answer not in callbacks:
         callbacks.append(_wait_for_answer)
     answer: Future[bool] = Future()
-    asked.add_done_callback(partial(_pass_on, answer))
+    asked.add_done_callback(partial(_pass_on, answer, outcome))
     return answer
 
 
 def _may_answer_later(engine: Any) -> bool:
-    """Whether its client takes a future, it says when it is idle, and its executor reads in order."""
-    executor = engine.model_executor
+    """Whether its client takes a future, it says when it is idle, and its executor reads in order.
+
+    What asks them has to be vLLM's own way or ours besides: another package may have one.
+    """
     return (
         hasattr(engine, "_invoke_utility_method")  # not if the client calls it in its own process
         and hasattr(engine, "_idle_state_callbacks")
-        and hasattr(executor, "futures_queue")
-        and type(executor).add_lora in replacements.values()  # nobody else has a way of their own
+        and hasattr(engine.model_executor, "futures_queue")
     )
+
+
+def _is_vllms(function: Any) -> bool:
+    module = sys.modules["vllm.v1.executor.abstract"]
+    return bool(function.__code__.co_filename == module.__file__)
 
 
 def _wait_for_answer(engine: Any) -> None:
@@ -59,10 +83,12 @@ def _wait_for_answer(engine: Any) -> None:
             asked.result()
 
 
-def _pass_on(answer: Future[bool], asked: Future[list[Any]]) -> None:
+def _pass_on(
+    answer: Future[bool], outcome: Callable[[list[Any]], bool], asked: Future[list[Any]]
+) -> None:
     try:
-        added = outcome_of(asked.result())
+        result = outcome(asked.result())
     except Exception as err:  # noqa: BLE001 - for the client
         answer.set_exception(err)
     else:
-        answer.set_result(added)
+        answer.set_result(result)

@@ -12,6 +12,7 @@ _ADD_LORA = (
     "An adapter of that number that is still to be removed goes first. While the workers add the new "
     "one, the engine goes on scheduling (since 0.17.1)."
 )
+_REMOVE_LORA = "The adapter is removed once no request uses it, and the engine goes on scheduling (since 0.17.1)."
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
@@ -70,7 +71,7 @@ PATCHES: tuple[Patch, ...] = (
                 "remove_lora",
                 ("lora_id",),
                 1091,
-                "The adapter is removed once no request uses it.",
+                _REMOVE_LORA,
                 unloading.wrap_remove_lora,
             ),
             (

@@ -13,7 +13,7 @@ from typing import Any
 from lorashard.vllm_plugin.engine.adapter_uses import AdapterUses
 from lorashard.vllm_plugin.engine.facts import has_lora_and_ep
 from lorashard.vllm_plugin.engine.prefix_versions import PrefixVersions
-from lorashard.vllm_plugin.patches.answered_later import add_between_steps
+from lorashard.vllm_plugin.patches.answered_later import add_between_steps, remove_between_steps
 from lorashard.vllm_plugin.patches.data_parallel import limit_adapters
 from lorashard.vllm_plugin.patches.reading_ahead import is_to_be_read
 
@@ -79,13 +79,13 @@ def wrap_add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    """EngineCore.remove_lora: once no request uses the adapter."""
+    """EngineCore.remove_lora: once no request uses the adapter. The engine goes on meanwhile."""
 
-    def remove_lora(self: Any, lora_id: int) -> bool:
+    def remove_lora(self: Any, lora_id: int) -> Any:
         uses = _uses(self.scheduler)
         if uses is None:
-            return bool(original(self, lora_id))
-        return uses.remove(lora_id, lambda number: bool(original(self, number)))
+            return original(self, lora_id)
+        return uses.remove(lora_id, lambda number: remove_between_steps(self, number, original))
 
     return remove_lora
 

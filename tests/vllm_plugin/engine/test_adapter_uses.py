@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,6 +136,18 @@ def test_a_failure_to_remove_does_not_reach_the_engines_step(
     assert "adapter 1 could not be unloaded" in caplog.text
     engine.send("second", Lora(1))
     engine.end("second")
+
+
+def test_a_failure_that_is_known_later_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    engine, later = Engine(), Future[bool]()
+    engine.send("first", Lora(1))
+    engine.unload(1)
+    engine.uses._take_out = lambda _: later
+    engine.end("first")
+    assert caplog.text == ""
+    later.set_exception(OSError("a worker has ended"))
+    assert "adapter 1 could not be unloaded" in caplog.text
+    assert "a worker has ended" in caplog.text
 
 
 def test_a_prefix_is_renewed_with_what_replaces_its_adapter_and_only_then() -> None:
