@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.gpu.eplb_cost import summarise
+from tests.gpu.eplb_cost import Turns, summarise
 from tests.gpu.eplb_report import eplb_part
 from tests.gpu.eplb_worker import Rebalancing
 
@@ -45,16 +47,33 @@ class TimedWorker(Rebalancing):
 
 def test_the_first_rearrangement_with_other_slots_is_not_counted() -> None:
     worker = TimedWorker(Slots())
-    assert worker.rearrange_in_turn(5, 3, 2, (0, 1, 4)) == {
-        "0": [0.0] * 6,
-        "1": [1.0] * 6,
-        "4": [4.0] * 6,
+    assert worker.rearrange_with(5, 2, (0, 1, 4)) == {
+        "0": [0.0] * 2,
+        "1": [1.0] * 2,
+        "4": [4.0] * 2,
     }
-    assert len(set(worker.seeds)) == 9
+    assert len(set(worker.seeds)) == 3
 
 
 def test_an_engine_without_lora_drops_its_first_as_well() -> None:
-    assert TimedWorker(None).rearrange_in_turn(5, 2, 1, (0,)) == {"0": [0.0, 0.0]}
+    assert TimedWorker(None).rearrange_with(5, 2, (0,)) == {"0": [0.0, 0.0]}
+
+
+def test_processes_take_turns(tmp_path: Path) -> None:
+    file = tmp_path / "turn"
+    file.write_text("0")
+    seen: list[int] = []
+
+    def take(place: int) -> None:
+        turns = Turns(file, place, 3)
+        for _ in range(4):
+            turns.wait()
+            seen.append(place)
+            turns.end()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(take, (2, 1, 0)))
+    assert seen == [0, 1, 2] * 4
 
 
 def test_ratios_are_of_medians_over_all_turns() -> None:

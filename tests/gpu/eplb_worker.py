@@ -89,10 +89,10 @@ class Rebalancing:
             seconds.append(time.perf_counter() - began)
         return seconds
 
-    def rearrange_in_turn(
-        self, seed: int, turns: int, repeats: int, counts: Sequence[int]
+    def rearrange_with(
+        self, seed: int, repeats: int, counts: Sequence[int]
     ) -> dict[str, list[float]]:
-        """The same with so many adapters in their slots, in turn, of those that are in host memory.
+        """The same with so many adapters in their slots, one after the other, of those in host memory.
 
         Each time one more rearrangement comes first, which is not counted: it is slower after adapters
         were put into their slots, and only the others come right after another. Without LoRA, counts
@@ -101,13 +101,11 @@ class Rebalancing:
         lora = getattr(self.model_runner, "lora_manager", None)
         manager = lora._adapter_manager if lora else None
         numbers = sorted(manager.list_adapters()) if manager else []
-        seconds: dict[str, list[float]] = {str(count): [] for count in counts}
-        for turn in range(turns):
-            for count in counts:
-                for number in numbers:
-                    manager.deactivate_adapter(number)
-                for number in numbers[:count]:
-                    manager.activate_adapter(number)
-                timed = self.rearrange(seed + 100 * turn + count, 1 + repeats)
-                seconds[str(count)] += timed[1:]
+        seconds = {}
+        for count in counts:
+            for number in numbers:
+                manager.deactivate_adapter(number)
+            for number in numbers[:count]:
+                manager.activate_adapter(number)
+            seconds[str(count)] = self.rearrange(seed + count, 1 + repeats)[1:]
         return seconds

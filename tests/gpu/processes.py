@@ -82,10 +82,16 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def run(command: Sequence[str], log: Path, environment: Mapping[str, str], timeout_s: float) -> str:
-    """Run to the end or to the limit; returns "" or why it did not end well."""
+def run(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    timeout_s: float,
+    cpus: Collection[int] = (),
+) -> str:
+    """Run to the end or to the limit; returns "" or why it did not end well. cpus: see `start`."""
     started = time.monotonic()
-    process = start(command, log, environment)
+    process = start(command, log, environment, cpus)
     try:
         status = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
