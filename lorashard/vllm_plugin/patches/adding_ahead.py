@@ -44,7 +44,13 @@ def prepare(
     if loaded.report is None or not loaded.model.loras or pack is None or activate is None:
         return loaded
     rest_if_due()
-    pack(_view(manager, {}), loaded.model)
+    view = _view(manager, {})
+    # vLLM asks for each expert of a layer whether the adapter has it as a layer of its own.
+    packed = loaded.model.loras
+    view.packed_modules = {
+        name: parts for name, parts in manager.packed_modules.items() if name not in packed
+    }
+    pack(view, loaded.model)
     rest_if_due()
     loaded = replace(loaded, is_packed=True)
     if slot is None:
