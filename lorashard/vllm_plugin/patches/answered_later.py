@@ -70,9 +70,11 @@ def _may_answer_later(engine: Any) -> bool:
     )
 
 
-def _is_vllms(function: Any) -> bool:
-    module = sys.modules["vllm.v1.executor.abstract"]
-    return bool(function.__code__.co_filename == module.__file__)
+def _is_vllms(method: Any) -> bool:
+    """Whether an executor's method is the one of vLLM's base class, and nobody has put theirs there."""
+    code = getattr(method, "__code__", None)
+    base = sys.modules["vllm.v1.executor.abstract"]
+    return code is not None and code.co_filename == base.__file__
 
 
 def _wait_for_answer(engine: Any) -> None:
