@@ -150,8 +150,8 @@ class Worker:
         self.state.policy = SimpleNamespace(rebalance_experts=self._random_maps)
         self.gate = threading.Event()
         self.gate.set()
-        begin = self.rows.begin_transfer
-        self.rows.begin_transfer = lambda group: (self.gate.wait(), begin(group))[1]
+        announce = self.rows.announce
+        self.rows.announce = lambda group: (self.gate.wait(), announce(group))[1]
         self.num_loads = 0
 
     def use_thread(self) -> None:
@@ -602,7 +602,7 @@ def after_a_failure(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     worker.load(3)
     travelled = []
     begin = worker.rows.begin_transfer
-    worker.rows.begin_transfer = lambda group: travelled.append(begin(group)) or travelled[-1]
+    worker.rows.begin_transfer = lambda said: travelled.append(begin(said)) or travelled[-1]
     for _ in range(2):
         worker.begin_cycle()
         wrong += worker.wrong()

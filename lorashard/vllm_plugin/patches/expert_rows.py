@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,10 @@ from lorashard.vllm_plugin.patches.row_batches import (
 )
 from lorashard.vllm_plugin.patches.row_exchange import (
     Arrivals,
-    all_gather_numbers,
     communicator_like,
     exchange_rows,
     put_rows,
+    say_numbers,
 )
 
 logger = logging.getLogger("vllm.lorashard")
@@ -106,8 +106,8 @@ class ExpertRows:
         size = max(sum(stack[0].numel() for stack in stacks) for stacks in layers)
         self._room = layers[0][0].new_empty(self.num_slots * size)
 
-    def begin_transfer(self, group: Any) -> frozenset[int]:
-        """The slots whose rows travel with the layer that is next, the same on all ranks.
+    def announce(self, group: Any) -> Callable[[], list[list[int]]]:
+        """Say what is in this rank's slots. What comes back is for `begin_transfer`, and waits for the others.
 
         group: of the ranks, on the CPU. In any thread.
         """
@@ -117,10 +117,13 @@ class ExpertRows:
             written = self._written
         if written is not None:
             written.synchronize()  # what the other ranks are about to read is there
-        said = all_gather_numbers(own, group)
+        return say_numbers(own, group)
+
+    def begin_transfer(self, said: Callable[[], list[list[int]]]) -> frozenset[int]:
+        """The slots whose rows travel with the layer that is next, the same on all ranks."""
         agreed = {
             slot: writes[0]
-            for slot, writes in enumerate(zip(*said, strict=True))
+            for slot, writes in enumerate(zip(*said(), strict=True))
             if writes[0] != _UNUSED and len(set(writes)) == 1
         }
         self._transfer = Transfer(agreed)

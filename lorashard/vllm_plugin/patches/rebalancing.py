@@ -64,9 +64,10 @@ def wrap_rearrange(original: Callable[..., Any]) -> Callable[..., Any]:
         # to the GPU while that is busy with the base weights. Their buffer is free for the rows then, and
         # larger than what is kept for these: each layer on its own would take longer to be asked for.
         before, after = (given[f"{age}_global_expert_indices"].tolist() for age in ("old", "new"))
-        done = original(*call.args, **call.kwargs)
         group = get_ep_group().cpu_group
-        first.rows.begin_transfer(group)
+        said = first.rows.announce(group)  # heard by the time that vLLM is done
+        done = original(*call.args, **call.kwargs)
+        first.rows.begin_transfer(said)
         first.rows.move_all(before, after, group, given["communicator"], given["expert_buffer"])
         return done
 
@@ -86,7 +87,7 @@ def wrap_transfer_layer(original: Callable[..., Any]) -> Callable[..., Any]:
             from vllm.distributed.parallel_state import get_eplb_group
 
             group = get_eplb_group().cpu_group
-            layer.rows.begin_transfer(group)
+            layer.rows.begin_transfer(layer.rows.announce(group))
             before, after = (given[f"{age}_layer_indices"].tolist() for age in ("old", "new"))
             # cuda_stream until 0.30
             stream = given.get("stream", given.get("cuda_stream"))

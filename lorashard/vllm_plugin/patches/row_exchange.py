@@ -7,7 +7,7 @@ than the base weights themselves, which are 30 times as large.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -247,10 +247,20 @@ def staged_communicator(cpu_group: Any, device: Any) -> Any:
 
 def all_gather_numbers(numbers: Sequence[int], group: Any) -> list[list[int]]:
     """What each rank says. Raises RuntimeError if one of them has not come in time."""
+    return say_numbers(numbers, group)()
+
+
+def say_numbers(numbers: Sequence[int], group: Any) -> Callable[[], list[list[int]]]:
+    """The same without waiting: a function that waits."""
     import torch
     import torch.distributed as dist
 
     own = torch.tensor(numbers, dtype=torch.int64)
     said = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(said, own, group, async_op=True).wait(_LIMIT)
-    return [each.tolist() for each in said]
+    work = dist.all_gather(said, own, group, async_op=True)
+
+    def hear() -> list[list[int]]:
+        work.wait(_LIMIT)
+        return [each.tolist() for each in said]
+
+    return hear
