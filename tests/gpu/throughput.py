@@ -43,7 +43,7 @@ class Workload:
         return DECODE_UNIT if self.generated > 1 else PREFILL_UNIT
 
 
-# At rest is what has taken no step for so long. Those of an idle engine are shorter.
+# A server is at rest once it has taken no step for so long; idle engines' steps are shorter.
 REST_S, REST_LIMIT_S = 0.5, 30.0
 DECODE = Workload("decode", 32, 64)
 PREFILL = Workload("prefill", 960, 1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +96,13 @@ class AdapterUses:
         del self._leaving[number]
         try:
             self._take_out_unasked(number)
-        except Exception:
-            logger.exception("lorashard: adapter %d could not be unloaded", number)
+        except Exception as err:  # noqa: BLE001 - see `request_ended`
+            _log_failure(number, err)
 
     def _take_out_unasked(self, number: int) -> None:
         taken_out = self._take_out(number)
         if isinstance(taken_out, Future):
-            taken_out.add_done_callback(partial(_log_failure, number))
+            taken_out.add_done_callback(lambda done: _log_failure(number, done.exception()))
 
     def _users(self, number: int) -> set[str]:
         """The requests that use an adapter and have not ended."""
@@ -121,8 +120,8 @@ class AdapterUses:
             self._prefixes.renew(name)
 
 
-def _log_failure(number: int, taken_out: Future[bool]) -> None:
-    if error := taken_out.exception():
+def _log_failure(number: int, error: BaseException | None) -> None:
+    if error is not None:
         logger.error("lorashard: adapter %d could not be unloaded", number, exc_info=error)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lorashard.vllm_plugin.load.report import LoadedAdapter
@@ -42,9 +41,11 @@ class ReadAhead:
         return loaded
 
     def _run(self) -> None:
+        import torch
+
         try:
             # A region of memory is free again once the streams of the thread that took it are done.
-            with _on(self._engine_stream), with_rests(self._engine_is_busy):
+            with torch.cuda.stream(self._engine_stream), with_rests(self._engine_is_busy):
                 self._loaded = self._read()
         except Exception as err:  # noqa: BLE001 - raised by `wait`
             self._error = err.with_traceback(None)  # which would keep the memory
@@ -61,9 +62,3 @@ def _current_stream(device: Any) -> Any:
     if getattr(device, "type", None) != "cuda":
         return None
     return torch.cuda.current_stream(device)
-
-
-def _on(stream: Any) -> AbstractContextManager[Any]:
-    import torch
-
-    return nullcontext() if stream is None else torch.cuda.stream(stream)

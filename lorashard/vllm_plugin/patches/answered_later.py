@@ -8,7 +8,6 @@ the same order as otherwise.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -16,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from lorashard.vllm_plugin.patches.apply import replacements
+from lorashard.vllm_plugin.patches.foreign import is_of_vllm
 from lorashard.vllm_plugin.patches.refused_adds import ask_workers, outcome_of
 
 _ASKED = "_lorashard_asked"  # an attribute of vLLM's EngineCore: what the workers have not answered
@@ -27,8 +27,8 @@ def add_between_steps(engine: Any, lora_request: Any, add: Callable[..., Any]) -
     engine: an EngineCore. Raises what `add` raises.
     """
     executor = engine.model_executor
-    is_ours = type(executor).add_lora in replacements.values()
-    if not (is_ours and _may_answer_later(engine)):
+    # Another package may have a way of its own.
+    if not (type(executor).add_lora in replacements.values() and _may_answer_later(engine)):
         return add(engine, lora_request)
     return _ask(engine, partial(ask_workers, executor, lora_request), outcome_of)
 
@@ -36,7 +36,8 @@ def add_between_steps(engine: Any, lora_request: Any, add: Callable[..., Any]) -
 def remove_between_steps(engine: Any, number: int, remove: Callable[..., Any]) -> Any:
     """The same for removing an adapter, of vLLM's number for it."""
     executor = engine.model_executor
-    if not (_is_vllms(type(executor).remove_lora) and _may_answer_later(engine)):
+    # Another package may have a way of its own.
+    if not (is_of_vllm(type(executor).remove_lora) and _may_answer_later(engine)):
         return bool(remove(engine, number))
     return _ask(engine, partial(executor.collective_rpc, "remove_lora", args=(number,)), all)
 
@@ -59,22 +60,12 @@ def _ask(
 
 
 def _may_answer_later(engine: Any) -> bool:
-    """Whether its client takes a future, it says when it is idle, and its executor reads in order.
-
-    What asks them has to be vLLM's own way or ours besides: another package may have one.
-    """
+    """Whether its client takes a future, it says when it is idle, and its executor reads in order."""
     return (
         hasattr(engine, "_invoke_utility_method")  # not if the client calls it in its own process
         and hasattr(engine, "_idle_state_callbacks")
         and hasattr(engine.model_executor, "futures_queue")
     )
-
-
-def _is_vllms(method: Any) -> bool:
-    """Whether an executor's method is the one of vLLM's base class, and nobody has put theirs there."""
-    code = getattr(method, "__code__", None)
-    base = sys.modules["vllm.v1.executor.abstract"]
-    return code is not None and code.co_filename == base.__file__
 
 
 def _wait_for_answer(engine: Any) -> None:

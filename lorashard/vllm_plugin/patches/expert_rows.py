@@ -94,7 +94,7 @@ class ExpertRows:
         self._writes = [0] * self.num_slots
         self._written: Any = None  # CUDA event after the last write
         self._transfer: Transfer | None = None
-        self._room: Any = None  # for the rows of a layer that arrive
+        self._space: Workspace  # for the rows of a layer that arrive; from `bind` on
         self._arrived: _Arrived | None = None
         self._num_moved = 0  # experts, in the cycle that goes on
 
@@ -104,7 +104,7 @@ class ExpertRows:
         self.loader.maps = maps
         layers = [moving_stacks(self.wrappers[name]) for name in names]
         size = max(sum(stack[0].numel() for stack in stacks) for stacks in layers)
-        self._room = layers[0][0].new_empty(self.num_slots * size)
+        self._space = Workspace(layers[0][0].new_empty(self.num_slots * size))
 
     def announce(self, group: Any) -> Callable[[], list[list[int]]]:
         """Say what is in this rank's slots. What comes back is for `begin_transfer`, and waits for the others.
@@ -150,8 +150,7 @@ class ExpertRows:
         layer = self._moving_layer(name, before, after, group)
         communicator = communicator_like(communicator, group, self._manager.device, stream)
         with _any_tensors(), torch.cuda.stream(stream):
-            space = Workspace(self._room)
-            (arrivals,) = exchange_rows([layer], slots, group.rank(), communicator, space)
+            (arrivals,) = exchange_rows([layer], slots, group.rank(), communicator, self._space)
         self._arrived = _Arrived(name, layer, arrivals)
 
     def put(self, name: str) -> None:
@@ -183,9 +182,10 @@ class ExpertRows:
         own = communicator_like(communicator, group, self._manager.device, None)
         with _any_tensors():
             # What goes through host memory takes as much of that.
-            space = workspace_in(buffers, self._room.dtype) if own is communicator else None
-            if space is None or len(space.arriving) < len(self._room):
-                space = Workspace(self._room)
+            room = self._space.arriving
+            space = workspace_in(buffers, room.dtype) if own is communicator else None
+            if space is None or len(space.arriving) < len(room):
+                space = self._space
             for batch in batches_of(layers, len(slots), space):
                 put_rows(batch, exchange_rows(batch, slots, group.rank(), own, space))
 

@@ -75,7 +75,7 @@ def _on_classes(patch: Patch) -> Iterator[ForeignPatch]:
     owner = patch.find_owner()
     for place in (owner, *_subclasses(owner)):
         function = function_of(vars(place).get(patch.method))
-        if function is None or function is ours or _is_of_vllm(function):
+        if function is None or function is ours or is_of_vllm(function):
             continue
         if function in replacements.values():
             continue  # a subclass has a patch of its own
@@ -95,7 +95,7 @@ def _subclasses(owner: Any) -> Iterator[type]:
         yield from _subclasses(subclass)
 
 
-def _is_of_vllm(function: Any) -> bool:
+def is_of_vllm(function: Any) -> bool:
     """Whether the code is in vLLM's folder. A wrapper may have taken over a name and a module."""
     folder = Path(sys.modules["vllm"].__file__ or "").parent
     return folder in Path(_file_of(function)).parents

@@ -61,8 +61,8 @@ def wrap_rearrange(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.distributed.parallel_state import get_ep_group
 
         # Read before vLLM's part, behind which this would wait for the GPU. Then all of ours is on its way
-        # to the GPU while that is busy with the base weights. Their buffer is free for the rows then, and
-        # larger than what is kept for these: each layer on its own would take longer to be asked for.
+        # to the GPU while that is busy with the base weights. Their buffer is free by then, and holds
+        # the rows of many layers: to send each layer on its own would keep the CPU busy for longer.
         before, after = (given[f"{age}_global_expert_indices"].tolist() for age in ("old", "new"))
         group = get_ep_group().cpu_group
         said = first.rows.announce(group)  # heard by the time that vLLM is done
