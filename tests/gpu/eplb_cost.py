@@ -22,8 +22,8 @@ from typing import Any
 from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, LORA_RANK, adapter_directory
 from tests.gpu.processes import child_environment, cpus_apart, exit_after, run
 
-NUM_LORAS, TURNS, REPEATS = 4, 15, 2
-ENGINE_LIMIT_S = 150.0
+NUM_LORAS, TURNS, REPEATS = 4, 20, 4
+ENGINE_LIMIT_S = 200.0
 COMMUNICATORS = ("torch_nccl",)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lorashard.vllm_plugin.engine.live import moe_wrappers
-from lorashard.vllm_plugin.patches.row_batches import moving_stacks
+from lorashard.vllm_plugin.patches.row_tables import moving_stacks
 
 
 class RandomMaps:

@@ -87,7 +87,7 @@ def measure(
 
 def _wait_until_at_rest(server: Server) -> None:
     ends = time.monotonic() + REST_LIMIT_S
-    while on_workers(server, "seconds_at_rest")[0] < REST_S:
+    while float(on_workers(server, "seconds_at_rest")[0]) < REST_S:
         if time.monotonic() > ends:
             raise RuntimeError(
                 f"the server goes on taking steps, {REST_LIMIT_S} s after all answers"

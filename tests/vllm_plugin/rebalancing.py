@@ -39,7 +39,7 @@ from lorashard.vllm_plugin.load import filled_region  # noqa: E402
 from lorashard.vllm_plugin.load.device_copy import DeviceCopy  # noqa: E402
 from lorashard.vllm_plugin.patches import expert_rows, reading_ahead, row_batches  # noqa: E402
 from lorashard.vllm_plugin.patches.expert_rows import attached_rows  # noqa: E402
-from lorashard.vllm_plugin.patches.row_batches import moving_stacks  # noqa: E402
+from lorashard.vllm_plugin.patches.row_tables import moving_stacks  # noqa: E402
 from tests.vllm_plugin import harness  # noqa: E402
 from tests.vllm_plugin.harness_selfcheck import SIZES, adapter_of, modules  # noqa: E402
 from tests.vllm_plugin.loading import expected_of  # noqa: E402
@@ -537,7 +537,7 @@ def traffic(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
     add_send = communicator.add_send
 
     def counted(tensors: list[torch.Tensor], *args: Any, **kwargs: Any) -> None:
-        sent.append([tensor.numel() for tensor in tensors])
+        sent.append([tensor.nbytes for tensor in tensors])
         add_send(tensors, *args, **kwargs)
 
     communicator.add_send = counted
@@ -550,11 +550,11 @@ def traffic(ep_rank: int, ep_size: int, folder: Path) -> list[str]:
         stacks = moving_stacks(worker.layers[0])
         base = [sizes for sizes in sent if len(sizes) == 2]  # two base weights
         lora = [sizes for sizes in sent if len(sizes) == 1]
-        row = sum(stack[0, 0].numel() for stack in stacks)
+        row = sum(stack[0, 0].nbytes for stack in stacks)
         if len(base) + len(lora) < len(sent) or not base:
             wrong.append(f"{num_adapters} adapters: {sent}")
         if sum(map(sum, lora)) != len(base) * num_adapters * row:
-            wrong.append(f"{num_adapters} adapters: {lora} values for {len(base)} experts")
+            wrong.append(f"{num_adapters} adapters: {lora} bytes for {len(base)} experts")
         # There is room for a layer with an adapter in each slot, or two layers with half of them.
         most = -(-len(worker.layers) * num_adapters // worker.rows.num_slots)
         if len(lora) > most * (ep_size - 1):

@@ -35,39 +35,47 @@ def plan_moves(
     already copies it. Raises KeyError for an expert that was nowhere.
     """
     num_local = len(before) // num_ranks
-    holders: dict[int, dict[int, int]] = {}
-    for place, expert in enumerate(before):
-        holders.setdefault(expert, {}).setdefault(place // num_local, place % num_local)
-    sent: list[list[list[int]]] = [[[] for _ in range(num_ranks)] for _ in range(num_ranks)]
+    holders = _holders(before, num_local)
+    sent: list[list[int]] = [[] for _ in range(num_ranks)]
+    arriving: list[dict[int, list[int]]] = [{} for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    found: dict[int, tuple[int, int]] = {}
-    targets: list[tuple[int, int]] = []  # slot, expert
     for to_rank in range(num_ranks):
-        first = to_rank * num_local
-        places = {}
-        for slot in range(num_local):
-            expert = after[first + slot]
-            if expert < 0 or before[first + slot] == expert:
+        own = slice(to_rank * num_local, (to_rank + 1) * num_local)
+        sources: dict[int, int] = {}
+        for slot, (old, expert) in enumerate(zip(before[own], after[own], strict=True)):
+            if expert in (old, -1):
                 continue
-            if expert not in places:
-                own = holders[expert]
-                source = to_rank if to_rank in own else min(own, key=lambda r: (loads[r], r))
-                places[expert] = source, len(sent[source][to_rank])
-                sent[source][to_rank].append(own[source])
-                loads[source] += source != to_rank
+            source = sources.get(expert)
+            if source is None:
+                places = holders[expert]
+                if len(places) == 1:
+                    (source,) = places
+                elif to_rank in places:
+                    source = to_rank
+                else:
+                    source = min(places, key=lambda place: (loads[place], place))
+                sources[expert] = source
+                if source != to_rank:
+                    loads[source] += 1
+                if source == rank:
+                    sent[to_rank].append(places[rank])
             if to_rank == rank:
-                targets.append((slot, expert))
-        if to_rank == rank:
-            found = places
-    received = tuple(len(sent[source][rank]) for source in range(num_ranks))
-    begins = [sum(received[:source]) for source in range(num_ranks)]
-    slots_of: list[list[int]] = [[] for _ in range(sum(received))]
-    for slot, expert in targets:
-        source, place = found[expert]
-        slots_of[begins[source] + place].append(slot)
+                arriving[source].setdefault(expert, []).append(slot)
     return ExpertMoves(
-        tuple(tuple(slots) for slots in sent[rank]),
-        received,
-        tuple(tuple(slots) for slots in slots_of),
+        tuple(map(tuple, sent)),
+        tuple(map(len, arriving)),
+        tuple(tuple(slots) for of_rank in arriving for slots in of_rank.values()),
         max(loads),
     )
+
+
+def _holders(experts: Sequence[int], num_local: int) -> dict[int, dict[int, int]]:
+    """For each expert the ranks that have it, and there its first slot."""
+    holders: dict[int, dict[int, int]] = {}
+    for place, expert in enumerate(experts):
+        rank, slot = divmod(place, num_local)
+        if expert in holders:
+            holders[expert].setdefault(rank, slot)
+        else:
+            holders[expert] = {rank: slot}
+    return holders

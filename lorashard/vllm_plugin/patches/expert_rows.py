@@ -35,7 +35,6 @@ from lorashard.vllm_plugin.patches.row_batches import (
     MovingLayer,
     Workspace,
     batches_of,
-    moving_stacks,
     workspace_in,
 )
 from lorashard.vllm_plugin.patches.row_exchange import (
@@ -45,6 +44,7 @@ from lorashard.vllm_plugin.patches.row_exchange import (
     put_rows,
     say_numbers,
 )
+from lorashard.vllm_plugin.patches.row_tables import LayerTables, moving_stacks, tables_of
 
 logger = logging.getLogger("vllm.lorashard")
 
@@ -94,6 +94,7 @@ class ExpertRows:
         self._writes = [0] * self.num_slots
         self._written: Any = None  # CUDA event after the last write
         self._transfer: Transfer | None = None
+        self._tables: dict[str, LayerTables] = {}
         self._space: Workspace  # for the rows of a layer that arrive; from `bind` on
         self._arrived: _Arrived | None = None
         self._num_moved = 0  # experts, in the cycle that goes on
@@ -102,9 +103,10 @@ class ExpertRows:
         """EPLB has taken the layers on, in this order."""
         self.names = tuple(names)
         self.loader.maps = maps
-        layers = [moving_stacks(self.wrappers[name]) for name in names]
-        size = max(sum(stack[0].numel() for stack in stacks) for stacks in layers)
-        self._space = Workspace(layers[0][0].new_empty(self.num_slots * size))
+        tables = tables_of([moving_stacks(self.wrappers[name]) for name in names])
+        self._tables = dict(zip(names, tables, strict=True))
+        size = max(rows.num_local * rows.row_width for rows in tables)
+        self._space = Workspace(tables[0].tables[0].new_empty(self.num_slots * size))
 
     def announce(self, group: Any) -> Callable[[], list[list[int]]]:
         """Say what is in this rank's slots. What comes back is for `begin_transfer`, and waits for the others.
@@ -197,7 +199,7 @@ class ExpertRows:
         self, name: str, before: Sequence[int], after: Sequence[int], group: Any
     ) -> MovingLayer:
         moves = plan_moves(before, after, group.size(), group.rank())
-        return MovingLayer(moving_stacks(self.wrappers[name]), moves)
+        return MovingLayer(self._tables[name], moves)
 
     def arrived(self, layers: Mapping[int, Sequence[int]]) -> None:
         """Layers have their new maps, and what has travelled is in place. By EPLB's number of a layer."""

@@ -19,7 +19,6 @@ from lorashard.vllm_plugin.patches.row_batches import (
     MovingLayer,
     Workspace,
     batches_of,
-    moving_stacks,
     room_for,
 )
 from lorashard.vllm_plugin.patches.row_exchange import (
@@ -28,6 +27,7 @@ from lorashard.vllm_plugin.patches.row_exchange import (
     put_rows,
     staged_communicator,
 )
+from lorashard.vllm_plugin.patches.row_tables import moving_stacks, tables_of
 
 
 def move_adapter(
@@ -55,11 +55,12 @@ def move_adapter(
     before, after = ([m.layers[name] for name in moved] for m in (packed, maps))
     _check_alike(group, (model.id, slot, moved, before, after))
     communicator = staged_communicator(group, manager.device)
+    tables = tables_of([moving_stacks(wrappers[name]) for name in moved])
     layers = [
-        MovingLayer(moving_stacks(wrappers[name]), plan_moves(old, new, num_ranks, rank))
-        for name, old, new in zip(moved, before, after, strict=True)
+        MovingLayer(rows, plan_moves(old, new, num_ranks, rank))
+        for rows, old, new in zip(tables, before, after, strict=True)
     ]
-    memory = layers[0].stacks[0]
+    memory = tables[0].tables[0]
     most = max(SEND_BYTES // memory.element_size(), *(room_for([layer], 1) for layer in layers))
     space = Workspace(memory.new_empty(min(most, room_for(layers, 1))))
     for batch in batches_of(layers, 1, space):

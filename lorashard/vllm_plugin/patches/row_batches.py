@@ -10,36 +10,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorashard.vllm_plugin.load.expert_moves import ExpertMoves
+from lorashard.vllm_plugin.patches.row_tables import LayerTables
 
 SEND_BYTES = 1 << 28  # about how much a rank puts together at a time in memory made for it
 
 
 @dataclass(frozen=True, slots=True)
 class MovingLayer:
-    """A layer whose rows are to be exchanged. stacks: [slots, E_local, ...] each, contiguous."""
+    """A layer whose rows are to be exchanged."""
 
-    stacks: Sequence[Any]
+    rows: LayerTables
     moves: ExpertMoves
-
-    @property
-    def row_width(self) -> int:
-        """Values of one expert in one slot."""
-        return sum(map(row_width_of, self.stacks))
-
-    @property
-    def num_local(self) -> int:
-        """Experts of this rank."""
-        return int(self.stacks[0].shape[1])
 
     @property
     def most_sent_bytes(self) -> int:
         """What the busiest rank sends of a slot."""
-        return self.moves.most_sent * self.row_width * int(self.stacks[0].element_size())
+        return self.moves.most_sent * self.rows.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Memory on the device for rows on their way, one dimension each, of the stacks' type.
+    """Memory on the device for rows on their way, one dimension each, of the tables' type.
 
     leaving: for messages to other ranks; without it they get memory of their own.
     """
@@ -53,22 +44,9 @@ class Workspace:
         return SEND_BYTES if self.leaving is None else int(self.leaving.nbytes)
 
 
-def row_width_of(stack: Any) -> int:
-    """Values of one expert in one slot of a stack [slots, E_local, ...]."""
-    return int(stack.shape[2:].numel())
-
-
-def moving_stacks(wrapper: Any) -> list[Any]:
-    """A layer's LoRA stacks, [slots, E_local, ...] each. What all experts share does not move."""
-    stacks = [*wrapper.w13_lora_b_stacked, *wrapper.w2_lora_a_stacked]
-    if not getattr(wrapper, "enable_moe_shared_loras", False):
-        stacks += [*wrapper.w13_lora_a_stacked, *wrapper.w2_lora_b_stacked]
-    return stacks
-
-
 def room_for(layers: Iterable[MovingLayer], num_slots: int) -> int:
     """Values of what can arrive for these layers, the same on all ranks."""
-    return num_slots * sum(layer.num_local * layer.row_width for layer in layers)
+    return num_slots * sum(layer.rows.num_local * layer.rows.row_width for layer in layers)
 
 
 def workspace_in(buffers: Sequence[Any], dtype: Any) -> Workspace | None:

@@ -7,7 +7,7 @@ than the base weights themselves, which are 30 times as large.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -17,7 +17,6 @@ from lorashard.vllm_plugin.patches.row_batches import (
     MovingLayer,
     Workspace,
     room_for,
-    row_width_of,
     slot_groups,
 )
 
@@ -63,26 +62,26 @@ def exchange_rows(
 
 def put_rows(layers: Sequence[MovingLayer], arrivals: Sequence[Sequence[Arrivals]]) -> None:
     """What has arrived for each layer goes into its stacks. layers: one at least."""
-    numbers, dtype = _RowNumbers(), _widest_dtype(layers)
-    puts: list[tuple[Any, Any, slice, slice | None]] = []
+    numbers = _RowNumbers()
+    puts: list[tuple[MovingLayer, tuple[Any, ...], slice, slice | None]] = []
     for layer, of_layer in zip(layers, arrivals, strict=True):
-        tables = _tables(layer.stacks, dtype)
         for arrived in of_layer:
             for blocks, targets in zip(arrived.blocks, _targets_by_rank(layer.moves), strict=True):
                 if not targets:
                     continue
                 into = numbers.add(layer, arrived.slots, [slots[0] for slots in targets])
+                puts.append((layer, blocks, into, None))
                 again = [(row, slot) for row, slots in enumerate(targets) for slot in slots[1:]]
-                places = numbers.add(layer, arrived.slots, [slot for _, slot in again])
-                rows = numbers.add_rows(len(arrived.slots), [row for row, _ in again])
-                for table, block in zip(tables, blocks, strict=True):
-                    puts.append((table, block.view(dtype), into, None))
-                    if again:
-                        puts.append((table, block.view(dtype), places, rows))
-    on_device = numbers.on(layers[0].stacks[0].device)
-    for table, values, into, chosen in puts:
-        source = values if chosen is None else values.index_select(0, on_device[chosen])
-        table.index_copy_(0, on_device[into], source)
+                if again:
+                    into = numbers.add(layer, arrived.slots, [slot for _, slot in again])
+                    rows = numbers.add_rows(len(arrived.slots), [row for row, _ in again])
+                    puts.append((layer, blocks, into, rows))
+    on_device = numbers.on(layers[0].rows.tables[0].device)
+    for layer, blocks, where, taken in puts:
+        places = on_device[where]
+        chosen = None if taken is None else on_device[taken]
+        for table, block in zip(layer.rows.tables, blocks, strict=True):
+            table.index_copy_(0, places, block if chosen is None else block.index_select(0, chosen))
 
 
 def _exchange(
@@ -102,11 +101,11 @@ def _exchange(
         incoming.append(_blocks_of_layers(room[begin:], layers, counts))
         end += _num_values(layers, counts)
         if peer != rank and begin < end:
-            communicator.add_recv([room[begin:end]], peer, expert_id=0)
+            communicator.add_recv([_on_wire(room[begin:end])], peer, expert_id=0)
     messages = _outgoing(layers, slots, incoming[rank], rank, space)
     for peer, into in zip(ranks, messages, strict=True):
         if peer != rank and into is not None:
-            communicator.add_send([into], peer, expert_id=0)
+            communicator.add_send([_on_wire(into)], peer, expert_id=0)
     communicator.execute()
     return [
         Arrivals(slots, tuple(tuple(blocks[place]) for blocks in incoming))
@@ -124,13 +123,12 @@ def _outgoing(
     """The message to each rank, if it gets any; for the own rank, what stays is copied into `stay`."""
     import torch
 
-    numbers, dtype = _RowNumbers(), _widest_dtype(layers)
+    numbers = _RowNumbers()
     ranks = range(len(layers[0].moves.sent))
     rows = [
         [numbers.add(layer, slots, layer.moves.sent[peer]) for layer in layers] for peer in ranks
     ]
     on_device = numbers.on(space.arriving.device)
-    tables = [_tables(layer.stacks, dtype) for layer in layers]
     messages = []
     free = space.arriving[:0] if space.leaving is None else space.leaving
     for peer in ranks:
@@ -141,10 +139,11 @@ def _outgoing(
             message = free[:size] if size <= len(free) else free.new_empty(size)
             free = free[size:]
         into = stay if message is None else _blocks_of_layers(message, layers, counts)
-        for count, where, own, blocks in zip(counts, rows[peer], tables, into, strict=True):
-            for table, block in zip(own, blocks, strict=True):
-                if count:
-                    torch.index_select(table, 0, on_device[where], out=block.view(dtype))
+        for layer, where, blocks in zip(layers, rows[peer], into, strict=True):
+            if where.start < where.stop:
+                places = on_device[where]
+                for table, block in zip(layer.rows.tables, blocks, strict=True):
+                    torch.index_select(table, 0, places, out=block)
         messages.append(message)
     return messages
 
@@ -157,12 +156,12 @@ class _RowNumbers:
 
     def add(self, layer: MovingLayer, slots: Sequence[int], experts: Sequence[int]) -> slice:
         """Of these experts, each in all the slots, in the stacks as tables. Where they are."""
-        begins = [slot * layer.num_local for slot in slots]
-        return self._extend(begin + expert for expert in experts for begin in begins)
+        begins = [slot * layer.rows.num_local for slot in slots]
+        return self._extend([begin + expert for expert in experts for begin in begins])
 
     def add_rows(self, num_slots: int, rows: Sequence[int]) -> slice:
         """The same in a block, in which the slots of a row lie side by side."""
-        return self._extend(row * num_slots + at for row in rows for at in range(num_slots))
+        return self._extend([row * num_slots + at for row in rows for at in range(num_slots)])
 
     def on(self, device: Any) -> Any:
         """All of them, without waiting for what the device is busy with.
@@ -173,7 +172,7 @@ class _RowNumbers:
 
         return torch.tensor(self._all, dtype=torch.int64).to(device, non_blocking=True)
 
-    def _extend(self, numbers: Iterable[int]) -> slice:
+    def _extend(self, numbers: Sequence[int]) -> slice:
         begin = len(self._all)
         self._all.extend(numbers)
         return slice(begin, len(self._all))
@@ -187,44 +186,28 @@ def _targets_by_rank(moves: ExpertMoves) -> Iterator[tuple[tuple[int, ...], ...]
 
 
 def _num_values(layers: Sequence[MovingLayer], counts: Sequence[int]) -> int:
-    return sum(count * layer.row_width for layer, count in zip(layers, counts, strict=True))
+    return sum(count * layer.rows.row_width for layer, count in zip(layers, counts, strict=True))
 
 
 def _blocks_of_layers(
     memory: Any, layers: Sequence[MovingLayer], counts: Sequence[int]
 ) -> list[list[Any]]:
     """Parts of the memory from its beginning on: for each stack of each layer, [count, values]."""
-    blocks, begin = [], 0
+    blocks, begin = [], memory.storage_offset()
     for layer, count in zip(layers, counts, strict=True):
         of_layer = []
-        for stack in layer.stacks:
-            width = row_width_of(stack)
-            end = begin + count * width
-            of_layer.append(memory[begin:end].view(count, width))
-            begin = end
+        for width in layer.rows.widths:
+            of_layer.append(memory.as_strided((count, width), (width, 1), begin))
+            begin += count * width
         blocks.append(of_layer)
     return blocks
 
 
-def _widest_dtype(layers: Sequence[MovingLayer]) -> Any:
-    """What the values of all stacks can be taken for: by index, 2 bytes take as long to copy as 16."""
+def _on_wire(message: Any) -> Any:
+    """As values of a type that every communicator sends."""
     import torch
 
-    stacks = [stack for layer in layers for stack in layer.stacks]
-    sizes = [
-        size * stack.element_size()
-        for stack in stacks
-        for size in (row_width_of(stack), stack.storage_offset())
-    ]
-    for dtype in (torch.complex128, torch.int64, torch.int32):
-        if all(size % dtype.itemsize == 0 for size in sizes):
-            return dtype
-    return stacks[0].dtype
-
-
-def _tables(stacks: Sequence[Any], dtype: Any) -> list[Any]:
-    """The stacks' memory as [slots * E_local, values]."""
-    return [stack.view(stack.shape[0] * stack.shape[1], -1).view(dtype) for stack in stacks]
+    return message.view(torch.uint8)
 
 
 def communicator_like(given: Any, cpu_group: Any, device: Any, stream: Any) -> Any:

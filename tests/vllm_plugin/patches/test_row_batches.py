@@ -17,9 +17,10 @@ from lorashard.vllm_plugin.patches.row_batches import (
     room_for,
     workspace_in,
 )
+from lorashard.vllm_plugin.patches.row_tables import tables_of
 
 NUM_RANKS, NUM_SLOTS, EXPERTS = 2, 3, 8
-WIDTH = 6  # values of a row
+WIDTH = 3  # 4-byte values of a row
 
 
 def moving_layers(rank: int, seed: int, count: int) -> list[MovingLayer]:
@@ -28,11 +29,12 @@ def moving_layers(rank: int, seed: int, count: int) -> list[MovingLayer]:
         torch.zeros(NUM_SLOTS, EXPERTS // NUM_RANKS, 2, cols, dtype=torch.bfloat16)
         for cols in (1, 2)
     ]
+    (rows,) = tables_of([stacks])
     layers = []
     for _ in range(count):
         before, after = list(range(EXPERTS)), list(range(EXPERTS))
         shuffled.shuffle(after)
-        layers.append(MovingLayer(stacks, plan_moves(before, after, NUM_RANKS, rank)))
+        layers.append(MovingLayer(rows, plan_moves(before, after, NUM_RANKS, rank)))
     return layers
 
 
