@@ -24,3 +24,10 @@ def test_the_longest_of_each_window_beside_the_second_before_it() -> None:
     assert found["longest_gap_at_each_load_ms"] == [60.0, 10.0]
     assert found["longest_gap_from_and_to_s"][0] == [0.04, 0.1]
     assert found["in_steps"] == 3.5
+
+
+def test_a_gap_that_begins_right_before_a_window_is_no_ordinary_one() -> None:
+    steps = [*ticks(7.0, 10.0, 0.01), *ticks(10.5, 11.0, 0.01)]
+    found = gaps_at([steps], [(9.995, 10.5)])
+    assert found["longest_ordinary_gap_ms"] == 10.0
+    assert found["longest_gap_at_each_load_ms"] == [510.0]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.load_adapters import ADAPTERS_PER_FORMAT, LORA_RANK, adapter_directory
-from tests.gpu.processes import child_environment, cpus_apart, exit_after, run
+from tests.gpu.processes import child_environment, cpus_apart, exit_after, gpu_name, run
 
 NUM_LORAS, TURNS, REPEATS = 4, 20, 4
 ENGINE_LIMIT_S = 200.0
@@ -176,7 +176,7 @@ def _main() -> None:
 
         exit_after(measured)
     logs = args.out.parent
-    document: dict[str, Any] = {"as_expected": False}
+    document: dict[str, Any] = {"as_expected": False, "gpu": gpu_name()}
     log = logs / "eplb-load_adapters.log"
     command = ["-m", "tests.gpu.load_adapters", str(args.work / "load"), "--form", "per_expert"]
     run(command, log, child_environment(stock=True), 150.0)

@@ -1,33 +1,41 @@
 """Programs of this folder on one host, in stages: those of a stage side by side, the stages in turn.
 
-    python -m tests.gpu.stages PLAN --sites DIR --work DIR --out DIR [--limit SECONDS]
+    python -m tests.gpu.stages PLAN --sites DIR --work DIR --out DIR [--limit SECONDS] [--packed FILE.tgz]
 
 PLAN is a text. An empty line begins the next stage, # a comment, and any other line is a program:
 
-    NAME SECONDS RELEASE MODULE ARGUMENTS...
+    NAME SECONDS RELEASE [VARIABLE=VALUE...] MODULE ARGUMENTS...
     cost 180     0.33.0  tests.gpu.eplb_cost
 
 It runs as `python -m MODULE --work WORK --out OUT/NAME.json ARGUMENTS...` with SITES/RELEASE and
 SITES/common on its path, for SECONDS at most, and prints to OUT/NAME.log. What is left of it then, an
 engine in a session of its own included, is ended before the next stage, whose figures it would spoil. A
-program that the limit leaves no time for is not started.
+program that the limit leaves no time for is not started. FILE.tgz has the documents and logs in OUT and
+WORK/logs, and is written again and again meanwhile: a host that is taken away leaves the last one.
 """
 
 import argparse
 import contextlib
+import io
 import os
 import shlex
 import sys
+import tarfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from tests.gpu.processes import child_environment, run
 
 MARK = "LORASHARD_GPU_STAGES"  # in the environment of all that a program starts
 _SPARE_S = 10.0  # to end engines and write files
+_PACK_EVERY_S = 20.0
+_MOST_BYTES = 4 << 20  # of a file that is packed
+_PACKED = {".json", ".jsonl", ".log"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,7 @@ class Program:
     limit_s: float
     release: str
     arguments: tuple[str, ...]  # the module, and its own
+    variables: tuple[tuple[str, str], ...] = ()  # of its environment
 
     def command(self, work: Path, out: Path) -> list[str]:
         """Arguments of Python."""
@@ -59,10 +68,13 @@ def read_plan(text: str) -> list[list[Program]]:
         if len(words) < 4:
             raise ValueError(f"not NAME SECONDS RELEASE MODULE ...: {line}")
         name, seconds, release, *arguments = words
-        if name in names:
-            raise ValueError(f"two programs are called {name}")
+        variables = [word.split("=", 1) for word in takewhile(lambda word: "=" in word, arguments)]
+        arguments = arguments[len(variables) :]
+        if name in names or not arguments:
+            raise ValueError(f"a name that comes twice, or no module: {line}")
         names.add(name)
-        stages[-1].append(Program(name, float(seconds), release, tuple(arguments)))
+        named = tuple((variable, value) for variable, value in variables)
+        stages[-1].append(Program(name, float(seconds), release, tuple(arguments), named))
     return [stage for stage in stages if stage]
 
 
@@ -73,7 +85,7 @@ def run_stage(
 
     def run_program(program: Program) -> str:
         path = os.pathsep.join(str(sites / name) for name in (program.release, "common"))
-        environment = child_environment(False, {MARK: program.name})
+        environment = child_environment(False, {**dict(program.variables), MARK: program.name})
         environment["PYTHONPATH"] += os.pathsep + path
         began = time.monotonic()
         limit_s = min(program.limit_s, ends - began)
@@ -116,6 +128,48 @@ def run_stages(
     return said
 
 
+def pack(file: Path, *folders: Path) -> None:
+    """Write the documents and logs in these folders, caches left out, into a .tgz that is whole at any time."""
+    new = file.with_name(f"{file.name}.new")
+    with tarfile.open(new, "w:gz", compresslevel=3) as archive:
+        for path in sorted(path for folder in folders for path in folder.rglob("*")):
+            is_wanted = path.suffix in _PACKED and "cache" not in path.parts
+            with contextlib.suppress(FileNotFoundError):  # it was there a moment ago
+                if is_wanted and path.is_file() and path.stat().st_size <= _MOST_BYTES:
+                    _add(archive, path)
+    new.replace(file)
+
+
+def _add(archive: tarfile.TarFile, path: Path) -> None:
+    """A file as it is now: a log may grow while it is read."""
+    content = path.read_bytes()
+    entry = tarfile.TarInfo(str(path).lstrip("/"))
+    entry.size, entry.mtime = len(content), path.stat().st_mtime
+    archive.addfile(entry, io.BytesIO(content))
+
+
+@contextlib.contextmanager
+def packing(file: Path | None, *folders: Path, every_s: float = _PACK_EVERY_S) -> Iterator[None]:
+    """Have `file` be as the folders were some seconds ago at most, and as they are in the end."""
+    if file is None:
+        yield
+        return
+    is_over = threading.Event()
+
+    def run() -> None:
+        while not is_over.wait(every_s):
+            pack(file, *folders)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        pack(file, *folders)
+
+
 def main() -> int:
     """Run what the command line says; 1 unless all programs ended well."""
     parser = argparse.ArgumentParser(
@@ -128,10 +182,12 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=float, default=590, help="seconds for all of it (590)")
+    parser.add_argument("--packed", type=Path, help="a .tgz for what comes out")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     stages = read_plan(asked.plan.read_text())
-    said = run_stages(stages, asked.sites, asked.work, asked.out, asked.limit)
+    with packing(asked.packed, asked.out, asked.work / "logs"):
+        said = run_stages(stages, asked.sites, asked.work, asked.out, asked.limit)
     return 0 if all(how.startswith("exit status 0") for how in said.values()) else 1
 
 

@@ -78,6 +78,7 @@ def gaps_at(series: Sequence[Sequence[float]], windows: Sequence[Pair]) -> dict[
         after - before
         for begin, _ in windows
         for before, after in pairs_within(series, begin - 1.0, begin)
+        if after <= begin
     ]
     longest = [
         max(pairs_within(series, *window), key=lambda pair: pair[1] - pair[0]) for window in windows
