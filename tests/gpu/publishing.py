@@ -82,6 +82,12 @@ def engine_waits(log: Path, begin: int) -> list[str]:
     return re.findall(r"the engine waited (\d.*?) for what this rank did", text)
 
 
+def load_stages(log: Path, begin: int) -> list[str]:
+    """The same of how long each stage of a load took."""
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    return re.findall(r"GB/s \(ms: (.*?)\)", text)
+
+
 def measure_gaps(server: Server, log: Path, running: Path, others: list[Path]) -> dict[str, Any]:
     """running: the adapter of the requests that go on. others: those that are loaded meanwhile.
 
@@ -113,6 +119,7 @@ def measure_gaps(server: Server, log: Path, running: Path, others: list[Path]) -
         "steps": gaps_at([steps], loads),
         "load_s": [round(ended - began, 4) for began, ended in loads],
         "engine_waits": engine_waits(log, begin),
+        "load_stages": load_stages(log, begin),
     }
 
 
@@ -188,7 +195,9 @@ def _measure_kind(
                     trainer.run("train")
                 document["while requests run"] = measure_gaps(server, log, paths[0], paths[1:])
                 print("RESULT", kind, json.dumps(document), flush=True)
+            begin = log.stat().st_size
             found = measure_versions(server, trainer, way, folder)
+            found["load_stages"] = load_stages(log, begin)
             document[f"{num_ranks} trainer ranks"] = found
             print("RESULT", kind, num_ranks, json.dumps(found), flush=True)
 

@@ -239,7 +239,8 @@ def written_ahead() -> Any:
         noted_calls(manager, "_create_merged_loras_inplace", seen)
     Client(core).add(unloading.request(shards_at(patched.folder() / "mine")))
     slots = [loader._manager.lora_index_to_id for loader in loaders(core)]
-    return [bool(seen), sorted(set(seen)), slots, unloading.serves(core, seed=0)]
+    last = [list(loader.last_report.stages)[-2:] for loader in loaders(core)]
+    return [bool(seen), sorted(set(seen)), slots, unloading.serves(core, seed=0), last]
 
 
 def noted_calls(owner: Any, name: str, seen: list[str]) -> None:

@@ -30,6 +30,7 @@ from lorashard.vllm_plugin.load.rearrangements import plan_rearrangements
 from lorashard.vllm_plugin.load.regions import RegionPool
 from lorashard.vllm_plugin.load.rests import rest_if_due
 from lorashard.vllm_plugin.load.rows import find_copies
+from lorashard.vllm_plugin.load.stages import Stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,14 @@ def fill_region(
     threads: Executor,
     dtype: str,
     copy_to: Any | None = None,
+    stages: Stages | None = None,
 ) -> FilledRegion:
     """Read the dense tensors and this rank's experts.
 
     dtype: of the device's LoRA buffers, a safetensors name. copy_to: the device, if what is read
-    should be copied there, too; without room for that it is not.
+    should be copied there, too; without room for that it is not. stages: where time is noted.
     """
+    stages = stages or Stages()
     begin, end = contents.dense_range
     placed, size = place_factors(
         [layer.assembly for layer in outcome.layers], ELEMENT_SIZE[dtype], end - begin
@@ -71,6 +74,7 @@ def fill_region(
         )
         for matched, factors in zip(outcome.layers, placed)
     ]  # fmt: skip
+    stages.end("plan")
     region = regions.take(max(1, size))
     filler = Filler(region, contents.sources, dtype, threads)
     jobs: list[ReadJob | CopyJob] = list(plan_copies(begin, end))
@@ -83,6 +87,7 @@ def fill_region(
         copy = None if copy_to is None else begin_copy(filler.bytes, copy_to)
         if copy is not None:
             stack.callback(copy.wait)
+        stages.end("get memory")
 
         copies = [(layer, find_copies(layer.experts)) for layer in layers]
         is_complete_once_read = not (contents.rearrangements or any(c for _, c in copies))
@@ -97,8 +102,12 @@ def fill_region(
         num_bytes += filler.run((), list(plan_rearrangements(layers, contents.rearrangements)))
         for layer, of_layer in copies:
             filler.copy_slots(layer, of_layer)
+        stages.end("read")
         if copy is not None:
             copy.copy_up_to(size)
+
+    if copy is not None:
+        stages.end("copy to the device")
 
     def packed(memory: Any) -> dict[str, Any]:
         return {

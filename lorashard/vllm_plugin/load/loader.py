@@ -11,7 +11,6 @@ experts packed here, too.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -47,6 +46,7 @@ from lorashard.vllm_plugin.load.regions import RegionPool
 from lorashard.vllm_plugin.load.report import LoadedAdapter, LoadReport
 from lorashard.vllm_plugin.load.shard_source import open_shard_directory
 from lorashard.vllm_plugin.load.slot_ahead import SlotAhead
+from lorashard.vllm_plugin.load.stages import Stages
 from lorashard.vllm_plugin.load.threads import reader_threads
 
 
@@ -155,12 +155,12 @@ class AdapterLoader:
         """
         target = self._target(maps, arguments)
         with self._loading_one, paused_collection(), ExitStack() as stack:
-            began = time.perf_counter()
+            stages = Stages()
             adapter = self._open(Path(lora_dir), target, stack)
             if adapter is not None:
-                outcome = self._outcome(adapter, target)
+                stages.end("open")
                 return self._load(
-                    adapter, outcome, peft_helper, target, arguments, began, to_device=to_device
+                    adapter, peft_helper, target, arguments, stages, to_device=to_device
                 )
         return LoadedAdapter(
             self._stock.from_local_checkpoint(
@@ -186,15 +186,15 @@ class AdapterLoader:
         arguments |= {"lora_model_id": lora_model_id, "device": device, "dtype": dtype}
         target = self._target(self.maps, arguments)
         with self._loading_one, paused_collection():
-            began = time.perf_counter()
+            stages = Stages()
             contents = None
             if self.ep_size > 1:
                 file = TensorFile(f"the tensors of adapter {lora_model_id}", tensors)
                 contents = self._open_tensors(file, config_of(peft_helper), target)
             if contents is not None:
+                stages.end("open")
                 adapter = _OpenedAdapter(file.name, "tensors", contents)
-                outcome = self._outcome(adapter, target)
-                loaded = self._load(adapter, outcome, peft_helper, target, arguments, began)
+                loaded = self._load(adapter, peft_helper, target, arguments, stages)
                 self.last_report = loaded.report
                 return loaded.model
         return self._stock.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **arguments)
@@ -259,16 +259,16 @@ class AdapterLoader:
     def _load(
         self,
         adapter: _OpenedAdapter,
-        outcome: LoadOutcome,
         peft_helper: Any,
         target: _Target,
         arguments: Mapping[str, Any],
-        began: float,
+        stages: Stages,
         *,
         to_device: bool = False,
     ) -> LoadedAdapter:
         contents = adapter.contents
-        filled = self._fill(contents, outcome, to_device=to_device)
+        outcome = self._outcome(adapter, target)
+        filled = self._fill(contents, outcome, stages, to_device=to_device)
         begin, _ = contents.dense_range
         model = make_lora_model(
             self._stock,
@@ -280,6 +280,7 @@ class AdapterLoader:
             weights.optimize()  # which vLLM does while the engine waits
         model.loras.update(filled.experts)
         set_maps(model, target.maps)
+        stages.end("wrap")
         report = LoadReport(
             path=adapter.path,
             kind=adapter.kind,
@@ -287,18 +288,24 @@ class AdapterLoader:
             num_experts=contents.num_experts,
             num_layers=len(filled.layers),
             num_bytes=filled.num_bytes,
-            seconds=time.perf_counter() - began,
+            seconds=sum(stages.seconds.values()),
             ep_rank=self.ep_rank,
             ep_size=self.ep_size,
             advice=outcome.advice if outcome.gives_advice else None,
             num_left_to_mtp=sum(map(target.names.is_left_to_mtp, contents.lora_names)),
             version=contents.version,
             maps=target.maps,
+            stages=stages.seconds,
         )
         return LoadedAdapter(model, report, filled.on_device)
 
     def _fill(
-        self, contents: AdapterContents, outcome: LoadOutcome, *, to_device: bool = False
+        self,
+        contents: AdapterContents,
+        outcome: LoadOutcome,
+        stages: Stages | None = None,
+        *,
+        to_device: bool = False,
     ) -> FilledRegion:
         return fill_region(
             contents,
@@ -307,6 +314,7 @@ class AdapterLoader:
             self._threads,
             self._dtype,
             copy_to=self.device if to_device else None,
+            stages=stages,
         )
 
     def layout_options(self) -> LayoutOptions:

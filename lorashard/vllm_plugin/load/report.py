@@ -17,7 +17,7 @@ class LoadReport:
     path: the directory, or what to call tensors. kind: "shards", "plain adapter" or "tensors".
     num_left_to_mtp: modules of a block for multi-token prediction, which vLLM serves without LoRA.
     version: of what was read, to be compared between ranks. maps: where the experts were as it was
-    loaded; None if they never move.
+    loaded; None if they never move. stages: seconds of each, in their order.
     """
 
     path: str
@@ -33,6 +33,7 @@ class LoadReport:
     num_left_to_mtp: int = 0
     version: str = ""
     maps: ExpertMaps | None = None
+    stages: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def compared(self) -> str:

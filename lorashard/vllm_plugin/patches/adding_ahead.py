@@ -20,6 +20,7 @@ from lorashard.vllm_plugin.load.prepared import NO_SLOT
 from lorashard.vllm_plugin.load.report import LoadedAdapter
 from lorashard.vllm_plugin.load.rests import rest_if_due
 from lorashard.vllm_plugin.load.slot_ahead import SlotAhead, Withdrawn
+from lorashard.vllm_plugin.load.stages import Stages
 from lorashard.vllm_plugin.patches.apply import original_of
 
 logger = logging.getLogger("vllm.lorashard")
@@ -44,6 +45,7 @@ def prepare(
     if loaded.report is None or not loaded.model.loras or pack is None or activate is None:
         return loaded
     rest_if_due()
+    stages = Stages()
     view = _view(manager, {})
     # vLLM asks for each expert of a layer whether the adapter has it as a layer of its own.
     packed = loaded.model.loras
@@ -52,7 +54,8 @@ def prepare(
     }
     pack(view, loaded.model)
     rest_if_due()
-    loaded = replace(loaded, is_packed=True)
+    stages.end("pack")
+    loaded = replace(_with_stages(loaded, stages), is_packed=True)
     if slot is None:
         return loaded
     on_device = ExpertsOnDevice(loaded.model, loaded.on_device)
@@ -67,7 +70,14 @@ def prepare(
         return loaded
     finally:
         on_device.leave()
-    return replace(loaded, slot=slot, on_device={})
+    stages.end("write into the slot")
+    return replace(_with_stages(loaded, stages), slot=slot, on_device={})
+
+
+def _with_stages(loaded: LoadedAdapter, stages: Stages) -> LoadedAdapter:
+    assert loaded.report is not None
+    all_stages = {**loaded.report.stages, **stages.seconds}
+    return replace(loaded, report=replace(loaded.report, stages=all_stages))
 
 
 def _write(

@@ -7,7 +7,7 @@ away from that rank alone; and an error while a failure is counted would hide th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from lorashard.vllm_plugin.load.report import LoadReport
@@ -24,11 +24,11 @@ def report_load(report: LoadReport, name: str, number: int) -> None:
     with _errors_logged():
         logger.info(
             "lorashard: adapter %r (id %d) from %s: experts of ep rank %d of %d (%d of %d in each "
-            "of %d layers), %.3f GB in %.3f s, %.1f GB/s",
+            "of %d layers), %.3f GB in %.3f s, %.1f GB/s%s",
             name, number, report.kind, report.ep_rank, report.ep_size, report.num_local_experts,
             report.num_experts, report.num_layers,
             report.num_bytes / 1e9, report.seconds,
-            report.num_bytes / 1e9 / max(report.seconds, 1e-9),
+            report.num_bytes / 1e9 / max(report.seconds, 1e-9), _told(report.stages),
         )  # fmt: skip
         if report.num_left_to_mtp:
             logger.info(
@@ -40,6 +40,12 @@ def report_load(report: LoadReport, name: str, number: int) -> None:
             logger.warning("lorashard: %s: %s", report.path, report.advice)
     with _errors_logged():
         record_load(report.ep_rank, report.kind, report.seconds, report.num_bytes)
+
+
+def _told(stages: Mapping[str, float]) -> str:
+    """In ms."""
+    told = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in stages.items())
+    return f" (ms: {told})" if told else ""
 
 
 def report_adding(name: str, number: int, seconds: float, waited: Sequence[float]) -> None:

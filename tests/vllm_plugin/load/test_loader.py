@@ -135,6 +135,8 @@ def test_a_report_says_what_was_loaded_on_which_rank() -> None:
         )  # fmt: skip
         assert report["num_bytes"] > 0
         assert report["advice"] is None
+        assert list(report["stages"]) == ["open", "plan", "get memory", "read", "wrap"]
+        assert report["seconds"] == pytest.approx(sum(report["stages"].values()))
 
 
 def test_a_plain_adapter_is_loaded_without_advice() -> None:

@@ -80,6 +80,13 @@ def test_what_is_left_to_the_draft_model_is_a_line_of_its_own(
     assert "5 modules for multi-token prediction are left out" in caplog.messages[1]
 
 
+def test_how_long_each_stage_took(caplog: pytest.LogCaptureFixture) -> None:
+    stages = {"open": 0.0052, "read": 0.0404, "write into the slot": 0.01}
+    with caplog.at_level(logging.INFO, logger="vllm.lorashard"):
+        report_load(replace(REPORT, stages=stages), "mine", 3)
+    assert caplog.messages[0].endswith("2.0 GB/s (ms: open 5, read 40, write into the slot 10)")
+
+
 def test_advice_is_a_warning_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="vllm.lorashard"):
         report_load(replace(REPORT, advice="run this"), "mine", 3)

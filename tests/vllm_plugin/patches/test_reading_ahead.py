@@ -77,7 +77,8 @@ def test_the_thread_that_reads_rests_between_layers_and_the_engines_does_not(rel
 @each_release
 def test_packing_and_writing_are_done_before_the_step_that_adds_the_adapter(release: str) -> None:
     found = answers(release)["written ahead"]
-    assert found == [True, ["lorashard-read-ahead"], [[None, 1], [None, 1]], RIGHT]
+    stages = [["pack", "write into the slot"]] * 2
+    assert found == [True, ["lorashard-read-ahead"], [[None, 1], [None, 1]], RIGHT, stages]
 
 
 @each_release
