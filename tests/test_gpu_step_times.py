@@ -23,6 +23,7 @@ from tests.gpu.step_figures import (
     verdicts,
 )
 from tests.gpu.step_times import RecordedCalls, StepTimes
+from tests.gpu.throughput import REST_S, wait_until_at_rest
 
 
 @dataclass
@@ -201,3 +202,20 @@ def test_tables_have_stock_beside_ours_and_the_ratio() -> None:
     part = dp_part([{"release": "0.33.0", "dp_speed": own}])
     assert "H200" in part
     assert "| 0.33.0 | decode | – | 2.500 ms a step (2.500) | – | – |" in part
+
+
+class Resting:
+    """A server's endpoint as vLLM 0.33.0 answers there (entrypoints/serve/dev/rpc/api_router.py)."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.seconds = list(seconds)
+
+    def post(self, path: str, document: dict[str, Any]) -> tuple[int, str]:
+        assert (path, document["method"]) == ("/collective_rpc", "seconds_at_rest")
+        return 200, json.dumps({"results": [str(self.seconds.pop(0)), "9.0"]})
+
+
+def test_a_server_is_waited_for_until_it_rests() -> None:
+    server = Resting(0.1, 0.01, REST_S, 5.0)
+    wait_until_at_rest(server)
+    assert server.seconds == [5.0]

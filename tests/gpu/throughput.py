@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.gpu import workers
 from tests.gpu.load_adapters import VOCABULARY
 from tests.gpu.server import Server
 from tests.gpu.step_figures import (
@@ -73,7 +74,7 @@ def measure(
     for _ in range(times):
         _ask(server, names, workload, num_engines)
     seconds = time.monotonic() - began
-    _wait_until_at_rest(server)
+    wait_until_at_rest(server)
     steps = recorded_steps(server, num_engines)
     of_an_engine = len(names) // num_engines
     if workload.generated > 1:
@@ -85,7 +86,8 @@ def measure(
     series.tokens_a_second.append(times * len(names) * tokens / seconds)
 
 
-def _wait_until_at_rest(server: Server) -> None:
+def wait_until_at_rest(server: workers.Server) -> None:
+    """Until no worker of the first engine has begun a step for REST_S. Raises RuntimeError."""
     ends = time.monotonic() + REST_LIMIT_S
     while float(on_workers(server, "seconds_at_rest")[0]) < REST_S:
         if time.monotonic() > ends:

@@ -53,11 +53,17 @@ def workspace_in(buffers: Sequence[Any], dtype: Any) -> Workspace | None:
     """The two largest of some tensors that nothing is kept in now; None if there are not so many."""
     import torch
 
-    usable = [each for each in buffers if each.is_contiguous() and not each.nbytes % dtype.itemsize]
+    usable = [each for each in buffers if each.is_contiguous() and _has_whole_values(each, dtype)]
     usable.sort(key=lambda each: int(each.nbytes), reverse=True)
     if len(usable) < 2:
         return None
     return Workspace(*(each.view(-1).view(torch.uint8).view(dtype) for each in usable[:2]))
+
+
+def _has_whole_values(tensor: Any, dtype: Any) -> bool:
+    """Whether its memory begins and ends where values of this type do."""
+    begin = tensor.storage_offset() * tensor.element_size()
+    return not any(at % dtype.itemsize for at in (begin, tensor.data_ptr(), tensor.nbytes))
 
 
 def batches_of(

@@ -75,13 +75,14 @@ def test_the_two_largest_buffers_are_used_whatever_they_held() -> None:
         torch.empty(2, 3, dtype=torch.float32),
         torch.empty(5, dtype=torch.uint8),  # half a value too long
         torch.empty(3, 20, dtype=torch.uint8),
+        torch.empty(101, dtype=torch.uint8)[1:],  # begins within a value
         torch.empty(40, 2, dtype=torch.bfloat16).t(),  # its memory is in another order
         torch.empty(4, 8, dtype=torch.bfloat16),
     ]
     space = workspace_in(buffers, torch.bfloat16)
     assert space is not None
     assert [space.arriving.data_ptr(), space.leaving.data_ptr()] == [
-        buffers[4].data_ptr(),
+        buffers[5].data_ptr(),
         buffers[2].data_ptr(),
     ]
     assert (len(space.arriving), len(space.leaving), space.send_bytes) == (32, 30, 60)
