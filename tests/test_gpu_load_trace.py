@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,6 @@ def test_the_longest_time_and_what_happened_in_it() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_of_torchs_has_the_marks(tmp_path: Path) -> None:
-    import json
-
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for size in (10, 1000, 10):
             with torch.profiler.record_function(STEP):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from tests.gpu.step_times import StepTimes
 
 STEP = "a step"
 _CALLS = {"cuda_runtime", "cuda_driver"}
+_OF_THREADS = _CALLS | {"cpu_op"}  # marks such as that of a step are no work
 _ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 _MOST_NAMES = 8
 NUM_LOADS, QUIET_S = 3, 1.0
@@ -70,11 +72,12 @@ def describe(events: Iterable[Event]) -> dict[str, Any]:
     (begin, main), (end, _) = max(pairwise(steps), key=lambda pair: pair[1][0] - pair[0][0])
     within = [event for event in timed if _clipped(event, begin, end) > 0]
     calls = [event for event in within if event.get("cat") in _CALLS]
-    of_main = [event for event in within if event["tid"] == main and event.get("cat") != "python"]
-    inside = [event for event in of_main if event["name"] != STEP]
+    inside = [event for event in within if event["tid"] == main and event.get("cat") in _OF_THREADS]
     return {
         "steps": len(steps),
-        "usual_ms": _ms(sorted(b[0] - a[0] for a, b in pairwise(steps))[(len(steps) - 1) // 2]),
+        "usual_ms": _ms(
+            statistics.median(after - before for (before, _), (after, _) in pairwise(steps))
+        ),
         "longest_ms": _ms(end - begin),
         "main_in_no_call_ms": _ms(end - begin - _covered(inside, begin, end)),
         "main": _by_name([event for event in calls if event["tid"] == main], begin, end),
@@ -181,8 +184,8 @@ def _main() -> None:
     work.mkdir(parents=True)
     write_model_config(work, NUM_EXPERTS)
     save_tokenizer(work / "model", VOCABULARY)
-    command = serve_command(work / "model", graphs=not args.eager)
-    command[command.index("tests.gpu.step_times.StepTimes")] = "tests.gpu.load_trace.Traced"
+    extension = ("--worker-extension-cls", "tests.gpu.load_trace.Traced")
+    command = serve_command(work / "model", graphs=not args.eager, extension=extension)
     server = Server(command, args.out.absolute().with_suffix(".server.log"))
     try:
         paths = [work / f"a{number}" for number in range(3)]

@@ -19,6 +19,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,15 @@ KINDS = ("stock", "plugin")
 DEVICES = ("cuda:0", "cuda:1")
 
 
-def serve_command(model: Path, *, graphs: bool) -> list[str]:
+def serve_command(model: Path, *, graphs: bool, extension: Sequence[str] = EXTENSION) -> list[str]:
+    """Arguments of Python. extension: options for methods of the workers."""
     return [
         *("-m", "vllm.entrypoints.cli.main", "serve", str(model), "--load-format", "dummy"),
         *("-tp", "2", "--enable-expert-parallel", "--enable-lora"),
         *("--max-lora-rank", str(LORA_RANK), "--max-loras", "3", "--max-cpu-loras", "3"),
         *("--served-model-name", "base", "--max-model-len", str(MAX_LEN)),
         *("--max-num-seqs", str(NUM_REQUESTS), "--gpu-memory-utilization", "0.4"),
-        *("--kv-cache-memory-bytes", str(6 << 30), "--no-enable-prefix-caching", *EXTENSION),
+        *("--kv-cache-memory-bytes", str(6 << 30), "--no-enable-prefix-caching", *extension),
         *(() if graphs else ("--enforce-eager",)),
     ]
 
@@ -78,14 +80,16 @@ def engine_waits(log: Path, begin: int) -> list[str]:
     """What the plugin said of each load, from byte `begin` of the server's log on: of what the engine
     waited for, in ms, by rank.
     """
-    text = log.read_bytes()[begin:].decode(errors="replace")
-    return re.findall(r"the engine waited (\d.*?) for what this rank did", text)
+    return _logged(log, begin, r"the engine waited (\d.*?) for what this rank did")
 
 
 def load_stages(log: Path, begin: int) -> list[str]:
     """The same of how long each stage of a load took."""
-    text = log.read_bytes()[begin:].decode(errors="replace")
-    return re.findall(r"GB/s \(ms: (.*?)\)", text)
+    return _logged(log, begin, r"GB/s \(ms: (.*?)\)")
+
+
+def _logged(log: Path, begin: int, pattern: str) -> list[str]:
+    return re.findall(pattern, log.read_bytes()[begin:].decode(errors="replace"))
 
 
 def measure_gaps(server: Server, log: Path, running: Path, others: list[Path]) -> dict[str, Any]:

@@ -54,15 +54,14 @@ def fill_region(
     regions: RegionPool,
     threads: Executor,
     dtype: str,
+    stages: Stages,
     copy_to: Any | None = None,
-    stages: Stages | None = None,
 ) -> FilledRegion:
     """Read the dense tensors and this rank's experts.
 
-    dtype: of the device's LoRA buffers, a safetensors name. copy_to: the device, if what is read
-    should be copied there, too; without room for that it is not. stages: where time is noted.
+    dtype: of the device's LoRA buffers, a safetensors name. stages: where time is noted. copy_to: the
+    device, if what is read should be copied there, too; without room for that it is not.
     """
-    stages = stages or Stages()
     begin, end = contents.dense_range
     placed, size = place_factors(
         [layer.assembly for layer in outcome.layers], ELEMENT_SIZE[dtype], end - begin

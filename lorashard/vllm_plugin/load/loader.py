@@ -216,7 +216,7 @@ class AdapterLoader:
             if contents is None:
                 return
             outcome = explain_load(contents, target.layers, target.names, None)
-            filled = self._fill(contents, outcome)
+            filled = self._fill(contents, outcome, Stages())
         for name in raw.names:
             del model.loras[name]
         model.loras.update(filled.experts)
@@ -303,7 +303,7 @@ class AdapterLoader:
         self,
         contents: AdapterContents,
         outcome: LoadOutcome,
-        stages: Stages | None = None,
+        stages: Stages,
         *,
         to_device: bool = False,
     ) -> FilledRegion:
@@ -313,8 +313,8 @@ class AdapterLoader:
             self.regions,
             self._threads,
             self._dtype,
+            stages,
             copy_to=self.device if to_device else None,
-            stages=stages,
         )
 
     def layout_options(self) -> LayoutOptions:

@@ -105,7 +105,7 @@ class ExpertRows:
         self.loader.maps = maps
         tables = tables_of([moving_stacks(self.wrappers[name]) for name in names])
         self._tables = dict(zip(names, tables, strict=True))
-        size = max(rows.num_local * rows.row_width for rows in tables)
+        size = max(rows.values_of_a_slot for rows in tables)
         self._space = Workspace(tables[0].tables[0].new_empty(self.num_slots * size))
 
     def announce(self, group: Any) -> Callable[[], list[list[int]]]:
@@ -262,7 +262,9 @@ class ExpertRows:
     def _move(self, model: Any, names: Sequence[str], slot: int) -> None:
         """Bring rows that were written to where the experts are now. On all ranks at once."""
         if names:
-            move_adapter(self._manager, self.wrappers, model, names, slot, self._maps())
+            move_adapter(
+                self._manager, self.wrappers, self._tables, model, names, slot, self._maps()
+            )
 
     def _write_again(self, names: Sequence[str], slot: int, number: int) -> None:
         """Layers of one slot, from host memory."""

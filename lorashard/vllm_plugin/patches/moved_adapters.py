@@ -27,12 +27,13 @@ from lorashard.vllm_plugin.patches.row_exchange import (
     put_rows,
     staged_communicator,
 )
-from lorashard.vllm_plugin.patches.row_tables import moving_stacks, tables_of
+from lorashard.vllm_plugin.patches.row_tables import LayerTables
 
 
 def move_adapter(
     manager: Any,
     wrappers: Mapping[str, Any],
+    tables: Mapping[str, LayerTables],
     model: Any,
     names: Sequence[str],
     slot: int,
@@ -40,7 +41,8 @@ def move_adapter(
 ) -> None:
     """Bring the rows of these layers in a slot to where `maps` has the experts. On all ranks at once.
 
-    They are where the experts were as `model`, which was written there, was packed.
+    wrappers, tables: of the layers, by name. The rows are where the experts were as `model`, which was
+    written there, was packed.
     """
     packed = maps_of(model)
     if packed is None:
@@ -55,12 +57,11 @@ def move_adapter(
     before, after = ([m.layers[name] for name in moved] for m in (packed, maps))
     _check_alike(group, (model.id, slot, moved, before, after))
     communicator = staged_communicator(group, manager.device)
-    tables = tables_of([moving_stacks(wrappers[name]) for name in moved])
     layers = [
-        MovingLayer(rows, plan_moves(old, new, num_ranks, rank))
-        for rows, old, new in zip(tables, before, after, strict=True)
+        MovingLayer(tables[name], plan_moves(old, new, num_ranks, rank))
+        for name, old, new in zip(moved, before, after, strict=True)
     ]
-    memory = tables[0].tables[0]
+    memory = layers[0].rows.tables[0]
     most = max(SEND_BYTES // memory.element_size(), *(room_for([layer], 1) for layer in layers))
     space = Workspace(memory.new_empty(min(most, room_for(layers, 1))))
     for batch in batches_of(layers, 1, space):

@@ -46,7 +46,7 @@ class Workspace:
 
 def room_for(layers: Iterable[MovingLayer], num_slots: int) -> int:
     """Values of what can arrive for these layers, the same on all ranks."""
-    return num_slots * sum(layer.rows.num_local * layer.rows.row_width for layer in layers)
+    return num_slots * sum(layer.rows.values_of_a_slot for layer in layers)
 
 
 def workspace_in(buffers: Sequence[Any], dtype: Any) -> Workspace | None:

@@ -11,13 +11,22 @@ from typing import Any
 class LayerTables:
     """The memory of one layer's LoRA stacks. num_local: experts of this rank, E_local.
 
-    tables: [slots * E_local, width] each, of one type. widths: of each. row_width: all of them together.
+    tables: [slots * E_local, width] each, of one type. widths: of each.
     """
 
     tables: tuple[Any, ...]
     num_local: int
     widths: tuple[int, ...]
-    row_width: int
+
+    @property
+    def row_width(self) -> int:
+        """Values of one expert in one slot."""
+        return sum(self.widths)
+
+    @property
+    def values_of_a_slot(self) -> int:
+        """Of all of this rank's experts."""
+        return self.num_local * self.row_width
 
     @property
     def row_bytes(self) -> int:
@@ -41,7 +50,7 @@ def tables_of(stacks_of_layers: Sequence[Sequence[Any]]) -> list[LayerTables]:
         num_slots, num_local = stacks[0].shape[:2]
         tables = tuple(stack.view(num_slots * num_local, -1).view(dtype) for stack in stacks)
         widths = tuple(int(table.shape[1]) for table in tables)
-        found.append(LayerTables(tables, num_local, widths, sum(widths)))
+        found.append(LayerTables(tables, num_local, widths))
     return found
 
 
